@@ -1,0 +1,1263 @@
+# SPDX-License-Identifier: MIT
+"""A looking glass: ping, traceroute and mtr from here, streamed as they run, and speed tests.
+
+`python lg.py` serves it; `python lg.py health` asks a server with the same settings how it is.
+Read it from the top: each chapter uses only what is above it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import http.client
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from urllib.parse import parse_qsl
+
+import idna
+import limits
+import uvicorn
+from dotenv import dotenv_values
+from limits.storage import storage_from_string
+from limits.strategies import MovingWindowRateLimiter
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+log = logging.getLogger("lg")
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+Head = Mapping[str, str]
+T = TypeVar("T")
+
+
+# ---- settings ----------------------------------------------------------------------------------------------
+
+Rates = tuple[limits.RateLimitItem, ...]
+
+
+class Kind(NamedTuple):
+    """What a setting holds: what is expected of its text, and what reads it (or raises ValueError)."""
+
+    expected: str
+    parse: Callable[[str], Any]
+
+    def __call__(self, default: str) -> Any:
+        """A row of Settings."""
+        return field(metadata={"kind": self, "default": default})
+
+
+def choice(*words: str) -> Kind:
+    return Kind(" or ".join(words), lambda text: words[words.index(text.lower())])
+
+
+def whole(low: int, high: int) -> Kind:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise ValueError
+        return int(text)
+
+    return Kind(f"a whole number from {low} to {high}", parse)
+
+
+def texts(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def networks(text: str) -> tuple[IPNetwork, ...]:
+    return tuple(ipaddress.ip_network(item) for item in texts(text))
+
+
+def rates(text: str) -> Rates:
+    return () if text.lower() == "off" else tuple(limits.parse_many(text))
+
+
+def places(text: str) -> tuple[dict[str, str], ...]:
+    return tuple({"name": str(place["name"]), "url": str(place["url"])} for place in json.loads(text))
+
+
+TEXT = Kind("a text", str)
+LIST = Kind("a list, separated by commas", texts)
+CIDRS = Kind("addresses and networks in CIDR notation, separated by commas", networks)
+PROXIES = Kind(CIDRS.expected + "; not *, which would believe what any client says of itself", networks)
+BOOLEAN = Kind(
+    "true or false", lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+)
+RATES = Kind("rates such as 2/minute;30/hour, or off", rates)
+PLACES = Kind('JSON like [{"name": "Amsterdam", "url": "https://ams.example.com"}]', places)
+COUNT = whole(1, 10000)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator chooses, with its default; .env.example says what each does."""
+
+    HOST: str = TEXT("")
+    PORT: int = whole(1, 65535)("8000")
+    SSL_CERTFILE: str = TEXT("")
+    SSL_KEYFILE: str = TEXT("")
+    LOG_LEVEL: str = choice("critical", "error", "warning", "info", "debug")("info")
+    FORWARDED_ALLOW_IPS: tuple[IPNetwork, ...] = PROXIES("127.0.0.1,::1")
+    NETWORK_LOCATION: str = TEXT("Unknown Location")
+    NETWORK_FACILITY: str = TEXT("Unknown Facility")
+    NETWORK_MAP_URL: str = TEXT("")
+    NETWORK_FACILITY_URL: str = TEXT("")
+    NETWORK_IPV4: str = TEXT("")
+    NETWORK_IPV6: str = TEXT("")
+    CORS_ORIGINS: tuple[str, ...] = LIST("*")
+    CORS_METHODS: tuple[str, ...] = LIST("*")
+    CORS_HEADERS: tuple[str, ...] = LIST("*")
+    CORS_CREDENTIALS: bool = BOOLEAN("false")
+    RATE_LIMIT_DIAGNOSTICS: Rates = RATES("2/minute")
+    RATE_LIMIT_SPEEDTEST: Rates = RATES("2/minute")
+    RATE_LIMIT_SPEEDTEST_10G: Rates = RATES("1/minute")
+    RATE_LIMIT_STORAGE_URI: str = Kind("a storage of the limits package", str)("memory://")
+    MAX_DIAGNOSTICS: int = COUNT("20")
+    MAX_DIAGNOSTICS_PER_CLIENT: int = COUNT("4")
+    MAX_SPEEDTESTS: int = COUNT("20")
+    MAX_SPEEDTESTS_PER_CLIENT: int = COUNT("4")
+    DIAGNOSTIC_TIMEOUT: int = whole(1, 3600)("60")
+    TARGET_ALLOW: tuple[IPNetwork, ...] = CIDRS("127.0.0.0/8,::1/128")
+    TARGET_DENY: tuple[IPNetwork, ...] = CIDRS("")
+    LOCATIONS: tuple[dict[str, str], ...] = PLACES("[]")
+
+
+def unusable(reason: str, **values: object) -> SystemExit:
+    """The one line that an operator gets to read when settings stop the start."""
+    named = ", ".join(f"{name}={str(value)!r}" for name, value in values.items())
+    return SystemExit(f"lg.py: {named} cannot be used: {reason}")
+
+
+def load_settings(environment: Mapping[str, str | None]) -> Settings:
+    """Settings from the texts in `environment`, by name. Raises SystemExit for the first that cannot be used.
+
+    Set but empty means empty for texts and lists, and the default for the rest.
+    """
+    values = {}
+    for row in fields(Settings):
+        kind, default = row.metadata["kind"], row.metadata["default"]
+        text = (environment.get(row.name, default) or "").strip()
+        if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # `docker run --env-file` keeps quotes
+            text = text[1:-1]
+        if not text and kind.parse not in (str, texts, networks):
+            text = default
+        try:
+            values[row.name] = kind.parse(text)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise unusable(f"expected {kind.expected}", **{row.name: text}) from None
+    return Settings(**values)
+
+
+SETTINGS = load_settings({**dotenv_values(Path(__file__).with_name(".env")), **os.environ})
+
+
+# ---- targets -----------------------------------------------------------------------------------------------
+
+RESOLVE_SECONDS = 5
+
+IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}", re.ASCII)
+IPV6 = re.compile(r"\[[0-9a-f:.]{2,45}\]|[0-9a-f:.]{2,45}", re.ASCII | re.IGNORECASE)
+LABEL = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"
+NUMBER = r"(?:\d+|0x[0-9a-f]*)\.?$"  # a last label that makes resolvers read the name as an IPv4 address
+NAME = re.compile(
+    rf"(?=.{{1,253}}\.?$)(?!(?:.*\.)?{NUMBER}){LABEL}(?:\.{LABEL})*\.?", re.ASCII | re.IGNORECASE
+)
+
+# Longest prefix wins, as in a routing table. From the IANA Special-Purpose Address Registries (RFC 6890)
+# with multicast, the IPv6 global unicast space (RFC 4291) and the former 6to4 relays (RFC 7526) added.
+PUBLIC = {
+    "0.0.0.0/0": True,
+    "0.0.0.0/8": False,  # this network
+    "10.0.0.0/8": False,  # private
+    "100.64.0.0/10": False,  # carrier-grade NAT
+    "127.0.0.0/8": False,  # loopback
+    "169.254.0.0/16": False,  # link-local
+    "172.16.0.0/12": False,  # private
+    "192.0.0.0/24": False,  # protocol assignments, of which
+    "192.0.0.9/32": True,  # Port Control Protocol anycast
+    "192.0.0.10/32": True,  # TURN anycast
+    "192.0.2.0/24": False,  # documentation
+    "192.88.99.0/24": False,  # 6to4 relays
+    "192.168.0.0/16": False,  # private
+    "198.18.0.0/15": False,  # benchmarking
+    "198.51.100.0/24": False,  # documentation
+    "203.0.113.0/24": False,  # documentation
+    "224.0.0.0/4": False,  # multicast
+    "240.0.0.0/4": False,  # reserved, broadcast
+    "::/0": False,
+    "2000::/3": True,  # global unicast, of which
+    "2001::/23": False,  # protocol assignments (Teredo, benchmarking, ORCHID), of which
+    "2001:1::1/128": True,  # Port Control Protocol anycast
+    "2001:1::2/128": True,  # TURN anycast
+    "2001:1::3/128": True,  # DNS-SD service registration anycast
+    "2001:3::/32": True,  # AMT
+    "2001:4:112::/48": True,  # AS112
+    "2001:20::/28": True,  # ORCHIDv2
+    "2001:30::/28": True,  # drone remote identification
+    "2001:db8::/32": False,  # documentation
+    "2002::/16": False,  # 6to4
+    "3fff::/20": False,  # documentation
+}
+ROUTES = sorted(
+    ((ipaddress.ip_network(prefix), public) for prefix, public in PUBLIC.items()),
+    key=lambda route: -route[0].prefixlen,
+)
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
+COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, deprecated
+
+
+class Refusal(Exception):  # noqa: N818 - a client's request is refused; nothing is in error here
+    """A request that is not carried out: the status, JSON body and headers of the answer that says why."""
+
+    def __init__(self, status: int, body: Mapping[str, object], headers: Head | None = None) -> None:
+        super().__init__(status, body)
+        self.status, self.body, self.headers = status, body, dict(headers or {})
+
+
+def invalid(message: str, value: object, kind: str = "value_error") -> Refusal:
+    """422 for the field `target`, in FastAPI's shape; `message` tells a person what to do."""
+    fault = {"type": kind, "loc": ["body", "target"], "msg": message, "input": value}
+    return Refusal(422, {"detail": [fault]})
+
+
+def read_target(body: bytes) -> str:
+    """The `target` of a request's body, JSON object or form; raises Refusal where there is none."""
+    example = 'send JSON like {"target": "example.com"} or a form like target=example.com'
+    try:
+        text = body.decode("utf-8-sig").strip()
+        values = json.loads(text) if text.startswith("{") else dict(parse_qsl(text, keep_blank_values=True))
+    except (ValueError, RecursionError):
+        raise invalid(f"The body cannot be read: {example}", None, "json_invalid") from None
+    if "target" not in values:
+        raise invalid(f"There is no target: {example}", None, "missing")
+    if not isinstance(values["target"], str):
+        raise invalid("The target must be a string: an address or a name", values["target"], "string_type")
+    return values["target"]
+
+
+def parse_target(text: str) -> IPAddress | str:
+    """The address that `text` is, or the host name, in ASCII; raises Refusal for anything else.
+
+    `[2001:db8::1]` and `2001:db8::1` are the same; `bücher.example` becomes `xn--bcher-kva.example` (UTS 46).
+    """
+    if IPV4.fullmatch(text):
+        return ipaddress.IPv4Address(text)
+    if ":" in text and IPV6.fullmatch(text):
+        with suppress(ValueError):
+            return ipaddress.IPv6Address(text.strip("[]"))
+    name = text
+    if not text.isascii() and len(text) <= 253:
+        with suppress(UnicodeError):
+            name = idna.encode(text, uts46=True).decode("ascii")
+    if not NAME.fullmatch(name):
+        expected = (
+            "an IPv4 address like 192.0.2.1, an IPv6 address like 2001:db8::1 or a name like example.com"
+        )
+        raise invalid(f"Not a target: send {expected}", text)
+    return name
+
+
+def is_public(address: IPAddress) -> bool:
+    """Whether this is a public unicast address, or NAT64's form of one."""
+    if address in NAT64:
+        return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    return next(public for network, public in ROUTES if address in network)
+
+
+def carried(address: IPAddress) -> list[IPAddress]:
+    """The IPv4 addresses that stand inside an IPv6 address: mapped, compatible, NAT64, 6to4, Teredo."""
+    if address.version == 4:
+        return []
+    low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    inside = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    inside += [low for network in (NAT64, COMPATIBLE) if address in network]
+    return [each for each in inside if each]
+
+
+def is_allowed(address: IPAddress) -> bool:
+    """Whether this address may be measured: public or in TARGET_ALLOW, and not in TARGET_DENY."""
+    if any(each in network for each in (address, *carried(address)) for network in SETTINGS.TARGET_DENY):
+        return False
+    return is_public(address) or any(address in network for network in SETTINGS.TARGET_ALLOW)
+
+
+async def in_thread(function: Callable[[], T], seconds: float) -> T:
+    """Call a function that blocks, in a thread of its own; raises TimeoutError when it is late.
+
+    asyncio's pool has few threads, which slow names or a dead store would hold while others wait, and the
+    server's end waits for it. A thread that is late here is left to itself.
+    """
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    async with asyncio.timeout(seconds):
+        return await asyncio.wrap_future(future)
+
+
+async def resolve(target: IPAddress | str, version: int) -> IPAddress:
+    """The address to measure: of a name, the first of this IP version that is allowed. Raises Refusal."""
+    if not isinstance(target, str):
+        if not is_allowed(target):
+            raise invalid(f"{target} may not be measured here: it is not a public address", str(target))
+        return target
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    ask = partial(socket.getaddrinfo, target.encode("ascii"), None, family, socket.SOCK_STREAM)
+    try:
+        found = await in_thread(ask, RESOLVE_SECONDS)
+    except TimeoutError:
+        late = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or an address"
+        raise invalid(late, target) from None
+    except (OSError, RuntimeError, UnicodeError) as error:
+        if isinstance(error, socket.gaierror) and error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+            raise invalid(f"{target} has no IPv{version} address: check the name", target) from None
+        raise invalid(f"{target} cannot be resolved now: try again, or an address", target) from None
+    for *_, sockaddr in found:
+        address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
+        if is_allowed(address):
+            return address
+    raise invalid(f"{target} may not be measured here: it has no public IPv{version} address", target)
+
+
+# ---- limits ------------------------------------------------------------------------------------------------
+
+STORE_SECONDS = 2  # what a shared store may take for an answer
+STORE_REST_SECONDS = 30  # how long it is left alone after it failed
+BUSY_SECONDS = 5  # Retry-After where no slot is free: commands take about 15 s, and end at different times
+RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
+
+STOPPING = asyncio.Event()  # set when the server is about to end: nothing is begun any more
+
+
+def limited_as(client: IPAddress) -> str:
+    """Who is counted: the IPv4 address, or the /64 of an IPv6 one, which is what one subscriber gets."""
+    return str(client) if client.version == 4 else str(ipaddress.ip_network((int(client) >> 64 << 64, 64)))
+
+
+class Slots:
+    """Room for `total` at once, `per_client` of them for one client; `what` they are."""
+
+    def __init__(self, what: str, total: int, per_client: int) -> None:
+        self.what, self.total, self.per_client = what, total, per_client
+        self.taken: Counter[str] = Counter()
+
+    @contextmanager
+    def take(self, client: str) -> Iterator[None]:
+        """Hold a slot; raises Refusal where there is none."""
+        later = {"Retry-After": str(BUSY_SECONDS)}
+        if STOPPING.is_set():
+            raise Refusal(503, {"error": "The server is being stopped: try again in a moment"}, later)
+        if self.taken[client] >= self.per_client:
+            mine = f"You have {self.per_client} {self.what} running: wait until one has ended"
+            raise Refusal(429, {"error": mine}, later)
+        if self.taken.total() >= self.total:
+            all_taken = f"The server has {self.total} {self.what} running: try again soon"
+            raise Refusal(503, {"error": all_taken}, later)
+        self.taken[client] += 1
+        try:
+            yield
+        finally:
+            self.taken[client] -= 1
+            if not self.taken[client]:
+                del self.taken[client]
+
+
+DIAGNOSTICS = Slots("commands", SETTINGS.MAX_DIAGNOSTICS, SETTINGS.MAX_DIAGNOSTICS_PER_CLIENT)
+SPEEDTESTS = Slots("speed tests", SETTINGS.MAX_SPEEDTESTS, SETTINGS.MAX_SPEEDTESTS_PER_CLIENT)
+
+
+class Allowance(NamedTuple):
+    """What a client has left of the tightest of its rates; `exceeded` where that was not enough."""
+
+    exceeded: bool
+    rate: limits.RateLimitItem
+    remaining: int
+    reset: float  # epoch seconds
+
+    def headers(self) -> dict[str, str]:
+        values = (self.rate.amount, self.remaining, math.ceil(self.reset))
+        return dict(zip(RATE_HEADERS, map(str, values), strict=True))
+
+
+def hit(limiter: MovingWindowRateLimiter, rates: Rates, *key: str) -> Allowance:
+    """Use up one of each rate, or nothing where one of them is exhausted."""
+    exhausted = [rate for rate in rates if not limiter.test(rate, *key)]
+    if not exhausted:  # so each hit succeeds, but where another server is faster
+        exhausted = [rate for rate in rates if not limiter.hit(rate, *key)]
+    stand = [(rate, limiter.get_window_stats(rate, *key)) for rate in exhausted or rates]
+    rate, stats = min(stand, key=lambda each: (each[1].remaining, -each[1].reset_time))
+    return Allowance(bool(exhausted), rate, max(0, stats.remaining), stats.reset_time)
+
+
+class Limits:
+    """Counts requests in moving windows: in a shared store or, without one or while it fails, in memory.
+
+    The storages are the synchronous ones of `limits`: every URI works there, and memory takes microseconds.
+    """
+
+    def __init__(self, uri: str) -> None:
+        """Raises SystemExit for a URI that cannot be used."""
+        self.memory = MovingWindowRateLimiter(storage_from_string("memory://"))
+        self.shared: MovingWindowRateLimiter | None = None
+        self.failing, self.asleep_until = False, 0.0
+        if uri.startswith("memory:"):
+            return
+        names = ("socket_timeout", "socket_connect_timeout") if uri.startswith("redis") else ()
+        try:
+            self.shared = MovingWindowRateLimiter(
+                storage_from_string(uri, **dict.fromkeys(names, STORE_SECONDS))
+            )
+        except Exception as error:  # each client library has its own
+            raise unusable(str(error), RATE_LIMIT_STORAGE_URI=uri) from None
+
+    async def hit(self, rates: Rates, *key: str) -> dict[str, str]:
+        """The headers of an answer within its rates; raises Refusal beyond them."""
+        if not rates:
+            return {}
+        allowance = await self.hit_shared(rates, *key) or hit(self.memory, rates, *key)
+        if allowance.exceeded:
+            retry = {"Retry-After": str(max(1, math.ceil(allowance.reset - time.time())))}
+            raise Refusal(
+                429, {"error": f"Rate limit exceeded: {allowance.rate}"}, retry | allowance.headers()
+            )
+        return allowance.headers()
+
+    async def hit_shared(self, rates: Rates, *key: str) -> Allowance | None:
+        """None where there is no shared store, or where it fails."""
+        if self.shared is None or time.monotonic() < self.asleep_until:
+            return None
+        try:
+            allowance = await in_thread(partial(hit, self.shared, rates, *key), STORE_SECONDS)
+        except Exception as error:  # each client library has its own
+            self.asleep_until = time.monotonic() + STORE_REST_SECONDS
+            if not self.failing:
+                log.warning("The rate-limit store fails, limits are kept in memory for now: %r", error)
+            self.failing = True
+            return None
+        if self.failing:
+            log.warning("The rate-limit store answers again")
+        self.failing = False
+        return allowance
+
+
+LIMITS = Limits(SETTINGS.RATE_LIMIT_STORAGE_URI)
+
+
+# ---- reading what the tools print --------------------------------------------------------------------------
+
+LINE_BYTES = 4096  # of a line that goes on longer, this much is looked at together
+
+
+class Verbatim:
+    """What ping and traceroute write is what a client reads, chunk by chunk."""
+
+    def __init__(self, address: IPAddress) -> None:
+        pass
+
+    def feed(self, chunk: bytes) -> bytes:
+        return chunk
+
+    def end(self) -> bytes:
+        return b""
+
+
+class Hop:
+    """One position of an mtr run, reckoned as mtr's ui/net.c does: in whole µs, truncated at each step."""
+
+    def __init__(self) -> None:
+        self.address: str | None = None
+        self.sent = self.received = self.last = self.best = self.worst = self.average = self.squares = 0
+
+    def reply(self, microseconds: int) -> None:
+        self.best = min(self.best, microseconds) if self.received else microseconds
+        self.worst = max(self.worst, microseconds)
+        self.last = microseconds
+        self.received += 1
+        before = self.average
+        self.average = int(before + (microseconds - before) / self.received)
+        self.squares = int(self.squares + float(microseconds - before) * (microseconds - self.average))
+
+    def columns(self) -> list[str]:
+        """Loss%, Snt, Last, Avg, Best, Wrst, StDev as `mtr --report` prints them."""
+        loss = int(1000 * (100 - 100.0 * self.received / self.sent)) if self.sent else 0
+        deviation = int(math.sqrt(self.squares / (self.received - 1))) if self.received > 1 else 0
+        times = (self.last, self.average, self.best, self.worst, deviation)
+        return [f" {loss / 1000:4.1f}%", f" {self.sent:5d}", " ", *(f" {each / 1000:5.1f}" for each in times)]
+
+
+class MtrText:
+    """`mtr --raw` as text: each hop when it first answers, at the end the table of `--report --report-wide`.
+
+    Raw lines are `x POSITION SEQUENCE` (sent), `h POSITION ADDRESS` and `p POSITION MICROSECONDS SEQUENCE`
+    (answered), positions from 0. Others, such as errors, are passed on.
+    """
+
+    RAW = re.compile(
+        rb"x (?P<sent>\d{1,2}) \d+"
+        rb"|h (?P<host>\d{1,2}) (?P<address>\S+)"
+        rb"|p (?P<hop>\d{1,2}) (?P<us>\d{1,9}) \d+"
+    )
+    WIDTHS = (6, 6, 1, 6, 6, 6, 6, 6)
+    TITLES = (" Loss%", "   Snt", " ", "  Last", "   Avg", "  Best", "  Wrst", " StDev")
+
+    def __init__(self, address: IPAddress) -> None:
+        self.target = str(address)
+        self.hops: dict[int, Hop] = {}
+        self.rest = b""
+        self.started = time.strftime("Start: %Y-%m-%dT%H:%M:%S%z\n").encode()
+
+    def feed(self, chunk: bytes) -> bytes:
+        *lines, self.rest = (self.rest + chunk).split(b"\n")
+        if len(self.rest) > LINE_BYTES:
+            lines, self.rest = [*lines, self.rest], b""
+        start, self.started = self.started, b""
+        return start + b"".join(map(self.line, lines))
+
+    def line(self, line: bytes) -> bytes:
+        """What a client reads of a line."""
+        match = self.RAW.fullmatch(line)
+        if not match:
+            return line + b"\n" if line else b""
+        position = int(match["sent"] or match["host"] or match["hop"])
+        hop = self.hops.setdefault(position, Hop())
+        if match["sent"]:
+            hop.sent += 1
+        elif match["hop"]:
+            hop.reply(int(match["us"]))
+        else:
+            first, hop.address = hop.address is None, match["address"].decode("ascii", "replace")
+            if first and position < self.length():
+                return f" {position + 1:2d}.|-- {hop.address}\n".encode()
+        return b""
+
+    def length(self) -> int:
+        """How many positions to show: to the first that is the target, else one beyond the last known."""
+        answered = sorted(position for position, hop in self.hops.items() if hop.address)
+        reached = (position for position in answered if self.hops[position].address == self.target)
+        return next(reached, min(answered[-1] + 1, 29) if answered else -1) + 1
+
+    def end(self) -> bytes:
+        """The rest of what a client reads: the table, where probes were sent."""
+        rest = self.feed(b"\n") if self.rest or self.started else b""
+        if not self.hops:
+            return rest
+        hops = [self.hops.get(position) or Hop() for position in range(self.length())]
+        host = socket.gethostname()
+        width = max(map(len, [host, *(hop.address or "???" for hop in hops)]))
+        rest += self.row(f"HOST: {host:{width}}", self.TITLES)
+        for number, hop in enumerate(hops, 1):
+            rest += self.row(f" {number:2d}.|-- {hop.address or '???':{width}}", hop.columns())
+        return rest
+
+    def row(self, label: str, columns: Sequence[str]) -> bytes:
+        """A line as mtr composes it: a column that is too wide is overwritten by the next."""
+        line, width = label, len(label)
+        for column, step in zip(columns, self.WIDTHS, strict=True):
+            line, width = line[:width] + column, width + step
+        return line.encode() + b"\n"
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """A diagnostic."""
+
+    argv: tuple[str, ...]  # what the address is added to
+    version: int  # of IP
+    results: tuple[int, ...]  # exit statuses that are results rather than faults
+    reader: type[Verbatim] | type[MtrText]
+
+
+PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56")
+TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30")
+MTR = ("--raw", "-n", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30")
+
+COMMANDS = {
+    "ping": Command(("ping", "-4", *PING), 4, (0, 1), Verbatim),
+    "ping6": Command(("ping", "-6", *PING), 6, (0, 1), Verbatim),
+    "traceroute": Command(("traceroute", "-4", *TRACEROUTE), 4, (0,), Verbatim),
+    "traceroute6": Command(("traceroute", "-6", *TRACEROUTE), 6, (0,), Verbatim),
+    "mtr": Command(("mtr", "-4", *MTR), 4, (0,), MtrText),
+    "mtr6": Command(("mtr", "-6", *MTR), 6, (0,), MtrText),
+}
+PACKAGES = {"ping": "iputils-ping", "traceroute": "traceroute", "mtr": "mtr-tiny"}  # as Debian calls them
+
+# Debian keeps some tools where only root's PATH looks.
+ENVIRONMENT = {"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"}
+
+
+def check_version(target: IPAddress | str, name: str) -> None:
+    """Raises Refusal for an address of the IP version that the command `name` is not for."""
+    version = COMMANDS[name].version
+    if not isinstance(target, str) and target.version != version:
+        other = f"{name}6" if version == 4 else name.removesuffix("6")
+        raise invalid(f"{target} is an IPv{target.version} address: use {other}", str(target))
+
+
+def missing_tools() -> list[str]:
+    return [tool for tool in PACKAGES if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
+
+
+# ---- running a command -------------------------------------------------------------------------------------
+
+OUTPUT_BYTES = 2**20  # what one command may write
+READ_BYTES = 2**16  # a pipe holds as much
+TICK_SECONDS = 0.1  # how often a silent command is looked at
+FAREWELL_SECONDS = 0.5  # what a command has to print its summary after SIGINT
+
+
+class Process:
+    """A tool in a session of its own, its output, and in `fault` what was wrong with its end, if anything."""
+
+    running: ClassVar[set[Process]] = set()
+
+    def __init__(self, argv: Sequence[str], results: Sequence[int], seconds: float) -> None:
+        """Start it for at most `seconds`; exit statuses in `results` are no fault. Raises OSError."""
+        self.results, self.fault = results, ""
+        self.loop = asyncio.get_running_loop()
+        self.ready = asyncio.Event()
+        self.pipe, writable = os.pipe()
+        try:
+            self.tool = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=writable,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self.pipe)
+            raise
+        finally:
+            os.close(writable)
+        os.set_blocking(self.pipe, False)
+        self.loop.add_reader(self.pipe, self.ready.set)
+        self.timer = self.loop.call_later(seconds, self.stop, f"stopped after {seconds} s")
+        self.running.add(self)
+
+    def stop(self, why: str) -> None:
+        """End it, with a moment for its summary; what it writes can be read until then."""
+        self.fault = self.fault or why
+        self.signal(signal.SIGINT)
+        self.timer.cancel()
+        self.timer = self.loop.call_later(FAREWELL_SECONDS, self.signal, signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        """To the whole group: mtr has children, which would live on and keep the pipe open."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.tool.pid, number)
+
+    def has_ended(self) -> bool:
+        """Asked without reaping, so that the group's number stays its own until `end` has killed it."""
+        return os.waitid(os.P_PID, self.tool.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    async def output(self) -> AsyncGenerator[bytes]:
+        """Chunks of what it writes, as they come, until it has ended or has written too much."""
+        left = OUTPUT_BYTES
+        while True:
+            if ended := self.has_ended():
+                self.signal(signal.SIGKILL)  # to children that live on
+            try:
+                chunk = os.read(self.pipe, READ_BYTES)
+            except BlockingIOError:
+                if ended:  # a child has left the group and holds the pipe
+                    return
+                self.ready.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(TICK_SECONDS):
+                        await self.ready.wait()
+                continue
+            if not chunk:
+                break
+            if len(chunk) > left:
+                self.fault = self.fault or f"output cut at {OUTPUT_BYTES // 2**20} MiB"
+                yield chunk[:left]
+                return
+            left -= len(chunk)
+            yield chunk
+        self.loop.remove_reader(self.pipe)
+        pause = TICK_SECONDS / 100  # closing its output is mostly the last thing that a tool does
+        while not self.has_ended():
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, TICK_SECONDS)
+
+    async def end(self) -> None:
+        """Nothing is left of it: its group is dead, it is reaped, its pipe is closed."""
+        self.running.discard(self)
+        self.timer.cancel()
+        self.loop.remove_reader(self.pipe)
+        os.close(self.pipe)
+        self.signal(signal.SIGKILL)
+        while (status := self.tool.poll()) is None:
+            await asyncio.sleep(0.001)
+        if not self.fault and status not in self.results:
+            self.fault = f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
+
+
+@asynccontextmanager
+async def started(command: Command, address: IPAddress) -> AsyncIterator[Process]:
+    """The command's tool, running towards an address; gone when the context is left. Raises Refusal."""
+    tool = command.argv[0]
+    try:
+        process = Process([*command.argv, str(address)], command.results, SETTINGS.DIAGNOSTIC_TIMEOUT)
+    except (FileNotFoundError, PermissionError):
+        log.error("%s is not installed or may not run here: %s", tool, install_hint([tool]))
+        raise Refusal(503, {"error": f"{tool} is not installed on this server, or may not run"}) from None
+    except OSError as error:
+        log.error("%s cannot be started: %s", tool, error)
+        later = {"Retry-After": str(BUSY_SECONDS)}
+        raise Refusal(503, {"error": f"The server cannot start {tool} now: try again soon"}, later) from None
+    try:
+        yield process
+    finally:
+        await process.end()
+
+
+async def diagnose(name: str, target: IPAddress | str, client: IPAddress) -> AsyncGenerator[Head | bytes]:
+    """Run the command `name`, from the free slot to the line in the log.
+
+    Gives the headers of the rate limit first, then what a text client reads; raises Refusal before.
+    """
+    command, who = COMMANDS[name], limited_as(client)
+    with DIAGNOSTICS.take(who):
+        head = await LIMITS.hit(SETTINGS.RATE_LIMIT_DIAGNOSTICS, name, who)
+        begun, address, outcome = time.monotonic(), None, "client gone"
+        try:
+            address = await resolve(target, command.version)
+            async with started(command, address) as process:
+                yield head
+                if isinstance(target, str):
+                    kind = "address" if command.version == 4 else "IPv6 address"
+                    yield f"{target} has {kind} {address}\n".encode()
+                reader, text = command.reader(address), b"\n"
+                async with aclosing(process.output()) as chunks:
+                    async for chunk in chunks:
+                        if read := reader.feed(chunk):
+                            yield (text := read)
+            outcome = process.fault or "finished"
+        except Refusal as refusal:
+            outcome = "refused"
+            refusal.headers.update(head)
+            raise
+        finally:
+            about = (name, target, address, client, outcome, time.monotonic() - begun)
+            log.info("%s target=%s address=%s client=%s outcome=%r seconds=%.1f", *about)
+    if read := reader.end():
+        yield (text := read)
+    if process.fault:
+        yield (b"" if text.endswith(b"\n") else b"\n") + f"--- {name}: {process.fault} ---\n".encode()
+
+
+async def detached(items: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """The items of a generator that runs in a task of its own, not held up by who takes them.
+
+    What waits to be taken is bounded by OUTPUT_BYTES.
+    """
+    queue: asyncio.Queue[T | None] = asyncio.Queue()
+
+    async def drive() -> None:
+        try:
+            async with aclosing(items):
+                async for item in items:
+                    queue.put_nowait(item)
+        finally:
+            queue.put_nowait(None)
+
+    task = asyncio.create_task(drive())
+    try:
+        while (item := await queue.get()) is not None:
+            yield item
+        await task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+# ---- speed tests -------------------------------------------------------------------------------------------
+
+BLOCK = bytes(2**20)  # blocks of 1 to 4 MiB reach what a bare socket reaches; sizes are multiples of it
+STALL_SECONDS = 30  # a peer that takes nothing for so long is dropped
+
+
+class Size(NamedTuple):
+    """A download: how many bytes, a multiple of the block, and its rates."""
+
+    length: int
+    rates: tuple[limits.RateLimitItem, ...]
+
+
+SIZES = {
+    "100M": Size(100 * 2**20, SETTINGS.RATE_LIMIT_SPEEDTEST),
+    "1G": Size(2**30, SETTINGS.RATE_LIMIT_SPEEDTEST),
+    "10G": Size(10 * 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST_10G),
+}
+
+
+async def zeros(name: str, client: IPAddress) -> AsyncGenerator[Head | bytes]:
+    """The headers of the rate limit, then the same block again and again; raises Refusal."""
+    size, who = SIZES[name], limited_as(client)
+    with SPEEDTESTS.take(who):
+        head = await LIMITS.hit(size.rates, f"speedtest {name}", who)
+        begun, left = time.monotonic(), size.length
+        try:
+            yield head
+            while left:
+                yield BLOCK
+                left -= len(BLOCK)
+        finally:
+            outcome = "broken off" if left else "finished"
+            about = (name, client, outcome, size.length - left, time.monotonic() - begun)
+            log.info("speedtest %s client=%s outcome=%r bytes=%d seconds=%.1f", *about)
+
+
+# ---- endpoints ---------------------------------------------------------------------------------------------
+
+BODY_BYTES = 4096
+BODY_SECONDS = 10
+
+
+class Stream(Response):
+    """A response from a generator: first its further headers, then the pieces of its body.
+
+    What the generator raises before its first item is the answer instead. It is closed on every way out: at
+    its end, when the client leaves, when the server stops. (StreamingResponse leaves that to the garbage
+    collector.)
+    """
+
+    open: ClassVar[set[asyncio.Task[None]]] = set()
+
+    def __init__(self, items: AsyncGenerator[Head | bytes], headers: Mapping[str, str]) -> None:
+        self.items, self.fixed = items, headers
+
+    async def send_all(self, send: Send) -> None:
+        async with aclosing(self.items) as items:
+            head = [*self.fixed.items(), *cast(Head, await anext(items)).items()]
+            raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in head]
+            await send({"type": "http.response.start", "status": 200, "headers": raw})
+            async for body in items:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def leave() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        sending, leaving = asyncio.create_task(self.send_all(send)), asyncio.create_task(leave())
+        self.open.add(sending)
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.open.discard(sending)
+            sending.cancel()
+            leaving.cancel()
+            await asyncio.wait((sending, leaving))
+        if not sending.cancelled():
+            sending.result()
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a small request; raises Refusal when it is too large or too slow."""
+    body = b""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            if int(request.headers.get("content-length", "0")) <= BODY_BYTES:
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > BODY_BYTES:
+                        break
+                else:
+                    return body
+    except TimeoutError:
+        raise Refusal(408, {"detail": f"The body did not come within {BODY_SECONDS} s"}) from None
+    raise Refusal(413, {"detail": f"The body is larger than {BODY_BYTES} bytes: send the target alone"})
+
+
+def ip_address(text: object) -> IPAddress | None:
+    """The address that is written here, without its zone; IPv4 where it is mapped into IPv6."""
+    try:
+        address = ipaddress.ip_address(str(text).partition("%")[0])
+    except ValueError:
+        return None
+    return (address.version == 6 and address.ipv4_mapped) or address
+
+
+def is_believed(peer: IPAddress | None) -> bool:
+    return peer is not None and any(peer in network for network in SETTINGS.FORWARDED_ALLOW_IPS)
+
+
+@cache
+def warn_of_proxy(header: str) -> None:
+    """Say it once."""
+    log.warning(
+        "%s is not believed: it comes from a peer that is not in FORWARDED_ALLOW_IPS. If this server stands "
+        "behind a proxy, add the proxy's address there: until then all its clients share one limit",
+        header,
+    )
+
+
+def client_of(request: Request) -> IPAddress:
+    """Who is limited, logged and shown as `your_ip`: the peer, or whom a believed peer forwards for."""
+    peer = ip_address(request.scope["peer"])
+    if is_believed(peer):
+        forwarded = ip_address(request.client.host) if request.client else None  # by ProxyHeadersMiddleware
+        if forwarded and not is_believed(forwarded):
+            return forwarded
+        peer = ip_address(request.headers.get("x-real-ip")) or peer
+    else:
+        for header in ("x-forwarded-for", "x-real-ip"):
+            if header in request.headers:
+                warn_of_proxy(header)
+    return peer or ipaddress.IPv4Address(0)  # a peer without an address: a Unix socket's
+
+
+TEXT_HEADERS = {
+    "Content-Type": "text/plain; charset=utf-8",
+    "Cache-Control": "no-store, no-transform",
+    "X-Accel-Buffering": "no",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+async def diagnostic(name: str, request: Request) -> Response:
+    target = parse_target(read_target(await read_body(request)))
+    check_version(target, name)
+    return Stream(detached(diagnose(name, target, client_of(request))), TEXT_HEADERS)
+
+
+async def speedtest(name: str, request: Request) -> Response:
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Content-Length": str(SIZES[name].length),
+        "Content-Disposition": f"attachment; filename=speedtest_{name}.bin",
+        "Cache-Control": "no-store, no-transform",
+        "Timing-Allow-Origin": "*",
+    }
+    if request.method == "HEAD":
+        return Response(headers=headers)
+    return Stream(zeros(name, client_of(request)), headers)
+
+
+async def health(request: Request) -> Response:
+    missing = missing_tools()
+    return JSONResponse({"status": "degraded", "missing": missing} if missing else {"status": "ok"})
+
+
+async def network_info(request: Request) -> Response:
+    return JSONResponse(
+        {
+            "location": SETTINGS.NETWORK_LOCATION,
+            "map_url": SETTINGS.NETWORK_MAP_URL,
+            "facility": SETTINGS.NETWORK_FACILITY,
+            "facility_url": SETTINGS.NETWORK_FACILITY_URL,
+            "looking_glass_ipv4": SETTINGS.NETWORK_IPV4,
+            "looking_glass_ipv6": SETTINGS.NETWORK_IPV6,
+            "your_ip": str(client_of(request)),
+        }
+    )
+
+
+USAGE = """\
+Looking glass: {location}, {facility}
+
+Measure the network from here, with a host name or an address as the target:
+
+    curl -N -d target=example.com {base}/lookingglass/ping
+    curl -N -d target=example.com {base}/lookingglass/ping6
+    curl -N -d target=example.com {base}/lookingglass/traceroute
+    curl -N -d target=example.com {base}/lookingglass/traceroute6
+    curl -N -d target=example.com {base}/lookingglass/mtr
+    curl -N -d target=example.com {base}/lookingglass/mtr6
+
+Measure the way to here (100M, 1G, 10G):
+
+    curl -o /dev/null {base}/speedtest/100M
+
+About this place and about you, and whether all is well:
+
+    curl {base}/network/info
+    curl {base}/health
+
+Limits for each client: {limits}.
+"""
+HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.IGNORECASE)
+
+
+def describe(items: Rates) -> str:
+    return " and ".join(map(str, items)) or "no limit"
+
+
+def limits_text() -> str:
+    rates = (
+        SETTINGS.RATE_LIMIT_DIAGNOSTICS,
+        SETTINGS.RATE_LIMIT_SPEEDTEST,
+        SETTINGS.RATE_LIMIT_SPEEDTEST_10G,
+    )
+    return "{} of each command, {} of each speed test, {} of 10G".format(*map(describe, rates))
+
+
+async def usage(request: Request) -> Response:
+    host = request.headers.get("host", "")
+    if not HOST.fullmatch(host):  # it is printed into lines that people paste into a shell
+        host = f"localhost:{SETTINGS.PORT}"
+    base = f"{request.url.scheme}://{host}"
+    about = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
+    return PlainTextResponse(
+        USAGE.format(base=base, limits=limits_text(), **about), headers={"Vary": "Accept"}
+    )
+
+
+async def answer_refusal(request: Request, refusal: Exception) -> Response:
+    assert isinstance(refusal, Refusal)
+    try:
+        return JSONResponse(refusal.body, refusal.status, refusal.headers)
+    except (ValueError, RecursionError):  # what the client sent, to be echoed, cannot be written as JSON
+        detail = cast(list[dict[str, object]], refusal.body["detail"])
+        return JSONResponse(
+            {"detail": [{**each, "input": None} for each in detail]}, refusal.status, refusal.headers
+        )
+
+
+async def answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+
+
+async def answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # the client is gone, and reads nothing
+
+
+async def answer_defect(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": "Internal Server Error"}, 500)  # Starlette logs the traceback
+
+
+# ---- the routes and the app --------------------------------------------------------------------------------
+
+STOP_SECONDS = 3  # what uvicorn waits for answers that are not taken when the server ends
+
+
+class Peer:
+    """Keeps who is connected, before ProxyHeadersMiddleware writes over it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["peer"] = (scope.get("client") or ("",))[0]
+        await self.app(scope, receive, send)
+
+
+class CloseUnread:
+    """Closes the connection after an answer that did not wait for the whole body of its request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+        async def watch() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = message.get("more_body", False)
+            return message
+
+        async def close(message: Message) -> None:
+            if unread and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        await (self.app(scope, watch, close) if unread else self.app(scope, receive, send))
+
+
+def install_hint(tools: Sequence[str]) -> str:
+    return "apt-get install " + " ".join(PACKAGES[tool] for tool in tools)
+
+
+@asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    """Says at the start what an operator has to know."""
+    log.info("Limits for each client: %s", limits_text())
+    log.info(
+        "At once: %d commands, %d for a client; %d speed tests, %d for a client",
+        *(DIAGNOSTICS.total, DIAGNOSTICS.per_client, SPEEDTESTS.total, SPEEDTESTS.per_client),
+    )
+    if missing := missing_tools():
+        tools, hint = ", ".join(missing), install_hint(missing)
+        log.warning("Missing: %s. Their commands answer 503 until you install them: %s", tools, hint)
+    if SETTINGS.CORS_CREDENTIALS and "*" in SETTINGS.CORS_ORIGINS:
+        log.warning(
+            "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: name the origins to allow credentials"
+        )
+    yield
+
+
+app = Starlette(
+    routes=[
+        Route("/", usage),
+        Route("/health", health),
+        Route("/network/info", network_info),
+        *(
+            Route(f"/lookingglass/{name}", partial(diagnostic, name), methods=["POST"], name=name)
+            for name in COMMANDS
+        ),
+        *(Route(f"/speedtest/{name}", partial(speedtest, name), name=name) for name in SIZES),
+    ],
+    middleware=[
+        Middleware(Peer),
+        Middleware(
+            ProxyHeadersMiddleware, trusted_hosts=[str(each) for each in SETTINGS.FORWARDED_ALLOW_IPS]
+        ),
+        Middleware(
+            CORSMiddleware,
+            allow_origins=SETTINGS.CORS_ORIGINS,
+            allow_methods=SETTINGS.CORS_METHODS,
+            allow_headers=SETTINGS.CORS_HEADERS,
+            allow_credentials=SETTINGS.CORS_CREDENTIALS and "*" not in SETTINGS.CORS_ORIGINS,
+            expose_headers=["Retry-After", *RATE_HEADERS],
+        ),
+        Middleware(CloseUnread),
+    ],
+    exception_handlers={
+        Refusal: answer_refusal,
+        HTTPException: answer_http,
+        ClientDisconnect: answer_nobody,
+        Exception: answer_defect,
+    },
+    lifespan=lifespan,
+)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but what would go on is ended first: it waits for that, and then ends the loop."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        STOPPING.set()
+        for process in Process.running:
+            process.stop("stopped, the server is shutting down")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2 * FAREWELL_SECONDS):
+                while DIAGNOSTICS.taken:
+                    await asyncio.sleep(TICK_SECONDS)
+        for sending in Stream.open:
+            sending.cancel()
+        await super().shutdown(sockets)
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets for the addresses of `host`, or where it is empty for all, IPv4 and IPv6. Raises OSError."""
+    sockets = []
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        try:
+            listening = socket.socket(family, kind, protocol)
+        except OSError:
+            if host:
+                raise
+            continue  # a machine without IPv6
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # Connections inherit it: the kernel drops a peer that takes nothing, as no closing of ours could.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)
+        listening.bind(address)
+        listening.listen()
+        sockets.append(listening)
+    return sockets
+
+
+def serve() -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=SETTINGS.LOG_LEVEL.upper())
+    certificate, key = SETTINGS.SSL_CERTFILE or None, SETTINGS.SSL_KEYFILE or None
+    if certificate or key:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate or "", key)
+        except OSError as error:
+            reason = f"expected a certificate and its key, in PEM ({error})"
+            raise unusable(reason, SSL_CERTFILE=certificate or "", SSL_KEYFILE=key or "") from None
+    try:
+        sockets = listen(SETTINGS.HOST, SETTINGS.PORT)
+    except OSError as error:
+        reason = f"expected an address of this machine and a free port ({error.strerror})"
+        raise unusable(reason, HOST=SETTINGS.HOST, PORT=SETTINGS.PORT) from None
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level=SETTINGS.LOG_LEVEL,
+        access_log=SETTINGS.LOG_LEVEL == "debug",
+        proxy_headers=False,  # the app does that
+        server_header=False,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+    for listening in sockets:
+        host, port = listening.getsockname()[:2]
+        url = f"{'https' if certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        log.info("Listening on %s", url)
+    Server(config).run(sockets)
+
+
+def ask_health() -> None:
+    """Print what /health of the server with these settings answers; raises SystemExit where none does."""
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(SETTINGS.HOST, SETTINGS.HOST)  # noqa: S104
+    connection: http.client.HTTPConnection
+    if SETTINGS.SSL_CERTFILE:
+        unverified = ssl._create_unverified_context()  # noqa: S323 - the certificate is for the public name
+        connection = http.client.HTTPSConnection(
+            host, SETTINGS.PORT, timeout=BUSY_SECONDS, context=unverified
+        )
+    else:
+        connection = http.client.HTTPConnection(host, SETTINGS.PORT, timeout=BUSY_SECONDS)
+    try:
+        connection.request("GET", "/health")
+        print(connection.getresponse().read().decode())
+    except (OSError, http.client.HTTPException) as error:
+        raise SystemExit(f"No answer from {host} port {SETTINGS.PORT}: {error}") from None
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["health"]:
+        ask_health()
+    elif sys.argv[1:]:
+        raise SystemExit(__doc__)
+    else:
+        serve()
