@@ -871,6 +871,7 @@ class Stream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": raw})
             async for body in items:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+                await asyncio.sleep(0)  # send does not wait for a reader that is fast, or gone: others would
         await send({"type": "http.response.body", "body": b""})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

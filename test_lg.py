@@ -1,0 +1,1545 @@
+# SPDX-License-Identifier: MIT
+"""The looking glass, tested as it is used: a server process, real sockets, the real tools.
+
+`python -m pytest test_lg.py` runs what this machine can; the rest is skipped with the reason, or fails
+where LG_TEST_REQUIRE_ALL is set. Stand-ins for the tools, first on PATH, do what the real ones will not do
+on demand; a stand-in for the resolver answers for names. Packets go to loopback and to `.ci/hops` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import ipaddress
+import itertools
+import json
+import os
+import random
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import lg
+
+HERE = Path(__file__).parent
+HOPS = HERE / ".ci" / "hops"
+TARGET4, TARGET6 = "198.51.100.254", "2001:db8::254"
+PATIENCE = 30.0  # how long a test waits for what must come; these machines can be slow
+
+
+def lacking(what: str) -> NoReturn:
+    if os.environ.get("LG_TEST_REQUIRE_ALL"):
+        pytest.fail(f"needed here: {what}")
+    pytest.skip(what)
+
+
+def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """What `condition` returns once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"still not so after {seconds} s"
+        time.sleep(0.01)
+    return result
+
+
+# ---- the server under test ---------------------------------------------------------------------------------
+
+RESOLVER = """
+import json, os, socket, time
+real, names = socket.getaddrinfo, json.loads(os.environ.get("LG_TEST_NAMES", "{}"))
+
+def getaddrinfo(host, port, family=0, *rest, **more):
+    if not isinstance(host, bytes):  # the server looks targets up as bytes, and its own addresses as str
+        return real(host, port, family, *rest, **more)
+    with open(os.environ["LG_TEST_LOOKUPS"], "a") as lookups:
+        lookups.write(host.decode() + "\\\\n")
+    answer = names.get(host.decode().rstrip(".").lower(), [])
+    if answer == "hang":
+        time.sleep(3600)
+    if answer == "fail":
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    found = [a for a in answer if (":" in a) == (family == socket.AF_INET6)]
+    if not found:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return [(family, socket.SOCK_STREAM, 6, "", (a, 0)) for a in found]
+
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+def free_port() -> int:
+    with socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """`python lg.py` on a free port, with these settings and stand-ins (tool → script) for the real tools."""
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Mapping[str, object] | None = None,
+        tools: Mapping[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
+        command: tuple[str, ...] = (sys.executable, "lg.py"),
+        **environment: str,
+    ) -> None:
+        self.folder, self.port = folder, int(environment.setdefault("PORT", str(free_port())))
+        (folder / "bin").mkdir(exist_ok=True)
+        (folder / "site").mkdir(exist_ok=True)
+        (folder / "site" / "sitecustomize.py").write_text(RESOLVER.replace("\\\\", "\\"))
+        for tool, script in (tools or {}).items():
+            self.stand_in(tool, script)
+        self.environment = {
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            "PYTHONPATH": "" if prefix else str(folder / "site"),
+            "LG_TEST_NAMES": json.dumps(names or {}),
+            "LG_TEST_LOOKUPS": str(folder / "lookups"),
+            "RATE_LIMIT_DIAGNOSTICS": "off",
+            "RATE_LIMIT_SPEEDTEST": "off",
+            "RATE_LIMIT_SPEEDTEST_10G": "off",
+            **environment,
+        }
+        self.log_path = folder / "log"
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*prefix, *command],
+                cwd=HERE,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+        self.prefix = prefix
+        if prefix:  # in another network namespace: asked from there
+            until(lambda: "startup complete" in self.log)
+        else:
+            self.http = httpx.Client(
+                base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE, trust_env=False
+            )
+            until(self.is_up)
+
+    def stand_in(self, tool: str, script: str) -> None:
+        path = self.folder / "bin" / tool
+        path.write_text(script)
+        path.chmod(0o755)
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None, self.log
+        with contextlib.suppress(httpx.HTTPError):
+            return self.http.get("/health").status_code == 200
+        return False
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def lookups(self) -> list[str]:
+        path = self.folder / "lookups"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def run(self, command: str, target: str = "127.0.0.1", **options: Any) -> httpx.Response:
+        return self.http.post(f"/lookingglass/{command}", json={"target": target}, **options)
+
+    def connect(self, family: int = socket.AF_INET, receive_bytes: int = 0) -> socket.socket:
+        connection = socket.socket(family)
+        if receive_bytes:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.settimeout(PATIENCE)
+        connection.connect(("::1" if family == socket.AF_INET6 else "127.0.0.1", self.port))
+        return connection
+
+    def begin(self, command: str = "ping", target: str = "127.0.0.1", **options: Any) -> socket.socket:
+        """A connection on which a command was asked for, and nothing read yet."""
+        connection = self.connect(**options)
+        body = json.dumps({"target": target}).encode()
+        head = f"POST /lookingglass/{command} HTTP/1.1\r\nHost: lg\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        return connection
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))  # noqa: PTH208
+
+    def has_reaped(self) -> bool:
+        return self.process.pid not in [parent for parent, _, line in processes().values() if not line]
+
+    def stop(self) -> int:
+        """The status with which it ends after SIGTERM."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(PATIENCE)
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Start]:
+    """Starts servers for one test."""
+    servers: list[Server] = []
+
+    def start(**options: Any) -> Server:
+        folder = tmp_path / str(len(servers))
+        folder.mkdir()
+        servers.append(Server(folder, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        until(server.has_reaped)
+        server.stop()
+        assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="session")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for the tests that need no settings of their own; its tools say how they were started."""
+    names = {
+        "here.example": ["127.0.0.2", "::1"],
+        "xn--bcher-kva.example": ["127.0.0.1"],
+        "broken.example": "fail",
+    }
+    names |= {"inside.example": ["10.0.0.1"], "v6.example": ["::1"], "example.com": ["127.0.0.1", "::1"]}
+    tools = dict.fromkeys(("ping", "traceroute", "mtr"), ECHO)
+    server = Server(tmp_path_factory.mktemp("echo"), names=names, tools=tools)
+    yield server
+    server.stop()
+    assert "Traceback" not in server.log, server.log
+
+
+def processes() -> dict[int, tuple[int, int, str]]:
+    """pid → parent, process group and command line of all that run here; a zombie has no command line."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            _, parent, group, *_ = (path / "stat").read_text().rpartition(") ")[2].split()
+            line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found[int(path.name)] = (int(parent), int(group), line)
+    return found
+
+
+def running(text: str) -> list[int]:
+    """The processes with this text in their command line."""
+    return [pid for pid, (_, _, line) in processes().items() if text in line]
+
+
+def group_of(address: str) -> int:
+    """The process group of the tool that measures this address, once it runs."""
+
+    def find() -> int:
+        return next((group for _, group, line in processes().values() if line.endswith(f" {address} ")), 0)
+
+    return int(until(find))
+
+
+def members(group: int) -> list[int]:
+    """Those that live; who killed them reaps the first, and the init of the machine its orphans."""
+    return [pid for pid, (_, its, line) in processes().items() if its == group and line]
+
+
+def lone_address() -> str:
+    """A loopback address that no other test measures, to know its processes by."""
+    return f"127.{secrets.randbelow(254) + 1}.{secrets.randbelow(256)}.{secrets.randbelow(254) + 1}"
+
+
+def left(connection: socket.socket) -> bytes:
+    """What is still to be read from a connection, to its end."""
+    chunks = []
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := connection.recv(65536):
+            chunks.append(chunk)
+    return b"".join(chunks)
+
+
+ECHO = f"""#!{sys.executable}
+import os, sys
+print("argv", *sys.argv[1:])
+print("environment", *sorted(os.environ))
+print("locale", os.environ["LC_ALL"])
+print("stdin", len(sys.stdin.read()))
+print("session", os.getsid(0) == os.getpid())
+"""
+ENDLESS = "#!/bin/sh\necho begun\nwhile :; do echo line; sleep 0.02; done\n"
+SILENT = "#!/bin/sh\nwhile :; do sleep 1000; done\n"
+STUBBORN = "#!/bin/sh\ntrap '' INT TERM HUP PIPE\necho begun\nwhile :; do sleep 0.05; done\n"
+FORKING = "#!/bin/sh\necho begun\nsleep 1000 &\nsleep 1000 &\nwait\n"
+
+
+# ---- the six diagnostics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "argv"),
+    [
+        ("ping", "-4 -n -O -c 15 -W 2 -s 56 127.0.0.1"),
+        ("ping6", "-6 -n -O -c 15 -W 2 -s 56 ::1"),
+        ("traceroute", "-4 -q 3 -w 3,3,10 -m 30 127.0.0.1"),
+        ("traceroute6", "-6 -q 3 -w 3,3,10 -m 30 ::1"),
+        ("mtr", "-4 --raw -n -c 10 -i 1 -G 1 -Z 2 -m 30 127.0.0.1"),
+        ("mtr6", "-6 --raw -n -c 10 -i 1 -G 1 -Z 2 -m 30 ::1"),
+    ],
+)
+def test_each_command_starts_its_tool_with_the_argv_of_the_contract(
+    echo: Server, command: str, argv: str
+) -> None:
+    lines = echo.run(command, argv.split()[-1]).text.splitlines()
+    assert [line for line in lines if not line.startswith("Start: ")] == [
+        f"argv {argv}",
+        "environment LC_ALL PATH" + (" LC_CTYPE" if "LC_CTYPE" in lines[-4] else ""),
+        "locale C",
+        "stdin 0",
+        "session True",
+    ]
+
+
+def test_the_stream_has_the_headers_of_the_contract(echo: Server) -> None:
+    response = echo.run("ping")
+    assert response.status_code == 200
+    assert {name: response.headers[name] for name in lg.TEXT_HEADERS} == {
+        "Content-Type": "text/plain; charset=utf-8",
+        "Cache-Control": "no-store, no-transform",
+        "X-Accel-Buffering": "no",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b'{"target": "127.0.0.1"}', "application/json"),
+        (b'{"target": "127.0.0.1"}', "application/x-www-form-urlencoded"),
+        (b'\xef\xbb\xbf {"target": "127.0.0.1", "count": 1000, "argv": ["-f"]}', "text/plain"),
+        (b"target=127.0.0.1", "application/x-www-form-urlencoded"),
+        (b"target=127%2E0.0.1&count=1000", "application/json"),
+    ],
+)
+def test_a_body_is_json_or_a_form_whatever_its_content_type_says(
+    echo: Server, body: bytes, content_type: str
+) -> None:
+    response = echo.http.post("/lookingglass/ping", content=body, headers={"Content-Type": content_type})
+    assert response.text.startswith("argv -4 -n -O -c 15 -W 2 -s 56 127.0.0.1\n")
+
+
+def test_a_name_is_looked_up_once_and_the_tool_gets_its_address(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO, "mtr": ECHO}, names={"here.example": ["127.0.0.2", "::1"]})
+    assert server.run("ping", "Here.Example.").text.startswith(
+        "Here.Example. has address 127.0.0.2\nargv -4 "
+    )
+    assert server.run("mtr6", "here.example").text.startswith("here.example has IPv6 address ::1\nStart: ")
+    assert server.lookups == ["Here.Example.", "here.example"]
+
+
+def test_a_name_is_measured_at_its_first_address_that_is_allowed(serve: Start) -> None:
+    names = {"mixed.example": ["10.0.0.1", "127.0.0.9", "127.0.0.10"]}
+    server = serve(tools={"ping": ECHO}, names=names, TARGET_DENY="127.0.0.9")
+    assert server.run("ping", "mixed.example").text.startswith("mixed.example has address 127.0.0.10\n")
+
+
+def test_an_international_name_is_looked_up_in_its_ascii_form(echo: Server) -> None:
+    assert echo.run("ping", "Bücher.example").text.startswith("xn--bcher-kva.example has address 127.0.0.1\n")
+
+
+def test_what_a_tool_writes_arrives_as_it_is_written_and_not_line_by_line(
+    serve: Start, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    script = f"#!/bin/sh\nprintf ' 1  gw '\nwhile [ ! -e {gate} ]; do sleep 0.01; done\necho '1.0 ms'\n"
+    server = serve(tools={"traceroute": script})
+    with server.http.stream("POST", "/lookingglass/traceroute", data={"target": "127.0.0.1"}) as response:
+        chunks = response.iter_bytes()
+        assert next(chunks) == b" 1  gw "
+        gate.touch()
+        assert b"".join(chunks) == b"1.0 ms\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("exit 0", ""),
+        ("echo gone; exit 1", "gone\n"),  # of ping, no reply: a result
+        ("echo bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
+        ("printf bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
+        ("exit 3", "--- ping: exit status 3 ---\n"),
+        ("echo bad >&2; kill -9 $$", "bad\n--- ping: killed by signal 9 ---\n"),
+    ],
+)
+def test_the_closing_line_says_what_was_wrong_and_is_not_there_otherwise(
+    serve: Start, script: str, text: str
+) -> None:
+    assert serve(tools={"ping": f"#!/bin/sh\n{script}\n"}).run("ping").text == text
+
+
+def test_a_status_other_than_0_is_a_fault_of_the_other_tools(serve: Start) -> None:
+    server = serve(tools={"traceroute": "#!/bin/sh\nexit 1\n", "mtr": "#!/bin/sh\necho mtr: no\nexit 1\n"})
+    assert server.run("traceroute6", "::1").text == "--- traceroute6: exit status 1 ---\n"
+    assert re.fullmatch(r"Start: \S+\nmtr: no\n--- mtr: exit status 1 ---\n", server.run("mtr").text)
+
+
+# The same in the small internet of .ci/hops, with the real tools.
+
+
+@pytest.fixture(scope="session")
+def hops() -> Iterator[tuple[str, ...]]:
+    """The prefix that runs a command on the first host of .ci/hops."""
+    if os.geteuid() != 0:
+        lacking("root, for network namespaces")
+    for tool in ("ip", "nft", "ping", "traceroute", "mtr"):
+        if not shutil.which(tool):
+            lacking(f"the command {tool}")
+    mine = not Path("/run/netns/hops0").exists()
+    if mine and subprocess.run([HOPS, "up"], capture_output=True, check=False).returncode:
+        lacking("the right to make network namespaces")
+    yield (str(HOPS), "exec")
+    if mine:
+        subprocess.run([HOPS, "down"], check=True)
+
+
+@pytest.fixture(scope="session")
+def in_hops(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(
+        tmp_path_factory.mktemp("hops"),
+        prefix=hops,
+        TARGET_ALLOW="127.0.0.0/8,::1,198.51.100.0/24,2001:db8::/32",
+        MAX_DIAGNOSTICS_PER_CLIENT="20",
+    )
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def transcripts(in_hops: Server) -> dict[tuple[str, str], str]:
+    """What `curl` prints for each command and target, all run at once."""
+
+    def ask(command: str, target: str) -> str:
+        url = f"http://127.0.0.1:{in_hops.port}/lookingglass/{command}"
+        curl = "import sys, httpx; url, target = sys.argv[1:]\n"
+        curl += "print(httpx.post(url, data={'target': target}, timeout=99).text, end='')"
+        line = [*in_hops.prefix, sys.executable, "-c", curl, url, target]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout
+
+    asked = [(command, f"{host}.lg.example") for command in lg.COMMANDS for host in ("target", "hole")]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return dict(zip(asked, pool.map(lambda each: ask(*each), asked), strict=True))
+
+
+def targets(command: str) -> tuple[str, str]:
+    """The two addresses of .ci/hops for a command, and what a name's line calls them."""
+    return (TARGET6, "IPv6 address") if command.endswith("6") else (TARGET4, "address")
+
+
+@pytest.mark.parametrize("command", ["ping", "ping6"])
+def test_ping_counts_fifteen_replies_of_a_target(
+    transcripts: Mapping[tuple[str, str], str], command: str
+) -> None:
+    text = transcripts[command, "target.lg.example"]
+    address, kind = targets(command)
+    first, second, *_ = text.splitlines()
+    assert first == f"target.lg.example has {kind} {address}"
+    assert second.startswith(f"PING {address}")
+    assert "\n15 packets transmitted, " in text
+    assert len(re.findall(rf"^64 bytes from {address}: icmp_seq=\d+ ttl=60 time=", text, re.M)) > 5
+
+
+@pytest.mark.parametrize("command", ["ping", "ping6"])
+def test_a_target_that_never_answers_is_a_result(
+    transcripts: Mapping[tuple[str, str], str], command: str
+) -> None:
+    text = transcripts[command, "hole.lg.example"]
+    assert "no answer yet for icmp_seq=1\n" in text
+    assert re.search(
+        r"^15 packets transmitted, 0 received, 100% packet loss, time \d+ms\n\n?$(?![^\n])", text, re.M
+    )
+    assert "---\n" not in text.partition("statistics ---\n")[2]
+
+
+@pytest.mark.parametrize("command", ["traceroute", "traceroute6"])
+def test_traceroute_shows_five_hops_of_which_one_is_silent(
+    transcripts: Mapping[tuple[str, str], str], command: str
+) -> None:
+    hops = transcripts[command, "target.lg.example"].splitlines()[2:]
+    assert [line.split()[0] for line in hops] == ["1", "2", "3", "4", "5"]
+    assert hops[0].startswith(" 1  gw.pop.lg.example (")
+    assert hops[2] == " 3  * * *"
+    assert f"target.lg.example ({targets(command)[0]})" in hops[4]
+
+
+@pytest.mark.parametrize("command", ["traceroute", "traceroute6"])
+def test_traceroute_gives_up_after_thirty_hops(
+    transcripts: Mapping[tuple[str, str], str], command: str
+) -> None:
+    assert transcripts[command, "hole.lg.example"].endswith("\n30  * * *\n")
+
+
+@pytest.mark.parametrize("command", ["mtr", "mtr6"])
+def test_mtr_shows_each_hop_when_it_first_answers_and_a_table_at_the_end(
+    transcripts: Mapping[tuple[str, str], str], command: str
+) -> None:
+    address, kind = targets(command)
+    text = transcripts[command, "target.lg.example"]
+    head, _, table = text.partition("HOST: ")
+    first, start, *live = head.splitlines()
+    assert first == f"target.lg.example has {kind} {address}"
+    assert re.fullmatch(r"Start: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", start)
+    assert sorted(line.split(".|-- ")[0].strip() for line in live) == ["1", "2", "4", "5"]
+    assert f"  5.|-- {address}" in live
+    rows = table.splitlines()
+    assert rows[0].split()[1:] == ["Loss%", "Snt", "Last", "Avg", "Best", "Wrst", "StDev"]
+    assert [row.split()[1] == "???" for row in rows[1:]] == [False, False, True, False, False]
+    assert rows[5].split()[:2] == ["5.|--", address]
+
+
+# ---- speed tests -------------------------------------------------------------------------------------------
+
+
+def test_a_download_is_zero_bytes_with_a_length_and_no_chunks(echo: Server) -> None:
+    with echo.http.stream("GET", "/speedtest/100M") as response:
+        chunks = list(response.iter_raw())
+    assert sum(map(len, chunks)) == 104857600
+    assert not any(chunk.strip(b"\0") for chunk in chunks)
+    assert "transfer-encoding" not in response.headers
+    assert {
+        name: response.headers[name] for name in ("Content-Length", "Content-Type", "Timing-Allow-Origin")
+    } == {
+        "Content-Length": "104857600",
+        "Content-Type": "application/octet-stream",
+        "Timing-Allow-Origin": "*",
+    }
+    assert response.headers["Content-Disposition"] == "attachment; filename=speedtest_100M.bin"
+    assert response.headers["Cache-Control"] == "no-store, no-transform"
+
+
+@pytest.mark.parametrize(("size", "length"), [("100M", 104857600), ("1G", 1073741824), ("10G", 10737418240)])
+def test_head_gives_the_headers_of_a_download_and_costs_nothing(serve: Start, size: str, length: int) -> None:
+    server = serve(RATE_LIMIT_SPEEDTEST="1/hour", RATE_LIMIT_SPEEDTEST_10G="1/hour", MAX_SPEEDTESTS="1")
+    for _ in range(3):
+        response = server.http.head(f"/speedtest/{size}")
+        assert (response.status_code, int(response.headers["Content-Length"])) == (200, length)
+    with server.http.stream("GET", f"/speedtest/{size}") as response:
+        assert (response.status_code, int(response.headers["Content-Length"])) == (200, length)
+
+
+def test_a_download_that_breaks_off_gives_its_slot_back(serve: Start) -> None:
+    server = serve(MAX_SPEEDTESTS="1")
+    for count in range(1, 4):
+        with server.http.stream("GET", "/speedtest/10G") as response:
+            assert response.status_code == 200
+            assert server.http.get("/speedtest/1G").status_code == 503
+        until(lambda: server.log.count("outcome='broken off'") == count)  # noqa: B023
+
+
+# ---- about this server -------------------------------------------------------------------------------------
+
+
+def test_network_info_says_what_the_settings_say_and_who_asks(serve: Start) -> None:
+    server = serve(
+        NETWORK_LOCATION="Amsterdam, Netherlands",
+        NETWORK_FACILITY="The Cellar",
+        NETWORK_MAP_URL="https://maps.example/ams",
+        NETWORK_FACILITY_URL="https://cellar.example",
+        NETWORK_IPV4="192.0.2.1",
+        NETWORK_IPV6="2001:db8::1",
+    )
+    assert server.http.get("/network/info").json() == {
+        "location": "Amsterdam, Netherlands",
+        "map_url": "https://maps.example/ams",
+        "facility": "The Cellar",
+        "facility_url": "https://cellar.example",
+        "looking_glass_ipv4": "192.0.2.1",
+        "looking_glass_ipv6": "2001:db8::1",
+        "your_ip": "127.0.0.1",
+    }
+
+
+def test_ipv4_and_ipv6_are_served_on_one_port_by_default(echo: Server) -> None:
+    assert httpx.get(f"http://[::1]:{echo.port}/network/info", trust_env=False).json()["your_ip"] == "::1"
+    assert echo.http.get("/network/info").json()["your_ip"] == "127.0.0.1"
+
+
+def test_health_is_ok_exactly(echo: Server) -> None:
+    assert echo.http.get("/health").content == b'{"status":"ok"}'
+
+
+def test_a_missing_tool_is_named_by_health_the_log_and_a_503(serve: Start) -> None:
+    server = serve(PATH="/nonexistent")
+    health = server.http.get("/health")
+    assert (health.status_code, health.json()["status"]) == (200, "degraded")
+    assert {"ping", "mtr"} <= set(health.json()["missing"])
+    assert "apt-get install iputils-ping" in server.log
+    response = server.run("ping")
+    assert response.status_code == 503
+    assert response.json() == {"error": "ping is not installed on this server, or may not run"}
+
+
+def test_a_tool_that_may_not_run_is_missing_and_one_that_comes_back_is_not(
+    serve: Start, tmp_path: Path
+) -> None:
+    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), ECHO), PATH=f"{tmp_path}/0/bin")
+    tool = server.folder / "bin" / "ping"
+    tool.chmod(0o644)
+    if os.access(tool, os.X_OK):
+        lacking("a file system that knows execute permissions")
+    assert server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]}
+    assert server.run("ping").status_code == 503
+    tool.chmod(0o755)
+    assert server.http.get("/health").json() == {"status": "ok"}
+    assert server.run("ping").status_code == 200
+
+
+def test_the_usage_names_this_server_and_its_lines_work_when_pasted(serve: Start) -> None:
+    tools = dict.fromkeys(("ping", "traceroute", "mtr"), "#!/bin/sh\necho it ran\n")
+    server = serve(tools=tools, names={"example.com": ["127.0.0.1", "::1"]})
+    response = server.http.get("/")
+    assert response.headers["Content-Type"].startswith("text/plain")
+    assert "Accept" in response.headers["Vary"]
+    lines = [line.strip() for line in response.text.splitlines() if line.startswith("    ")]
+    assert len(lines) == 9
+    for line in lines:
+        assert f"http://127.0.0.1:{server.port}/" in line
+        if shutil.which("curl"):
+            done = subprocess.run([*shlex.split(line), "-sSf"], capture_output=True, check=True)
+            assert b"it ran" in done.stdout or "/lookingglass/" not in line
+
+
+def test_a_host_header_that_is_none_is_not_printed_into_the_usage(echo: Server) -> None:
+    text = echo.http.get("/", headers={"Host": "x; rm -rf ~"}).text
+    assert f"http://localhost:{echo.port}/health" in text
+    assert "rm -rf" not in text
+
+
+def test_other_origins_may_call_and_read_the_limits(serve: Start) -> None:
+    server = serve(CORS_CREDENTIALS="true")
+    preflight = {"Origin": "https://web.example", "Access-Control-Request-Method": "POST"}
+    answer = server.http.options("/lookingglass/ping", headers=preflight)
+    assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (200, "*")
+    answer = server.http.get("/network/info", headers={"Origin": "https://web.example"})
+    assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert "Access-Control-Allow-Credentials" not in answer.headers
+    exposed = answer.headers["Access-Control-Expose-Headers"].split(", ")
+    assert {"Retry-After", "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"} <= set(exposed)
+    assert "CORS_CREDENTIALS has no effect" in server.log
+
+
+def test_origins_that_are_named_are_the_only_ones(serve: Start) -> None:
+    server = serve(CORS_ORIGINS="https://a.example, https://b.example", CORS_CREDENTIALS="true")
+    for origin, allowed in (("https://b.example", "https://b.example"), ("https://c.example", None)):
+        answer = server.http.get("/health", headers={"Origin": origin})
+        assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("GET", "/nothing", 404, None),
+        ("GET", "/lookingglass/ping", 405, "POST"),
+        ("POST", "/health", 405, "GET, HEAD"),
+        ("DELETE", "/speedtest/1G", 405, "GET, HEAD"),
+    ],
+)
+def test_wrong_paths_and_methods_are_answered_in_json(
+    echo: Server, method: str, path: str, status: int, allow: str | None
+) -> None:
+    response = echo.http.request(method, path, content=b"target=127.0.0.1")
+    assert response.status_code == status
+    assert list(response.json()) == ["detail"]
+    methods = response.headers.get("Allow")
+    assert (sorted(methods.split(", ")) if methods else None) == (
+        sorted(allow.split(", ")) if allow else None
+    )
+    assert response.headers["Connection"] == "close"
+
+
+# ---- settings ----------------------------------------------------------------------------------------------
+
+
+def start_and_fail(**environment: str) -> str:
+    """What `python lg.py` prints when these settings stop it."""
+    done = subprocess.run(
+        [sys.executable, "lg.py"],
+        cwd=HERE,
+        env={"PATH": os.environ["PATH"], "PORT": str(free_port()), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 1, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HOST", "192.0.2.77"),
+        ("HOST", "no such host"),
+        ("PORT", "0"),
+        ("PORT", "65536"),
+        ("PORT", "http"),
+        ("PORT", "8000.0"),
+        ("SSL_CERTFILE", "/nonexistent.pem"),
+        ("SSL_KEYFILE", "/nonexistent.pem"),
+        ("LOG_LEVEL", "loud"),
+        ("FORWARDED_ALLOW_IPS", "*"),
+        ("FORWARDED_ALLOW_IPS", "proxy.example"),
+        ("CORS_CREDENTIALS", "perhaps"),
+        ("RATE_LIMIT_DIAGNOSTICS", "often"),
+        ("RATE_LIMIT_SPEEDTEST", "2/fortnight"),
+        ("RATE_LIMIT_SPEEDTEST_10G", "-1/minute"),
+        ("RATE_LIMIT_STORAGE_URI", "nowhere://"),
+        ("RATE_LIMIT_STORAGE_URI", "memcached://127.0.0.1:1"),
+        ("MAX_DIAGNOSTICS", "0"),
+        ("MAX_DIAGNOSTICS_PER_CLIENT", "-4"),
+        ("MAX_SPEEDTESTS", "many"),
+        ("MAX_SPEEDTESTS_PER_CLIENT", "1e3"),
+        ("DIAGNOSTIC_TIMEOUT", "forever"),
+        ("TARGET_ALLOW", "10.0.0.1/8"),
+        ("TARGET_DENY", "example.com"),
+        ("LOCATIONS", "Amsterdam"),
+        ("LOCATIONS", '[{"name": "Amsterdam"}]'),
+    ],
+)
+def test_a_setting_that_cannot_be_used_stops_the_start_with_one_line(name: str, value: str) -> None:
+    printed = [line for line in start_and_fail(**{name: value}).splitlines() if " INFO " not in line]
+    assert len(printed) == 1
+    assert f"{name}={value!r}" in printed[0]
+
+
+def test_a_port_that_is_in_use_stops_the_start_with_one_line(serve: Start) -> None:
+    server = serve()
+    line = start_and_fail(PORT=str(server.port))
+    assert f"PORT='{server.port}'" in line
+    assert "use" in line
+    assert line.count("\n") == 1
+
+
+def test_a_shared_store_without_its_client_library_stops_the_start_with_what_to_install() -> None:
+    if importlib.util.find_spec("redis"):
+        pytest.skip("redis is installed here")
+    assert "redis" in start_and_fail(RATE_LIMIT_STORAGE_URI="redis://127.0.0.1:1")
+
+
+def test_env_example_has_every_setting_with_its_default() -> None:
+    text = (HERE / ".env.example").read_text()
+    assert re.findall(r"^#? ?([A-Z0-9_]+)=(.*)$", text, re.M) == [
+        (row.name, row.metadata["default"]) for row in fields(lg.Settings)
+    ]
+
+
+def test_readme_has_every_setting() -> None:
+    text = (HERE / "README.md").read_text()
+    assert [row.name for row in fields(lg.Settings) if f"`{row.name}`" not in text] == []
+
+
+def test_set_but_empty_is_empty_for_texts_and_lists_and_the_default_for_the_rest() -> None:
+    empty = lg.load_settings({row.name: "" for row in fields(lg.Settings)})
+    assert (empty.NETWORK_LOCATION, empty.CORS_ORIGINS, empty.TARGET_ALLOW) == ("", (), ())
+    assert (empty.PORT, empty.CORS_CREDENTIALS, empty.LOG_LEVEL, empty.LOCATIONS) == (8000, False, "info", ())
+    assert str(empty.RATE_LIMIT_DIAGNOSTICS[0]) == "2 per 1 minute"
+
+
+def test_the_env_file_of_the_replaced_server_beside_the_module_is_read_and_the_environment_is_stronger(
+    serve: Start, tmp_path: Path
+) -> None:
+    shutil.copy(HERE / "lg.py", tmp_path)
+    (tmp_path / ".env").write_text(
+        'NETWORK_LOCATION="Amsterdam, Netherlands"\nNETWORK_MAP_URL="https://maps.example/?q=Amsterdam,+NL"\n'
+        'NETWORK_FACILITY="The Cellar"\nNETWORK_FACILITY_URL="https://cellar.example"\nNETWORK_IPV4="192.0.2.1"\n'
+        'NETWORK_IPV6="2001:db8::1"\nCORS_ORIGINS=*\nCORS_CREDENTIALS=true\nCORS_METHODS=*\nCORS_HEADERS=*\n'
+    )
+    server = serve(command=(sys.executable, str(tmp_path / "lg.py")), NETWORK_IPV4="'192.0.2.9'")
+    info = server.http.get("/network/info").json()
+    assert info["location"] == "Amsterdam, Netherlands"
+    assert info["map_url"] == "https://maps.example/?q=Amsterdam,+NL"
+    assert info["looking_glass_ipv4"] == "192.0.2.9"
+
+
+def test_locations_take_what_a_front_end_has_and_keep_names_and_addresses() -> None:
+    pasted = '[{"id": 1, "name": "Amsterdam", "url": "https://ams.example.com", "flag": "nl"}]'
+    assert lg.load_settings({"LOCATIONS": pasted}).LOCATIONS == (
+        {"name": "Amsterdam", "url": "https://ams.example.com"},
+    )
+
+
+def test_uvicorn_serves_the_same_app(serve: Start) -> None:
+    port = free_port()
+    command = (sys.executable, "-m", "uvicorn", "lg:app", "--port", str(port))
+    server = serve(command=command, PORT=str(port), tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/minute")
+    assert server.run("ping").text.startswith("argv ")
+    assert server.run("ping").status_code == 429
+    assert (
+        server.http.get("/network/info", headers={"X-Forwarded-For": "192.0.2.9"}).json()["your_ip"]
+        == "192.0.2.9"
+    )
+
+
+def test_at_the_start_the_log_says_where_it_listens_and_which_limits_are_on(serve: Start) -> None:
+    server = serve(RATE_LIMIT_DIAGNOSTICS="2/minute;30/hour", MAX_DIAGNOSTICS="7")
+    assert f"Listening on http://0.0.0.0:{server.port}\n" in server.log
+    assert f"Listening on http://[::]:{server.port}\n" in server.log
+    assert "2 per 1 minute and 30 per 1 hour of each command, no limit of each speed test" in server.log
+    assert "At once: 7 commands, 4 for a client; 20 speed tests, 4 for a client" in server.log
+
+
+def test_https_is_served_directly_and_health_asks_it_over_https(serve: Start, tmp_path: Path) -> None:
+    if not shutil.which("openssl"):
+        lacking("the command openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    line = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    line += f" -keyout {key} -out {certificate}"
+    subprocess.run(line.split(), check=True, capture_output=True)
+    port = free_port()
+    environment = {"SSL_CERTFILE": str(certificate), "SSL_KEYFILE": str(key), "PORT": str(port)}
+    folder = tmp_path / "server"
+    folder.mkdir()
+    process = subprocess.Popen([sys.executable, "lg.py"], cwd=HERE, env={**os.environ, **environment})
+    try:
+        asked = until(
+            lambda: ask_health(**environment) if ask_health(**environment).returncode == 0 else None
+        )
+        assert json.loads(asked.stdout)["status"] in ("ok", "degraded")
+        context = ssl.create_default_context(cafile=certificate)
+        assert (
+            httpx.get(f"https://localhost:{port}/health", verify=context, trust_env=False).status_code == 200
+        )
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def ask_health(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "lg.py", "health"],
+        cwd=HERE,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_lg_health_prints_the_health_of_a_running_server_and_fails_without_one(serve: Start) -> None:
+    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), ECHO))
+    asked = ask_health(PORT=str(server.port))
+    assert (asked.returncode, asked.stdout) == (0, '{"status":"ok"}\n')
+    server.stop()
+    asked = ask_health(PORT=str(server.port))
+    assert asked.returncode == 1
+    assert asked.stderr.startswith(f"No answer from 127.0.0.1 port {server.port}")
+
+
+# ---- targets -----------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    # what a shell would do something with
+    *(
+        "127.0.0.1;id",
+        "127.0.0.1|id",
+        "$(id)",
+        "`id`",
+        "127.0.0.1 127.0.0.2",
+        "127.0.0.1\n",
+        "a\nb",
+        "a\0b",
+        "a&b",
+        "a'b",
+    ),
+    *(
+        "a b",
+        "a\tb",
+        "a/b",
+        "a\\b",
+        "../etc/passwd",
+        "http://example.com",
+        "user@example.com",
+        "example.com:80",
+        "*.com",
+    ),
+    # what a tool would take for an option
+    *("-f", "--help", "-c1000000", "-.example.com", "example.-com", "example.com-"),
+    # what a resolver would take for an IPv4 address
+    *(
+        "127.1",
+        "127.0.1",
+        "2130706433",
+        "0x7f.1",
+        "0x7f000001",
+        "0177.0.0.1",
+        "0x7f.0.0.0x1",
+        "1.2.3.4.",
+        "1.2.3.0x4",
+    ),
+    *(
+        "010.0.0.1",
+        "1.2.3.256",
+        "1.2.3.4.5",
+        "1.2.3",
+        "0",
+        "00",
+        "0x",
+        "1.2.3.4%1",
+        "127.0.0.1.",
+        "example.1",
+        "a.0x1F",
+    ),
+    # brackets, zones and almost addresses
+    *(
+        "[127.0.0.1]",
+        "[::1",
+        "::1]",
+        "[[::1]]",
+        "[]",
+        "[example.com]",
+        "::1%lo",
+        "fe80::1%eth0",
+        "[fe80::1%25eth0]",
+    ),
+    *(
+        ":",
+        ":::",
+        "1::2::3",
+        "12345::",
+        "::1.2.3.256",
+        "::127.1",
+        "::010.1.1.1",
+        "1:2:3:4:5:6:7:8:9",
+        "::ffff:0x7f.1",
+    ),
+    # IPv4 in other scripts, names that look like others, what IDNA does not allow
+    *("１２７.０.０.１", "127。0。0。1", "١٢٧.٠.٠.١", "①②⑦.0.0.1", "127.0.0.１", "::１", "exa​mple.com\u2028"),
+    *("\ud800.example", "xn--\u00fc.example", "a\u0300.\u0300b", "\u200d.example", "☃︎.-", "例え。1"),
+    # too long, or nothing
+    *(
+        "",
+        " ",
+        ".",
+        "..",
+        "a..b",
+        ".example.com",
+        "example.com..",
+        "a" * 64,
+        "a" * 64 + ".example",
+        "ü" * 300,
+    ),
+    *(".".join(["a" * 63] * 4), "a." * 127 + "ab", "é" * 64 + ".example"),
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_is_no_target_is_refused_with_what_to_send(text: str) -> None:
+    with pytest.raises(lg.Refusal) as refused:
+        lg.parse_target(text)
+    assert refused.value.status == 422
+    assert "example.com" in str(refused.value.body)
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("0.0.0.0", "0.0.0.0"),
+        ("255.255.255.255", "255.255.255.255"),
+        ("2001:DB8::1", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("::", "::"),
+        ("::ffff:192.0.2.1", "::ffff:c000:201"),
+        ("1:2:3:4:5:6:7.8.9.10", "1:2:3:4:5:6:708:90a"),
+        ("1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7:8"),
+        ("localhost", "localhost"),
+        ("Example.COM.", "Example.COM."),
+        ("_dmarc.example.com", "_dmarc.example.com"),
+        ("a--b.example", "a--b.example"),
+        ("1.example", "1.example"),
+        ("0x7f.example", "0x7f.example"),
+        ("1and1.com", "1and1.com"),
+        ("xn--bcher-kva.example", "xn--bcher-kva.example"),
+        ("bücher.example", "xn--bcher-kva.example"),
+        ("BÜCHER。example", "xn--bcher-kva.example"),
+        ("faß.example", "xn--fa-hia.example"),
+        ("例え.テスト", "xn--r8jz45g.xn--zckzah"),
+        (".".join(["a" * 63] * 3 + ["a" * 61]), ".".join(["a" * 63] * 3 + ["a" * 61])),
+        (".".join(["a" * 63] * 3 + ["a" * 61]) + ".", ".".join(["a" * 63] * 3 + ["a" * 61]) + "."),
+    ],
+)
+def test_what_is_a_target_is_read(text: str, target: str | None) -> None:
+    if target is None:
+        with pytest.raises(lg.Refusal):
+            lg.parse_target(text)
+    else:
+        read = lg.parse_target(text)
+        assert (str(read) if not isinstance(read, ipaddress.IPv6Address) else read.compressed) in (
+            target,
+            str(ipaddress.ip_address(target)) if ":" in target else target,
+        )
+
+
+SPECIAL_PURPOSE = {
+    # IANA IPv4 Special-Purpose Address Registry, multicast and reserved space: first, last and around
+    **dict.fromkeys(("0.0.0.0", "0.255.255.255", "10.0.0.0", "10.255.255.255", "100.64.0.0"), False),
+    **dict.fromkeys(("100.127.255.255", "127.0.0.0", "127.255.255.255", "169.254.169.254"), False),
+    **dict.fromkeys(("172.16.0.0", "172.31.255.255", "192.0.0.0", "192.0.0.8", "192.0.0.11"), False),
+    **dict.fromkeys(("192.0.0.170", "192.0.0.171", "192.0.0.255", "192.0.2.0", "192.0.2.255"), False),
+    **dict.fromkeys(("192.88.99.0", "192.88.99.255", "192.168.0.0", "192.168.255.255"), False),
+    **dict.fromkeys(("198.18.0.0", "198.19.255.255", "198.51.100.0", "203.0.113.255"), False),
+    **dict.fromkeys(("224.0.0.1", "239.255.255.255", "240.0.0.0", "255.255.255.255"), False),
+    **dict.fromkeys(("1.0.0.0", "9.255.255.255", "11.0.0.0", "100.63.255.255", "100.128.0.0"), True),
+    **dict.fromkeys(("126.255.255.255", "128.0.0.0", "172.15.255.255", "172.32.0.0", "8.8.8.8"), True),
+    **dict.fromkeys(("192.0.0.9", "192.0.0.10", "192.0.1.0", "192.31.196.1", "192.52.193.1"), True),
+    **dict.fromkeys(("192.88.98.255", "192.88.100.0", "192.175.48.1", "198.17.255.255"), True),
+    **dict.fromkeys(("198.20.0.0", "203.0.114.0", "223.255.255.255", "192.167.0.1"), True),
+    # IANA IPv6 Special-Purpose Address Registry, and what lies outside global unicast
+    **dict.fromkeys(("::", "::1", "::8.8.8.8", "::ffff:8.8.8.8", "64:ff9b:1::1", "100::1"), False),
+    **dict.fromkeys(("100:0:0:1::1", "2001::1", "2001:0:4136:e378:8000:63bf:3fff:fdd2", "2001:1::"), False),
+    **dict.fromkeys(("2001:1::4", "2001:2::1", "2001:2:0:ffff::", "2001:5::", "2001:10::1"), False),
+    **dict.fromkeys(("2001:1ff:ffff::", "2001:db8::1", "2001:db8:ffff::", "2002:808:808::1"), False),
+    **dict.fromkeys(("2002::", "3fff::1", "3fff:fff:ffff::", "4000::", "5f00::1", "fc00::1"), False),
+    **dict.fromkeys(("fdff::1", "fe80::1", "febf::1", "fec0::1", "ff02::1", "ffff::1", "1fff::1"), False),
+    **dict.fromkeys(("64:ff9b::10.0.0.1", "64:ff9b::127.0.0.1", "64:ff9b::192.88.99.1"), False),
+    **dict.fromkeys(("64:ff9b::8.8.8.8", "2000::1", "2001:1::1", "2001:1::2", "2001:1::3"), True),
+    **dict.fromkeys(("2001:3::1", "2001:4:112::1", "2001:20::1", "2001:30::1", "2001:200::1"), True),
+    **dict.fromkeys(("2001:db7:ffff::", "2001:db9::", "2003::1", "2606:4700:4700::1111"), True),
+    **dict.fromkeys(("2620:4f:8000::1", "3ffe:ffff::1", "3fff:1000::1", "2a00::1"), True),
+}
+
+
+@pytest.mark.parametrize(("address", "public"), SPECIAL_PURPOSE.items())
+def test_public_is_what_the_registries_of_iana_leave(address: str, public: bool) -> None:
+    assert lg.is_public(ipaddress.ip_address(address)) is public
+
+
+def allowed(address: str, **environment: str) -> bool:
+    keep = lg.SETTINGS
+    try:
+        lg.SETTINGS = lg.load_settings(environment)
+        return lg.is_allowed(ipaddress.ip_address(address))
+    finally:
+        lg.SETTINGS = keep
+
+
+@pytest.mark.parametrize(
+    ("address", "allow", "deny", "expected"),
+    [
+        ("10.1.2.3", "10.0.0.0/8", "", True),
+        ("10.1.2.3", "10.0.0.0/8", "10.1.0.0/16", False),
+        ("8.8.8.8", "", "8.8.8.0/24", False),
+        ("8.8.8.8", "8.8.8.8", "8.8.8.0/24", False),
+        ("127.0.0.1", "", "", False),
+        ("::ffff:10.1.2.3", "10.0.0.0/8", "", False),  # TARGET_ALLOW speaks of the address itself
+        ("64:ff9b::10.1.2.3", "10.0.0.0/8", "", False),
+        ("64:ff9b::10.1.2.3", "64:ff9b::/96", "10.0.0.0/8", False),  # TARGET_DENY also of what it carries
+        ("64:ff9b::8.8.8.8", "", "8.8.8.8", False),
+        ("::ffff:8.8.8.8", "::ffff:0:0/96", "8.8.8.8", False),
+        ("::8.8.8.8", "::/96", "8.8.8.8", False),
+        ("2002:808:808::1", "2002::/16", "", True),
+        ("2002:808:808::1", "2002::/16", "8.8.8.8", False),
+        ("2001:0:808:808:0:0:f7f7:f7f7", "2001::/32", "8.8.8.8", False),
+        ("2a00::1", "", "::/0", False),
+    ],
+)
+def test_target_allow_adds_and_target_deny_takes_away(
+    address: str, allow: str, deny: str, expected: bool
+) -> None:
+    assert allowed(address, TARGET_ALLOW=allow, TARGET_DENY=deny) is expected
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "message"),
+    [
+        ("ping", "::1", "::1 is an IPv6 address: use ping6"),
+        ("mtr6", "127.0.0.1", "127.0.0.1 is an IPv4 address: use mtr"),
+        ("ping", "10.0.0.1", "10.0.0.1 may not be measured here: it is not a public address"),
+        ("ping", "inside.example", "inside.example may not be measured here: it has no public IPv4 address"),
+        ("ping", "v6.example", "v6.example has no IPv4 address: check the name"),
+        ("ping", "broken.example", "broken.example cannot be resolved now: try again, or an address"),
+        (
+            "ping",
+            "127.1",
+            "Not a target: send an IPv4 address like 192.0.2.1, an IPv6 address like 2001:db8::1",
+        ),
+    ],
+)
+def test_a_refusal_is_422_in_the_shape_of_fastapi_and_says_what_to_do(
+    echo: Server, command: str, target: str, message: str
+) -> None:
+    response = echo.run(command, target)
+    assert response.status_code == 422
+    [fault] = response.json()["detail"]
+    assert (fault["type"], fault["loc"], fault["input"]) == ("value_error", ["body", "target"], target)
+    assert fault["msg"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "shown"),
+    [
+        (b"", "missing", None),
+        (b"{}", "missing", None),
+        (b"[]", "missing", None),
+        (b"host=example.com", "missing", None),
+        (b'{"target": ', "json_invalid", None),
+        (b"\xff\xfe", "json_invalid", None),
+        (b'{"target": 1}', "string_type", 1),
+        (b'{"target": null}', "string_type", None),
+        (b'{"target": ["127.0.0.1"]}', "string_type", ["127.0.0.1"]),
+        (b'{"target": NaN}', "string_type", None),
+        (b'{"target": [Infinity]}', "string_type", None),
+        (b'{"target": "\\ud800"}', "value_error", None),
+        (b'{"target": ' + b"[" * 600 + b"]" * 600 + b"}", "string_type", ...),
+        (b'{"target": ' + b"[" * 2000 + b"]" * 2000 + b"}", ..., ...),
+        (b'{"target": ' + b"9" * 4000 + b"}", "string_type", ...),
+        (b'{"a":' * 600 + b"1" + b"}" * 600, ..., None),
+    ],
+)
+def test_a_body_that_cannot_be_used_is_422_and_what_was_sent_is_shown_where_json_can(
+    echo: Server, body: bytes, kind: object, shown: object
+) -> None:
+    response = echo.http.post("/lookingglass/ping", content=body)
+    assert response.status_code == 422
+    [fault] = response.json()["detail"]
+    assert kind in (fault["type"], ...)
+    assert shown in (fault["input"], ...)
+
+
+def test_a_body_over_4_kib_is_413_and_the_connection_is_closed(echo: Server) -> None:
+    fits = b'{"target": "127.0.0.1", "x": "' + b"x" * (4096 - 32) + b'"}'
+    assert len(fits) == 4096
+    assert echo.http.post("/lookingglass/ping", content=fits).status_code == 200
+    for body in (fits + b" ", iter([fits, b" "]), bytes(100_000)):
+        response = echo.http.post("/lookingglass/ping", content=body)
+        assert response.status_code == 413
+        assert "4096 bytes" in response.json()["detail"]
+    assert response.headers["Connection"] == "close"
+
+
+def test_a_body_that_does_not_come_is_408(echo: Server) -> None:
+    connection = echo.connect()
+    connection.sendall(b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: 20\r\n\r\ntarget=")
+    answer = left(connection)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in answer.lower()
+
+
+LITERALS = st.one_of(
+    st.ip_addresses().map(str),
+    st.sampled_from([*HOSTILE, *SPECIAL_PURPOSE, "127.0.0.1", "::1", "here.example", "inside.example"]),
+    st.from_regex(lg.NAME, fullmatch=True),
+    st.text(),
+)
+BODIES = st.one_of(
+    st.binary(max_size=5000),
+    LITERALS.map(lambda text: json.dumps({"target": text}).encode()),
+    LITERALS.map(lambda text: f"target={text}".encode(errors="replace")),
+    st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), st.lists).map(
+        lambda value: json.dumps({"target": value}).encode()
+    ),
+    st.text().map(lambda text: f'{{"target": {text}}}'.encode(errors="replace")),
+)
+
+
+@pytest.fixture(scope="session")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose tools write down what they are started with."""
+    folder = tmp_path_factory.mktemp("recorder")
+    script = f'#!/bin/sh\nfor last; do :; done\nprintf "%s\\n" "$last" >> {folder}/started\n'
+    names = {"here.example": ["127.0.0.1", "::1"], "inside.example": ["10.0.0.1", "fd00::1"]}
+    server = Server(folder, names=names, tools=dict.fromkeys(("ping", "traceroute", "mtr"), script))
+    (folder / "started").touch()
+    yield server
+    server.stop()
+    assert "Traceback" not in server.log
+
+
+@given(command=st.sampled_from(list(lg.COMMANDS)), body=BODIES)
+@example("ping", b"target=here.example")
+@example("ping6", b"target=[::1]")
+@example("ping", b"target=inside.example")
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_the_body_a_tool_is_started_with_an_allowed_address_alone_and_no_answer_is_a_5xx(
+    recorder: Server, command: str, body: bytes
+) -> None:
+    started = recorder.folder / "started"
+    started.write_text("")
+    response = recorder.http.post(f"/lookingglass/{command}", content=body)
+    assert response.status_code in (200, 413, 422)
+    lines = started.read_text().splitlines()
+    assert len(lines) == (response.status_code == 200)
+    for line in lines:
+        address = ipaddress.ip_address(line)
+        assert str(address) == line
+        assert address.version == lg.COMMANDS[command].version
+        assert lg.is_public(address) or address.is_loopback
+
+
+# ---- limits ------------------------------------------------------------------------------------------------
+
+
+def test_the_third_test_in_a_minute_is_429_and_says_when_to_come_back(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO, "mtr": ECHO}, RATE_LIMIT_DIAGNOSTICS="2/minute")
+    left_over = []
+    for _ in range(2):
+        response = server.run("ping")
+        assert (response.status_code, response.headers["X-RateLimit-Limit"]) == (200, "2")
+        assert 0 < int(response.headers["X-RateLimit-Reset"]) - time.time() <= 61
+        left_over.append(response.headers["X-RateLimit-Remaining"])
+    assert left_over == ["1", "0"]
+    for _ in range(3):
+        response = server.run("ping")
+        assert (response.status_code, response.json()) == (
+            429,
+            {"error": "Rate limit exceeded: 2 per 1 minute"},
+        )
+        assert 0 < int(response.headers["Retry-After"]) <= 60
+        assert response.headers["X-RateLimit-Remaining"] == "0"
+    assert server.run("mtr").status_code == 200  # each command has its own
+
+
+def test_after_retry_after_the_next_test_runs_and_refusals_cost_nothing(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/2 second")
+    assert server.run("ping").status_code == 200
+    refused = server.run("ping")
+    assert refused.status_code == 429
+    again = time.time() + int(refused.headers["Retry-After"])
+    while time.time() < again - 0.2:
+        assert server.run("ping").status_code == 429
+        time.sleep(0.1)
+    time.sleep(max(0, again - time.time()))
+    assert server.run("ping").status_code == 200
+
+
+def test_of_several_rates_the_tightest_is_shown_and_an_exhausted_one_costs_the_others_nothing(
+    serve: Start,
+) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="2/second;3/hour")
+    answers = (server.run("ping") for _ in itertools.count())
+    *_, third = itertools.islice((answer for answer in answers if answer.status_code == 200), 3)
+    assert (third.headers["X-RateLimit-Limit"], third.headers["X-RateLimit-Remaining"]) == ("3", "0")
+    refused = next(answer for answer in answers if "hour" in answer.text)
+    assert refused.json() == {"error": "Rate limit exceeded: 3 per 1 hour"}
+    assert int(refused.headers["Retry-After"]) > 3000
+
+
+def test_off_is_no_limit_and_no_headers(echo: Server) -> None:
+    answers = [echo.run("ping") for _ in range(10)]
+    assert {answer.status_code for answer in answers} == {200}
+    assert not any("X-RateLimit-Limit" in answer.headers for answer in answers)
+
+
+def test_what_is_malformed_costs_nothing_and_what_is_resolved_does(serve: Start) -> None:
+    server = serve(
+        tools={"ping": ECHO}, names={"inside.example": ["10.0.0.1"]}, RATE_LIMIT_DIAGNOSTICS="3/hour"
+    )
+    for _ in range(5):
+        assert server.run("ping", "127.1").status_code == 422
+        assert server.run("ping", "::1").status_code == 422
+        assert server.http.post("/lookingglass/ping", content=b"{").status_code == 422
+        assert server.http.post("/lookingglass/ping", content=bytes(5000)).status_code == 413
+    for target, remaining in (("127.0.0.1", "2"), ("inside.example", "1"), ("10.0.0.1", "0")):
+        assert server.run("ping", target).headers["X-RateLimit-Remaining"] == remaining
+    assert server.run("ping").status_code == 429
+
+
+def test_a_client_has_so_many_slots_and_the_server_so_many(serve: Start) -> None:
+    server = serve(
+        tools={"ping": SILENT},
+        MAX_DIAGNOSTICS="3",
+        MAX_DIAGNOSTICS_PER_CLIENT="2",
+        RATE_LIMIT_DIAGNOSTICS="100/hour",
+    )
+
+    def ask(client: str) -> httpx.Response:
+        return server.run("ping", headers={"X-Forwarded-For": client})
+
+    addresses = [lone_address() for _ in range(3)]
+
+    def hold(client: str, address: str) -> contextlib.AbstractContextManager[httpx.Response]:
+        headers = {"X-Forwarded-For": client}
+        return server.http.stream("POST", "/lookingglass/ping", json={"target": address}, headers=headers)
+
+    with contextlib.ExitStack() as stack:
+        for client, address in zip(("192.0.2.1", "192.0.2.1", "192.0.2.2"), addresses, strict=True):
+            assert stack.enter_context(hold(client, address)).status_code == 200
+        first, second = ask("192.0.2.1"), ask("192.0.2.2")
+        assert (first.status_code, "wait" in first.json()["error"]) == (429, True)
+        assert (second.status_code, "try again" in second.json()["error"]) == (503, True)
+        assert int(first.headers["Retry-After"]) > 0
+        assert int(second.headers["Retry-After"]) > 0
+        groups = [group_of(address) for address in addresses]
+    until(lambda: not any(map(members, groups)))
+    server.stand_in("ping", ECHO)
+    allowed = ask("192.0.2.2")
+    assert (allowed.status_code, allowed.headers["X-RateLimit-Remaining"]) == (
+        200,
+        "98",
+    )  # the 503 cost nothing
+
+
+def test_ipv6_clients_are_counted_by_their_64(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
+    statuses = [
+        server.run("ping", headers={"X-Forwarded-For": client}).status_code
+        for client in ("2001:db8:0:1::1", "2001:db8:0:1:ffff::2", "2001:db8:0:2::1", "192.0.2.1", "192.0.2.2")
+    ]
+    assert statuses == [200, 429, 200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("believed", "headers", "client"),
+    [
+        ("127.0.0.1", {"X-Forwarded-For": "192.0.2.9"}, "192.0.2.9"),
+        (
+            "127.0.0.1",
+            {"X-Forwarded-For": "198.51.100.1, 192.0.2.9"},
+            "192.0.2.9",
+        ),  # the first was the client's word
+        ("127.0.0.0/8,10.0.0.0/8", {"X-Forwarded-For": "192.0.2.9, 10.0.0.1"}, "192.0.2.9"),
+        ("127.0.0.0/8,10.0.0.0/8", {"X-Forwarded-For": "10.0.0.9, 10.0.0.1"}, "127.0.0.1"),
+        ("127.0.0.1", {"X-Forwarded-For": "192.0.2.9:4711"}, "192.0.2.9"),
+        ("127.0.0.1", {"X-Forwarded-For": "[2001:db8::9]:4711"}, "2001:db8::9"),
+        ("127.0.0.1", {"X-Forwarded-For": "2001:DB8:0::9"}, "2001:db8::9"),
+        ("127.0.0.1", {"X-Forwarded-For": "::ffff:192.0.2.9"}, "192.0.2.9"),
+        ("127.0.0.1", {"X-Real-IP": "192.0.2.9"}, "192.0.2.9"),
+        ("127.0.0.1", {"X-Forwarded-For": "192.0.2.8", "X-Real-IP": "192.0.2.9"}, "192.0.2.8"),
+        ("127.0.0.1", {"X-Forwarded-For": "unknown", "X-Real-IP": "192.0.2.9"}, "192.0.2.9"),
+        ("127.0.0.1", {"X-Forwarded-For": "192.0.2.9, <script>"}, "127.0.0.1"),
+        ("127.0.0.1", {"X-Forwarded-For": "", "X-Real-IP": "localhost"}, "127.0.0.1"),
+        ("192.0.2.1", {"X-Forwarded-For": "192.0.2.9", "X-Real-IP": "192.0.2.9"}, "127.0.0.1"),
+        ("", {"X-Forwarded-For": "192.0.2.9", "X-Real-IP": "192.0.2.9"}, "127.0.0.1"),
+    ],
+)
+def test_the_client_is_the_peer_or_whom_a_believed_peer_forwards_for(
+    serve: Start, believed: str, headers: dict[str, str], client: str
+) -> None:
+    server = serve(FORWARDED_ALLOW_IPS=believed)
+    assert server.http.get("/network/info", headers=headers).json()["your_ip"] == client
+
+
+def test_a_forged_header_changes_nothing_and_is_named_once_in_the_log(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, FORWARDED_ALLOW_IPS="192.0.2.1", RATE_LIMIT_DIAGNOSTICS="1/hour")
+    answers = [server.run("ping", headers={"X-Forwarded-For": f"192.0.2.{n}"}) for n in range(2, 6)]
+    assert [answer.status_code for answer in answers] == [200, 429, 429, 429]
+    assert server.log.count("FORWARDED_ALLOW_IPS") == 1
+
+
+# ---- the life of a process ---------------------------------------------------------------------------------
+
+
+def leave(connection: socket.socket, with_reset: bool) -> None:
+    if with_reset:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+@pytest.mark.parametrize("with_reset", [False, True], ids=["FIN", "RST"])
+@pytest.mark.parametrize("script", [ENDLESS, SILENT, STUBBORN, FORKING])
+def test_a_client_that_leaves_takes_its_processes_with_it(
+    serve: Start, script: str, with_reset: bool
+) -> None:
+    server = serve(tools={"ping": script}, MAX_DIAGNOSTICS="1")
+    address = lone_address()
+    connection = server.begin("ping", address)
+    group = group_of(address)
+    leave(connection, with_reset)
+    until(lambda: not members(group))
+    until(lambda: "outcome='client gone'" in server.log)
+    server.stand_in("ping", ECHO)
+    assert server.run("ping").status_code == 200
+
+
+def test_a_real_mtr_leaves_none_of_its_processes_behind(serve: Start) -> None:
+    if not shutil.which("mtr"):
+        lacking("the command mtr")
+    server = serve()
+    address = lone_address()
+    connection = server.begin("mtr", address)
+    group = group_of(address)
+    until(lambda: len(members(group)) > 1)  # mtr-packet
+    connection.close()
+    until(lambda: not members(group))
+
+
+def test_a_client_that_leaves_while_its_name_is_looked_up_frees_its_slot(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names={"slow.example": "hang"}, MAX_DIAGNOSTICS="1")
+    connection = server.begin("ping", "slow.example")
+    until(lambda: server.lookups == ["slow.example"])
+    assert server.run("ping").status_code == 503
+    connection.close()
+    until(lambda: server.run("ping").status_code == 200)
+
+
+def test_a_name_that_takes_too_long_is_422_and_twenty_do_not_hold_up_an_address(serve: Start) -> None:
+    server = serve(
+        tools={"ping": ECHO},
+        names={"slow.example": "hang"},
+        MAX_DIAGNOSTICS="21",
+        MAX_DIAGNOSTICS_PER_CLIENT="21",
+    )
+    with ThreadPoolExecutor(20) as pool:
+        slow = [pool.submit(server.run, "ping", "slow.example") for _ in range(20)]
+        until(lambda: len(server.lookups) == 20)
+        assert server.run("ping").status_code == 200
+        assert not any(each.done() for each in slow)
+        assert {each.result().status_code for each in slow} == {422}
+    assert "within 5 s" in slow[0].result().json()["detail"][0]["msg"]
+
+
+def test_on_the_time_limit_ping_prints_its_summary(serve: Start) -> None:
+    if not shutil.which("ping"):
+        lacking("the command ping")
+    text = serve(DIAGNOSTIC_TIMEOUT="2").run("ping").text
+    if "Operation not permitted" in text or "exit status" in text:
+        lacking("a ping that this user may run")
+    assert re.search(r" packets transmitted, \d received.*\n.*\n--- ping: stopped after 2 s ---\n$", text)
+
+
+@pytest.mark.parametrize("script", [SILENT, STUBBORN, FORKING, ENDLESS])
+def test_on_the_time_limit_whatever_runs_is_dead(serve: Start, script: str) -> None:
+    server = serve(tools={"ping": script}, DIAGNOSTIC_TIMEOUT="1")
+    address = lone_address()
+    connection = server.begin("ping", address)
+    group = group_of(address)
+    answer = b""
+    while not answer.endswith(b"\r\n0\r\n\r\n"):
+        answer += connection.recv(65536)
+    assert b"--- ping: stopped after 1 s ---\n" in answer
+    until(lambda: not members(group))
+
+
+def test_output_without_end_is_cut_at_1_mib(serve: Start) -> None:
+    server = serve(tools={"ping": "#!/bin/sh\nexec yes\n"})
+    address = lone_address()
+    text = server.run("ping", address).text
+    assert text.endswith("\n--- ping: output cut at 1 MiB ---\n")
+    assert len(text.removesuffix("\n--- ping: output cut at 1 MiB ---\n")) in (2**20, 2**20 - 1)
+    until(lambda: not running(address))
+
+
+def test_a_child_that_holds_the_pipe_does_not_hold_the_answer(serve: Start) -> None:
+    server = serve(tools={"ping": "#!/bin/sh\nsleep 1000 &\necho done\n"})
+    assert server.run("ping").text == "done\n"
+
+
+def test_a_child_that_left_the_group_does_not_hold_the_answer(serve: Start) -> None:
+    server = serve(tools={"ping": "#!/bin/sh\nsetsid sleep 1234.5 &\nsleep 0.2\necho done\n"})
+    assert server.run("ping").text == "done\n"
+    for pid in running("sleep 1234.5"):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_tool_that_closes_its_output_and_goes_on_is_waited_for_and_stopped(serve: Start) -> None:
+    server = serve(
+        tools={"ping": "#!/bin/sh\necho closed\nexec >&- 2>&-\nsleep 1000\n"}, DIAGNOSTIC_TIMEOUT="1"
+    )
+    assert server.run("ping").text == "closed\n--- ping: stopped after 1 s ---\n"
+
+
+def test_a_client_that_does_not_read_holds_neither_slot_nor_process(serve: Start) -> None:
+    server = serve(tools={"ping": "#!/bin/sh\nexec yes\n"}, MAX_DIAGNOSTICS="1")
+    address = lone_address()
+    connection = server.begin("ping", address, receive_bytes=4096)
+    until(lambda: "outcome='output cut at 1 MiB'" in server.log)
+    until(lambda: not running(address))
+    server.stand_in("ping", ECHO)
+    assert server.run("ping").status_code == 200
+    connection.close()
+
+
+def test_two_hundred_clients_that_leave_at_random_leave_nothing_behind(serve: Start) -> None:
+    server = serve(
+        tools={"ping": ENDLESS, "traceroute": FORKING, "mtr": STUBBORN},
+        names={"here.example": ["127.0.0.1", "::1"]},
+        MAX_DIAGNOSTICS="20",
+        MAX_DIAGNOSTICS_PER_CLIENT="20",
+    )
+    server.run("ping", "127.1")
+    before = server.descriptors()
+    choices = list(
+        itertools.product(("ping", "traceroute6", "mtr"), ("address", "here.example"), (False, True))
+    )
+
+    def visit(number: int) -> None:
+        chance = random.Random(number)  # noqa: S311
+        command, target, with_reset = chance.choice(choices)
+        loopback = "::1" if command.endswith("6") else "127.0.0.1"
+        connection = server.begin(command, loopback if target == "address" else target)
+        with contextlib.suppress(TimeoutError):
+            connection.settimeout(chance.random() * 0.3 + 0.001)
+            for _ in range(chance.randrange(4)):
+                connection.recv(64)
+        leave(connection, with_reset)
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(visit, range(200)))
+    until(lambda: not running(f"{server.folder}/bin/"))
+    until(lambda: server.descriptors() <= before)
+    addresses = [lone_address() for _ in range(20)]
+    connections = [server.begin("ping", address) for address in addresses]
+    assert all(group_of(address) for address in addresses)  # every slot is free
+    for connection in connections:
+        connection.close()
+
+
+def test_sigterm_ends_the_server_with_commands_and_downloads_running(serve: Start) -> None:
+    server = serve(tools={"ping": STUBBORN, "mtr": FORKING}, MAX_DIAGNOSTICS_PER_CLIENT="20")
+    addresses = [lone_address() for _ in range(6)]
+    commands = [server.begin(name, each) for each, name in zip(addresses, itertools.cycle(("ping", "mtr")))]
+    groups = [group_of(address) for address in addresses]
+    downloads = [server.connect(receive_bytes=4096) for _ in range(3)]
+    for download in downloads:
+        download.sendall(b"GET /speedtest/10G HTTP/1.1\r\nHost: lg\r\n\r\n")
+        assert download.recv(12) == b"HTTP/1.1 200"
+    reader = threading.Thread(target=left, args=(downloads[0],))
+    reader.start()
+    begun = time.monotonic()
+    assert server.stop() in (0, -signal.SIGTERM)
+    assert time.monotonic() - begun < 10
+    until(lambda: not any(map(members, groups)))
+    for connection in commands:
+        answer = left(connection)
+        assert b"stopped, the server is shutting down ---\n" in answer
+        assert answer.endswith(b"0\r\n\r\n")
+    reader.join()
+    for download in downloads:
+        download.close()
+
+
+# ---- the log -----------------------------------------------------------------------------------------------
+
+
+def test_a_diagnostic_is_one_line_in_the_log(serve: Start) -> None:
+    server = serve(tools={"ping": "#!/bin/sh\nexit 2\n"}, names={"here.example": ["127.0.0.1"]})
+    server.run("ping", "here.example", headers={"X-Forwarded-For": "192.0.2.9"})
+    lines = [line for line in server.log.splitlines() if "here.example" in line]
+    assert len(lines) == 1
+    assert re.fullmatch(
+        r"\S+ \S+ INFO ping target=here\.example address=127\.0\.0\.1 client=192\.0\.2\.9 "
+        r"outcome='exit status 2' seconds=\d+\.\d",
+        lines[0],
+    )
+
+
+def test_nothing_that_a_client_sends_forges_a_line_in_the_log(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, LOG_LEVEL="debug", FORWARDED_ALLOW_IPS="127.0.0.1")
+    forged = "127.0.0.1\nFORGED"
+    server.run("ping", forged)
+    server.run("ping", "127.0.0.1", headers={"X-Forwarded-For": "192.0.2.1 FORGED", "User-Agent": "FORGED"})
+    server.http.get("/%0aFORGED")
+    server.http.get("/?x=%0d%0aFORGED")
+    assert not [line for line in server.log.splitlines() if line.startswith("FORGED")]
