@@ -24,13 +24,16 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl
 
 import idna
@@ -45,10 +48,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+if TYPE_CHECKING:
+    from uvicorn.protocols.http.h11_impl import H11Protocol as HTTPProtocol
+else:
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol as HTTPProtocol
 
 log = logging.getLogger("lg")
 
@@ -96,10 +104,15 @@ def networks(text: str) -> tuple[IPNetwork, ...]:
 
 
 def rates(text: str) -> Rates:
-    return () if text.lower() == "off" else tuple(limits.parse_many(text))
+    read = () if text.lower() == "off" else tuple(limits.parse_many(text))
+    if not all(rate.amount for rate in read):
+        raise ValueError
+    return read
 
 
 def places(text: str) -> tuple[dict[str, str], ...]:
+    if not text.startswith("["):
+        raise ValueError
     return tuple({"name": str(place["name"]), "url": str(place["url"])} for place in json.loads(text))
 
 
@@ -113,6 +126,7 @@ BOOLEAN = Kind(
 RATES = Kind("rates such as 2/minute;30/hour, or off", rates)
 PLACES = Kind('JSON like [{"name": "Amsterdam", "url": "https://ams.example.com"}]', places)
 COUNT = whole(1, 10000)
+URI = Kind("the URI of a storage", lambda text: text)
 
 
 @dataclass(frozen=True)
@@ -138,7 +152,7 @@ class Settings:
     RATE_LIMIT_DIAGNOSTICS: Rates = RATES("2/minute")
     RATE_LIMIT_SPEEDTEST: Rates = RATES("2/minute")
     RATE_LIMIT_SPEEDTEST_10G: Rates = RATES("1/minute")
-    RATE_LIMIT_STORAGE_URI: str = Kind("a storage of the limits package", str)("memory://")
+    RATE_LIMIT_STORAGE_URI: str = URI("memory://")
     MAX_DIAGNOSTICS: int = COUNT("20")
     MAX_DIAGNOSTICS_PER_CLIENT: int = COUNT("4")
     MAX_SPEEDTESTS: int = COUNT("20")
@@ -169,25 +183,35 @@ def load_settings(environment: Mapping[str, str | None]) -> Settings:
         if not text and kind.parse not in (str, texts, networks):
             text = default
         try:
+            text.encode()  # no bytes that are not UTF-8
             values[row.name] = kind.parse(text)
         except (ValueError, LookupError, TypeError, RecursionError):
             raise unusable(f"expected {kind.expected}", **{row.name: text}) from None
     return Settings(**values)
 
 
-SETTINGS = load_settings({**dotenv_values(Path(__file__).with_name(".env")), **os.environ})
+def read_env_file(path: Path) -> Mapping[str, str | None]:
+    """The settings in a `.env` file, if there is one; raises SystemExit where it cannot be read."""
+    try:
+        return dotenv_values(path)
+    except (OSError, UnicodeError) as error:
+        raise SystemExit(f"lg.py: {path} cannot be read: {error}") from None
+
+
+SETTINGS = load_settings({**read_env_file(Path(__file__).with_name(".env")), **os.environ})
 
 
 # ---- targets -----------------------------------------------------------------------------------------------
 
 RESOLVE_SECONDS = 5
+THREADS = 100  # with lookups that nobody waits for any more: a resolver may take its time to give up
 
 IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}", re.ASCII)
 IPV6 = re.compile(r"\[[0-9a-f:.]{2,45}\]|[0-9a-f:.]{2,45}", re.ASCII | re.IGNORECASE)
 LABEL = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"
-NUMBER = r"(?:\d+|0x[0-9a-f]*)\.?$"  # a last label that makes resolvers read the name as an IPv4 address
+NUMERIC = r"(?:\d+|0x[0-9a-f]*)\.?$"  # a last label that makes resolvers read the name as an IPv4 address
 NAME = re.compile(
-    rf"(?=.{{1,253}}\.?$)(?!(?:.*\.)?{NUMBER}){LABEL}(?:\.{LABEL})*\.?", re.ASCII | re.IGNORECASE
+    rf"(?=.{{1,253}}\.?$)(?!(?:.*\.)?{NUMERIC}){LABEL}(?:\.{LABEL})*\.?", re.ASCII | re.IGNORECASE
 )
 
 # Longest prefix wins, as in a routing table. From the IANA Special-Purpose Address Registries (RFC 6890)
@@ -297,7 +321,7 @@ def carried(address: IPAddress) -> list[IPAddress]:
         return []
     low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     inside = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    inside += [low for network in (NAT64, COMPATIBLE) if address in network]
+    inside += [low for network in (NAT64, COMPATIBLE) if address in network and int(address) > 1]
     return [each for each in inside if each]
 
 
@@ -309,11 +333,14 @@ def is_allowed(address: IPAddress) -> bool:
 
 
 async def in_thread(function: Callable[[], T], seconds: float) -> T:
-    """Call a function that blocks, in a thread of its own; raises TimeoutError when it is late.
+    """Call a function that blocks, in a thread of its own.
 
-    asyncio's pool has few threads, which slow names or a dead store would hold while others wait, and the
-    server's end waits for it. A thread that is late here is left to itself.
+    Raises TimeoutError when it is late, RuntimeError where there are too many. asyncio's pool has few,
+    which slow names or a dead store would hold while others wait, and the server's end waits for it. A thread
+    that is late here is left to itself.
     """
+    if threading.active_count() > THREADS:
+        raise RuntimeError("too many threads")
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()
 
@@ -441,7 +468,7 @@ class Limits:
                 storage_from_string(uri, **dict.fromkeys(names, STORE_SECONDS))
             )
         except Exception as error:  # each client library has its own
-            raise unusable(str(error), RATE_LIMIT_STORAGE_URI=uri) from None
+            raise unusable(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
 
     async def hit(self, rates: Rates, *key: str) -> dict[str, str]:
         """The headers of an answer within its rates; raises Refusal beyond them."""
@@ -479,19 +506,163 @@ LIMITS = Limits(SETTINGS.RATE_LIMIT_STORAGE_URI)
 # ---- reading what the tools print --------------------------------------------------------------------------
 
 LINE_BYTES = 4096  # of a line that goes on longer, this much is looked at together
+PROBES = 1000  # more than any command sends: a bound for what a summary may claim
+Event = dict[str, object]
 
 
-class Verbatim:
-    """What ping and traceroute write is what a client reads, chunk by chunk."""
+class Reader:
+    """Reads what a tool writes, any bytes at all: as text for people, as events for programs, as the result.
+
+    Events are those of the API, results have the shape of Globalping's; times are in milliseconds.
+    """
 
     def __init__(self, address: IPAddress) -> None:
-        pass
+        """`address` is the target's."""
+        self.address = str(address)
+        self.rest = b""
 
-    def feed(self, chunk: bytes) -> bytes:
+    def feed(self, chunk: bytes) -> tuple[bytes, list[Event]]:
+        """The text and the events that a piece of output completes."""
+        *lines, self.rest = (self.rest + chunk).split(b"\n")
+        if len(self.rest) > LINE_BYTES:
+            lines, self.rest = [*lines, self.rest], b""
+        events = [event for line in lines for event in self.line(line.decode("utf-8", "replace"))]
+        return self.text(chunk, events), events
+
+    def end(self, complete: bool) -> tuple[bytes, list[Event]]:
+        """The same for the end of the output; `complete` where the tool was not stopped."""
+        rest, self.rest = self.rest, b""
+        events = list(self.line(rest.decode("utf-8", "replace")))
+        return self.text(b"", events), events
+
+    def text(self, chunk: bytes, events: list[Event]) -> bytes:
+        """What a person reads: what the tool wrote, as it wrote it."""
         return chunk
 
-    def end(self) -> bytes:
-        return b""
+    def line(self, line: str) -> Iterator[Event]:
+        """The events of a line."""
+        raise NotImplementedError
+
+    def result(self) -> Event:
+        """What is known by now."""
+        raise NotImplementedError
+
+
+def number(text: str) -> float | None:
+    """The number that a tool printed, if it is one."""
+    with suppress(ValueError):
+        return float(text)
+    return None
+
+
+class Ping(Reader):
+    """iputils' ping."""
+
+    REPLY = re.compile(
+        r"\d+ bytes from \S+: icmp_seq=(\d{1,6}) ttl=(\d{1,3}) time=(\d{1,9}(?:\.\d{1,3})?) ms"
+    )
+    UNANSWERED = re.compile(r"no answer yet for icmp_seq=(\d{1,6})")
+    ERROR = re.compile(r"From \S+ icmp_seq=(\d{1,6}) (?!Redirect).+")
+    SUMMARY = re.compile(
+        r"(\d{1,6}) packets transmitted, (\d{1,6}) received, .*?([\d.]{1,9})% packet loss, .+"
+    )
+    TIMES = re.compile(r"rtt min/avg/max/mdev = ([\d.]+)/([\d.]+)/([\d.]+)/[\d.]+ ms.*")
+    CARRIED = re.compile(r"|PING .+ data bytes|PING .+ bytes of data\.|--- .+ ping statistics ---")
+
+    def __init__(self, address: IPAddress) -> None:
+        super().__init__(address)
+        self.timings: list[Event] = []
+        self.sent = 0  # as far as was said
+        self.received: set[int] = set()
+        self.lost: set[int] = set()
+        self.summary: tuple[int, int, float | None] | None = None
+        self.times: list[float | None] = []
+
+    def line(self, line: str) -> Iterator[Event]:
+        if match := self.REPLY.fullmatch(line):
+            seq, ttl, rtt = int(match[1]), int(match[2]), float(match[3])
+            self.sent = max(self.sent, seq)
+            self.received.add(seq)
+            self.timings.append({"rtt": rtt, "ttl": ttl})
+            yield {"event": "reply", "seq": seq, "ttl": ttl, "rtt": rtt}
+        elif match := self.UNANSWERED.fullmatch(line):
+            yield from self.lose(int(match[1]))
+        elif match := self.ERROR.fullmatch(line):
+            yield {"event": "note", "text": line}
+            yield from self.lose(int(match[1]))
+        elif match := self.SUMMARY.fullmatch(line):
+            self.summary = int(match[1]), int(match[2]), number(match[3])
+            for seq in range(1, min(self.summary[0], PROBES) + 1):
+                yield from self.lose(seq)
+        elif match := self.TIMES.fullmatch(line):
+            self.times = [number(text) for text in match.groups()]
+        elif not self.CARRIED.fullmatch(line):
+            yield {"event": "note", "text": line}
+
+    def lose(self, seq: int) -> Iterator[Event]:
+        self.sent = max(self.sent, seq)
+        if seq not in self.received | self.lost:
+            self.lost.add(seq)
+            yield {"event": "lost", "seq": seq}
+
+    def result(self) -> Event:
+        rtts = [cast(float, timing["rtt"]) for timing in self.timings]
+        computed = [min(rtts), round(sum(rtts) / len(rtts), 3), max(rtts)] if rtts else [None] * 3
+        total, received, loss = self.summary or (self.sent, len(self.received), None)
+        if loss is None:
+            loss = round(100 * (total - received) / total, 2) if total else 0
+        stats = dict(zip(("min", "avg", "max"), self.times or computed, strict=True))
+        stats |= {"total": total, "rcv": received, "drop": total - received, "loss": loss}
+        return {
+            "resolvedAddress": self.address,
+            "resolvedHostname": None,
+            "timings": self.timings,
+            "stats": stats,
+        }
+
+
+class Traceroute(Reader):
+    """Butskoy's traceroute, Debian's."""
+
+    HOP = re.compile(r" ?(\d{1,3}) ( \S.*)")
+    PROBE = re.compile(r" +(?:(\*)|(\S+) \(([0-9A-Fa-f:.]+)(?:%\S+)?\)|(\d{1,9}\.\d{1,3}) ms|(!\S*))")
+    HEAD = re.compile(r"|traceroute to .+ hops max, .+ byte packets")
+
+    def __init__(self, address: IPAddress) -> None:
+        super().__init__(address)
+        self.hops: list[Event] = []
+
+    def line(self, line: str) -> Iterator[Event]:
+        match = self.HOP.fullmatch(line)
+        if not match:
+            if not self.HEAD.fullmatch(line):
+                yield {"event": "note", "text": line}
+            return
+        hop: dict[str, Any] = {"resolvedAddress": None, "resolvedHostname": None, "timings": []}
+        end, remark = 0, False
+        for probe in self.PROBE.finditer(match[2]):
+            another = hop["resolvedAddress"] not in (None, probe[3] or hop["resolvedAddress"])
+            remark |= probe.start() != end or bool(probe[5]) or another
+            end = probe.end()
+            if probe[3] and not hop["resolvedAddress"]:
+                hop["resolvedAddress"] = probe[3]
+                hop["resolvedHostname"] = None if probe[2].partition("%")[0] == probe[3] else probe[2]
+            elif probe[4]:
+                hop["timings"].append({"rtt": float(probe[4])})
+        if remark or match[2][end:].strip():  # !H and its like, a second address
+            yield {"event": "note", "text": line}
+        self.hops.append(hop)
+        yield {
+            "event": "hop",
+            "hop": int(match[1]),
+            "address": hop["resolvedAddress"],
+            "hostname": hop["resolvedHostname"],
+            "timings": hop["timings"],
+        }
+
+    def result(self) -> Event:
+        names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
+        return {"resolvedAddress": self.address, "resolvedHostname": next(names, None), "hops": self.hops}
 
 
 class Hop:
@@ -499,88 +670,112 @@ class Hop:
 
     def __init__(self) -> None:
         self.address: str | None = None
-        self.sent = self.received = self.last = self.best = self.worst = self.average = self.squares = 0
+        self.sent = self.average = self.squares = 0
+        self.waiting = False  # for the answer to the last probe
+        self.times: list[int] = []
 
-    def reply(self, microseconds: int) -> None:
-        self.best = min(self.best, microseconds) if self.received else microseconds
-        self.worst = max(self.worst, microseconds)
-        self.last = microseconds
-        self.received += 1
+    def reply(self, time: int) -> None:
+        self.waiting = False
+        self.times.append(time)
         before = self.average
-        self.average = int(before + (microseconds - before) / self.received)
-        self.squares = int(self.squares + float(microseconds - before) * (microseconds - self.average))
+        self.average = int(before + (time - before) / len(self.times))
+        self.squares = int(self.squares + float(time - before) * (time - self.average))
+
+    def deviation(self) -> int:
+        return int(math.sqrt(self.squares / (len(self.times) - 1))) if len(self.times) > 1 else 0
+
+    def loss(self) -> float:
+        """In percent of the probes whose fate is known."""
+        known = self.sent - self.waiting
+        return int(1000 * (100 - 100.0 * len(self.times) / known)) / 1000 if known else 0.0
 
     def columns(self) -> list[str]:
         """Loss%, Snt, Last, Avg, Best, Wrst, StDev as `mtr --report` prints them."""
-        loss = int(1000 * (100 - 100.0 * self.received / self.sent)) if self.sent else 0
-        deviation = int(math.sqrt(self.squares / (self.received - 1))) if self.received > 1 else 0
-        times = (self.last, self.average, self.best, self.worst, deviation)
-        return [f" {loss / 1000:4.1f}%", f" {self.sent:5d}", " ", *(f" {each / 1000:5.1f}" for each in times)]
+        last, best, worst = (self.times[-1], min(self.times), max(self.times)) if self.times else (0, 0, 0)
+        times = (last, self.average, best, worst, self.deviation())
+        return [f" {self.loss():4.1f}%", f" {self.sent:5d}", " ", *(f" {each / 1000:5.1f}" for each in times)]
+
+    def stats(self) -> Event:
+        known, received = self.sent - self.waiting, len(self.times)
+        jitters = [abs(after - before) for before, after in pairwise(self.times)] or [0]
+        times: Event = dict.fromkeys(("min", "avg", "max", "stDev", "jMin", "jAvg", "jMax"))
+        if self.times:
+            spread = (min(self.times), self.average, max(self.times), self.deviation())
+            jitter = (min(jitters), sum(jitters) / len(jitters), max(jitters))
+            times = dict(zip(times, (round(each / 1000, 3) for each in spread + jitter), strict=True))
+        return times | {"total": known, "rcv": received, "drop": known - received, "loss": self.loss()}
 
 
-class MtrText:
-    """`mtr --raw` as text: each hop when it first answers, at the end the table of `--report --report-wide`.
+class Mtr(Reader):
+    """`mtr --raw`. As text: each hop when it first answers, at the end the table of `--report --report-wide`.
 
     Raw lines are `x POSITION SEQUENCE` (sent), `h POSITION ADDRESS` and `p POSITION MICROSECONDS SEQUENCE`
     (answered), positions from 0. Others, such as errors, are passed on.
     """
 
     RAW = re.compile(
-        rb"x (?P<sent>\d{1,2}) \d+"
-        rb"|h (?P<host>\d{1,2}) (?P<address>\S+)"
-        rb"|p (?P<hop>\d{1,2}) (?P<us>\d{1,9}) \d+"
+        r"x (?P<sent>\d{1,2}) \d{1,9}"
+        r"|h (?P<host>\d{1,2}) (?P<address>[0-9A-Fa-f:.]+)"
+        r"|p (?P<hop>\d{1,2}) (?P<time>\d{1,9}) \d{1,9}"
     )
     WIDTHS = (6, 6, 1, 6, 6, 6, 6, 6)
     TITLES = (" Loss%", "   Snt", " ", "  Last", "   Avg", "  Best", "  Wrst", " StDev")
+    HOPS = 30
 
     def __init__(self, address: IPAddress) -> None:
-        self.target = str(address)
+        super().__init__(address)
         self.hops: dict[int, Hop] = {}
-        self.rest = b""
-        self.started = time.strftime("Start: %Y-%m-%dT%H:%M:%S%z\n").encode()
+        self.shown: set[object] = set()
+        self.start = time.strftime("Start: %Y-%m-%dT%H:%M:%S%z\n").encode()
 
-    def feed(self, chunk: bytes) -> bytes:
-        *lines, self.rest = (self.rest + chunk).split(b"\n")
-        if len(self.rest) > LINE_BYTES:
-            lines, self.rest = [*lines, self.rest], b""
-        start, self.started = self.started, b""
-        return start + b"".join(map(self.line, lines))
-
-    def line(self, line: bytes) -> bytes:
-        """What a client reads of a line."""
+    def line(self, line: str) -> Iterator[Event]:
         match = self.RAW.fullmatch(line)
         if not match:
-            return line + b"\n" if line else b""
+            if line:
+                yield {"event": "note", "text": line}
+            return
         position = int(match["sent"] or match["host"] or match["hop"])
         hop = self.hops.setdefault(position, Hop())
-        if match["sent"]:
-            hop.sent += 1
-        elif match["hop"]:
-            hop.reply(int(match["us"]))
+        if match["host"]:
+            hop.address = match["address"]
+            return
+        news = bool(match["hop"]) or hop.waiting  # an answer, or no answer to the probe before
+        if match["hop"]:
+            hop.reply(int(match["time"]))
         else:
-            first, hop.address = hop.address is None, match["address"].decode("ascii", "replace")
-            if first and position < self.length():
-                return f" {position + 1:2d}.|-- {hop.address}\n".encode()
-        return b""
+            hop.sent, hop.waiting = hop.sent + 1, True
+        if news and position < self.length():
+            about = {"hop": position + 1, "address": hop.address, "hostname": None, "stats": hop.stats()}
+            yield {"event": "hop", **about}
 
     def length(self) -> int:
         """How many positions to show: to the first that is the target, else one beyond the last known."""
-        answered = sorted(position for position, hop in self.hops.items() if hop.address)
-        reached = (position for position in answered if self.hops[position].address == self.target)
-        return next(reached, min(answered[-1] + 1, 29) if answered else -1) + 1
+        known = sorted(position for position, hop in self.hops.items() if hop.address)
+        reached = (position for position in known if self.hops[position].address == self.address)
+        return next(reached, min(known[-1] + 1, self.HOPS - 1) if known else -1) + 1
 
-    def end(self) -> bytes:
-        """The rest of what a client reads: the table, where probes were sent."""
-        rest = self.feed(b"\n") if self.rest or self.started else b""
-        if not self.hops:
-            return rest
+    def text(self, chunk: bytes, events: list[Event]) -> bytes:
+        lines, self.start = [self.start], b""
+        for event in events:
+            if event["event"] == "note":
+                lines.append(f"{event['text']}\n".encode())
+            elif event["address"] and event["hop"] not in self.shown:
+                self.shown.add(event["hop"])
+                lines.append(f" {event['hop']:2d}.|-- {event['address']}\n".encode())
+        return b"".join(lines)
+
+    def end(self, complete: bool) -> tuple[bytes, list[Event]]:
+        text, events = super().end(complete)
+        for hop in self.hops.values():
+            hop.waiting &= not complete
         hops = [self.hops.get(position) or Hop() for position in range(self.length())]
-        host = socket.gethostname()
-        width = max(map(len, [host, *(hop.address or "???" for hop in hops)]))
-        rest += self.row(f"HOST: {host:{width}}", self.TITLES)
-        for number, hop in enumerate(hops, 1):
-            rest += self.row(f" {number:2d}.|-- {hop.address or '???':{width}}", hop.columns())
-        return rest
+        if self.hops:
+            host = socket.gethostname()
+            width = max(map(len, [host, *(hop.address or "???" for hop in hops)]))
+            text += self.row(f"HOST: {host:{width}}", self.TITLES)
+            for number, hop in enumerate(hops, 1):
+                text += self.row(f" {number:2d}.|-- {hop.address or '???':{width}}", hop.columns())
+        return text, events
 
     def row(self, label: str, columns: Sequence[str]) -> bytes:
         """A line as mtr composes it: a column that is too wide is overwritten by the next."""
@@ -588,6 +783,23 @@ class MtrText:
         for column, step in zip(columns, self.WIDTHS, strict=True):
             line, width = line[:width] + column, width + step
         return line.encode() + b"\n"
+
+    def result(self) -> Event:
+        hops = [self.hops.get(position) or Hop() for position in range(self.length())]
+        return {
+            "resolvedAddress": self.address,
+            "resolvedHostname": None,
+            "hops": [
+                {
+                    "resolvedAddress": hop.address,
+                    "resolvedHostname": None,
+                    "asn": [],
+                    "timings": [{"rtt": time / 1000} for time in hop.times],
+                    "stats": hop.stats(),
+                }
+                for hop in hops
+            ],
+        }
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
@@ -599,7 +811,7 @@ class Command(NamedTuple):
     argv: tuple[str, ...]  # what the address is added to
     version: int  # of IP
     results: tuple[int, ...]  # exit statuses that are results rather than faults
-    reader: type[Verbatim] | type[MtrText]
+    reader: type[Reader]
 
 
 PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56")
@@ -607,12 +819,12 @@ TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30")
 MTR = ("--raw", "-n", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30")
 
 COMMANDS = {
-    "ping": Command(("ping", "-4", *PING), 4, (0, 1), Verbatim),
-    "ping6": Command(("ping", "-6", *PING), 6, (0, 1), Verbatim),
-    "traceroute": Command(("traceroute", "-4", *TRACEROUTE), 4, (0,), Verbatim),
-    "traceroute6": Command(("traceroute", "-6", *TRACEROUTE), 6, (0,), Verbatim),
-    "mtr": Command(("mtr", "-4", *MTR), 4, (0,), MtrText),
-    "mtr6": Command(("mtr", "-6", *MTR), 6, (0,), MtrText),
+    "ping": Command(("ping", "-4", *PING), 4, (0, 1), Ping),
+    "ping6": Command(("ping", "-6", *PING), 6, (0, 1), Ping),
+    "traceroute": Command(("traceroute", "-4", *TRACEROUTE), 4, (0,), Traceroute),
+    "traceroute6": Command(("traceroute", "-6", *TRACEROUTE), 6, (0,), Traceroute),
+    "mtr": Command(("mtr", "-4", *MTR), 4, (0,), Mtr),
+    "mtr6": Command(("mtr", "-6", *MTR), 6, (0,), Mtr),
 }
 PACKAGES = {"ping": "iputils-ping", "traceroute": "traceroute", "mtr": "mtr-tiny"}  # as Debian calls them
 
@@ -723,10 +935,14 @@ class Process:
         self.loop.remove_reader(self.pipe)
         os.close(self.pipe)
         self.signal(signal.SIGKILL)
-        while (status := self.tool.poll()) is None:
-            await asyncio.sleep(0.001)
+        await asyncio.shield(asyncio.create_task(self.reap()))  # goes on where this is cancelled
+        status = self.tool.returncode
         if not self.fault and status not in self.results:
             self.fault = f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
+
+    async def reap(self) -> None:
+        while self.tool.poll() is None:
+            await asyncio.sleep(0.001)
 
 
 @asynccontextmanager
@@ -748,10 +964,55 @@ async def started(command: Command, address: IPAddress) -> AsyncIterator[Process
         await process.end()
 
 
-async def diagnose(name: str, target: IPAddress | str, client: IPAddress) -> AsyncGenerator[Head | bytes]:
+class Account:
+    """What a client is told of a run as it goes on: text, or a JSON object a line for each event."""
+
+    def __init__(self, name: str, target: IPAddress | str, address: IPAddress, structured: bool) -> None:
+        self.name, self.target, self.address, self.structured = name, target, address, structured
+        self.reader = COMMANDS[name].reader(address)
+        self.begun = time.monotonic()
+        self.raw = bytearray()  # what a text client has read: all of it, or just the end
+
+    def say(self, text: bytes, events: Sequence[Event]) -> bytes:
+        if not self.structured:
+            self.raw[:] = text[-1:] or self.raw
+            return text
+        self.raw += text
+        return b"".join(json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events)
+
+    def start(self) -> bytes:
+        version = self.address.version
+        kind = "address" if version == 4 else "IPv6 address"
+        text = f"{self.target} has {kind} {self.address}\n" if isinstance(self.target, str) else ""
+        about = {
+            "command": self.name,
+            "target": str(self.target),
+            "address": str(self.address),
+            "family": version,
+        }
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return self.say(text.encode(), [{"event": "start", **about, "time": now}])
+
+    def end(self, fault: str, status: int | None) -> bytes:
+        """The end, with what was wrong in `fault`, and the tool's exit status where it has one."""
+        said = self.say(*self.reader.end(complete=not fault))
+        if fault:
+            line = "" if self.raw.endswith(b"\n") or not self.raw else "\n"
+            said += self.say(f"{line}--- {self.name}: {fault} ---\n".encode(), [])
+        outcome: Event = (
+            {"status": "failed", "error": f"{self.name}: {fault}"} if fault else {"status": "finished"}
+        )
+        outcome |= {"exit_status": status, "duration": round(time.monotonic() - self.begun, 3)}
+        result = self.reader.result() | {"rawOutput": self.raw.decode("utf-8", "replace")}
+        return said + self.say(b"", [{"event": "end", **outcome, "result": result}])
+
+
+async def diagnose(
+    name: str, target: IPAddress | str, client: IPAddress, structured: bool
+) -> AsyncGenerator[Head | bytes]:
     """Run the command `name`, from the free slot to the line in the log.
 
-    Gives the headers of the rate limit first, then what a text client reads; raises Refusal before.
+    Gives the headers of the rate limit first, then what the client reads; before that it may raise Refusal.
     """
     command, who = COMMANDS[name], limited_as(client)
     with DIAGNOSTICS.take(who):
@@ -760,15 +1021,12 @@ async def diagnose(name: str, target: IPAddress | str, client: IPAddress) -> Asy
         try:
             address = await resolve(target, command.version)
             async with started(command, address) as process:
+                account = Account(name, target, address, structured)
                 yield head
-                if isinstance(target, str):
-                    kind = "address" if command.version == 4 else "IPv6 address"
-                    yield f"{target} has {kind} {address}\n".encode()
-                reader, text = command.reader(address), b"\n"
+                yield account.start()
                 async with aclosing(process.output()) as chunks:
                     async for chunk in chunks:
-                        if read := reader.feed(chunk):
-                            yield (text := read)
+                        yield account.say(*account.reader.feed(chunk))
             outcome = process.fault or "finished"
         except Refusal as refusal:
             outcome = "refused"
@@ -777,10 +1035,8 @@ async def diagnose(name: str, target: IPAddress | str, client: IPAddress) -> Asy
         finally:
             about = (name, target, address, client, outcome, time.monotonic() - begun)
             log.info("%s target=%s address=%s client=%s outcome=%r seconds=%.1f", *about)
-    if read := reader.end():
-        yield (text := read)
-    if process.fault:
-        yield (b"" if text.endswith(b"\n") else b"\n") + f"--- {name}: {process.fault} ---\n".encode()
+    status = process.tool.returncode
+    yield account.end(process.fault, status if status >= 0 else None)
 
 
 async def detached(items: AsyncGenerator[T]) -> AsyncGenerator[T]:
@@ -847,6 +1103,8 @@ async def zeros(name: str, client: IPAddress) -> AsyncGenerator[Head | bytes]:
 
 # ---- endpoints ---------------------------------------------------------------------------------------------
 
+ESTABLISHED = b"\1"  # the first byte of Linux' struct tcp_info is the connection's state
+LOOK_SECONDS = 0.5  # how often it is looked at
 BODY_BYTES = 4096
 BODY_SECONDS = 10
 
@@ -863,11 +1121,13 @@ class Stream(Response):
 
     def __init__(self, items: AsyncGenerator[Head | bytes], headers: Mapping[str, str]) -> None:
         self.items, self.fixed = items, headers
+        self.begun = False
 
     async def send_all(self, send: Send) -> None:
         async with aclosing(self.items) as items:
             head = [*self.fixed.items(), *cast(Head, await anext(items)).items()]
             raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in head]
+            self.begun = True
             await send({"type": "http.response.start", "status": 200, "headers": raw})
             async for body in items:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -875,21 +1135,35 @@ class Stream(Response):
         await send({"type": "http.response.body", "body": b""})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def leave() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
-        sending, leaving = asyncio.create_task(self.send_all(send)), asyncio.create_task(leave())
+        sending = asyncio.create_task(self.send_all(send))
+        leaving = [asyncio.create_task(disconnected(receive)), asyncio.create_task(hung_up(scope))]
         self.open.add(sending)
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sending, *leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.open.discard(sending)
-            sending.cancel()
-            leaving.cancel()
-            await asyncio.wait((sending, leaving))
+            for task in (sending, *leaving):
+                task.cancel()
+            await asyncio.wait((sending, *leaving))
         if not sending.cancelled():
             sending.result()
+        elif STOPPING.is_set() and not self.begun:
+            raise Refusal(503, {"error": "The server is being stopped: try again in a moment"})
+
+
+async def disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def hung_up(scope: Scope) -> None:
+    """Returns when the peer has closed the connection, which uvicorn does not notice while bytes of a next
+    request wait. Without our Protocol, as under `uvicorn lg:app`, it never does."""
+    transport = scope.get("state", {}).get("transport")
+    connection = transport.get_extra_info("socket") if transport else None
+    with suppress(OSError):  # closed on our side
+        while not connection or connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == ESTABLISHED:
+            await asyncio.sleep(LOOK_SECONDS)
 
 
 async def read_body(request: Request) -> bytes:
@@ -909,10 +1183,10 @@ async def read_body(request: Request) -> bytes:
     raise Refusal(413, {"detail": f"The body is larger than {BODY_BYTES} bytes: send the target alone"})
 
 
-def ip_address(text: object) -> IPAddress | None:
-    """The address that is written here, without its zone; IPv4 where it is mapped into IPv6."""
+def ip_address(text: str) -> IPAddress | None:
+    """The address that is written here, IPv6 without its zone, IPv4 where it is mapped into IPv6."""
     try:
-        address = ipaddress.ip_address(str(text).partition("%")[0])
+        address = ipaddress.ip_address(text.partition("%")[0] if ":" in text else text)
     except ValueError:
         return None
     return (address.version == 6 and address.ipv4_mapped) or address
@@ -923,42 +1197,44 @@ def is_believed(peer: IPAddress | None) -> bool:
 
 
 @cache
-def warn_of_proxy(header: str) -> None:
+def warn_of_proxy() -> None:
     """Say it once."""
     log.warning(
-        "%s is not believed: it comes from a peer that is not in FORWARDED_ALLOW_IPS. If this server stands "
-        "behind a proxy, add the proxy's address there: until then all its clients share one limit",
-        header,
+        "A forwarding header is not believed: its peer is not in FORWARDED_ALLOW_IPS. If this server stands "
+        "behind a proxy, add the proxy's address there: until then all its clients share one limit"
     )
 
 
 def client_of(request: Request) -> IPAddress:
     """Who is limited, logged and shown as `your_ip`: the peer, or whom a believed peer forwards for."""
     peer = ip_address(request.scope["peer"])
+    named = request.headers.get("x-real-ip", "")
     if is_believed(peer):
         forwarded = ip_address(request.client.host) if request.client else None  # by ProxyHeadersMiddleware
         if forwarded and not is_believed(forwarded):
             return forwarded
-        peer = ip_address(request.headers.get("x-real-ip")) or peer
-    else:
-        for header in ("x-forwarded-for", "x-real-ip"):
-            if header in request.headers:
-                warn_of_proxy(header)
+        peer = ip_address(named) or peer
+    elif (said := f"{named}{request.headers.get('x-forwarded-for', '')}") and str(peer) not in said:
+        warn_of_proxy()  # where the peer is in it, uvicorn has believed it before, as under `uvicorn lg:app`
     return peer or ipaddress.IPv4Address(0)  # a peer without an address: a Unix socket's
 
 
-TEXT_HEADERS = {
-    "Content-Type": "text/plain; charset=utf-8",
+TEXT_TYPE, EVENTS_TYPE = "text/plain; charset=utf-8", "application/x-ndjson"
+FORM_TYPE = "application/x-www-form-urlencoded"
+STREAM_HEADERS = {
     "Cache-Control": "no-store, no-transform",
     "X-Accel-Buffering": "no",
     "X-Content-Type-Options": "nosniff",
+    "Vary": "Accept",
 }
 
 
 async def diagnostic(name: str, request: Request) -> Response:
     target = parse_target(read_target(await read_body(request)))
     check_version(target, name)
-    return Stream(detached(diagnose(name, target, client_of(request))), TEXT_HEADERS)
+    structured = EVENTS_TYPE in request.headers.get("accept", "").lower()
+    headers = STREAM_HEADERS | {"Content-Type": EVENTS_TYPE if structured else TEXT_TYPE}
+    return Stream(detached(diagnose(name, target, client_of(request), structured)), headers)
 
 
 async def speedtest(name: str, request: Request) -> Response:
@@ -1036,7 +1312,7 @@ async def usage(request: Request) -> Response:
     host = request.headers.get("host", "")
     if not HOST.fullmatch(host):  # it is printed into lines that people paste into a shell
         host = f"localhost:{SETTINGS.PORT}"
-    base = f"{request.url.scheme}://{host}"
+    base = f"{'https' if request.url.scheme in ('https', 'wss') else 'http'}://{host}"
     about = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
     return PlainTextResponse(
         USAGE.format(base=base, limits=limits_text(), **about), headers={"Vary": "Accept"}
@@ -1065,6 +1341,303 @@ async def answer_nobody(request: Request, error: Exception) -> Response:
 
 async def answer_defect(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": "Internal Server Error"}, 500)  # Starlette logs the traceback
+
+
+# ---- OpenAPI -----------------------------------------------------------------------------------------------
+
+Schema = dict[str, Any]
+STRING: Schema = {"type": "string"}
+INTEGER: Schema = {"type": "integer"}
+NUMBER: Schema = {"type": "number"}
+NULLABLE_STRING: Schema = {"type": ["string", "null"]}
+NULLABLE_NUMBER: Schema = {"type": ["number", "null"]}
+
+
+def array(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def record(**properties: Schema) -> Schema:
+    """An object with these properties and no others; those whose schema says `optional` need not be there."""
+    required = [name for name, schema in properties.items() if "optional" not in schema]
+    shown = {
+        name: {k: v for k, v in schema.items() if k != "optional"} for name, schema in properties.items()
+    }
+    return {"type": "object", "properties": shown, "required": required, "additionalProperties": False}
+
+
+def constant(value: str) -> Schema:
+    return {"const": value}
+
+
+COUNTS = {"total": INTEGER, "rcv": INTEGER, "drop": INTEGER, "loss": NUMBER}
+SPREAD = dict.fromkeys(("min", "avg", "max"), NULLABLE_NUMBER)
+HOP_STATS = record(**SPREAD, **dict.fromkeys(("stDev", "jMin", "jAvg", "jMax"), NULLABLE_NUMBER), **COUNTS)
+TIMINGS = array(record(rtt=NUMBER))
+RESOLVED = {"resolvedAddress": NULLABLE_STRING, "resolvedHostname": NULLABLE_STRING}
+RESULTS = {
+    "PingResult": record(
+        **RESOLVED,
+        timings=array(record(rtt=NUMBER, ttl=INTEGER)),
+        stats=record(**SPREAD, **COUNTS),
+        rawOutput=STRING,
+    ),
+    "TracerouteResult": record(**RESOLVED, hops=array(record(**RESOLVED, timings=TIMINGS)), rawOutput=STRING),
+    "MtrResult": record(
+        **RESOLVED,
+        hops=array(record(**RESOLVED, asn=array(INTEGER), timings=TIMINGS, stats=HOP_STATS)),
+        rawOutput=STRING,
+    ),
+}
+HOP = {"event": constant("hop"), "hop": INTEGER, "address": NULLABLE_STRING, "hostname": NULLABLE_STRING}
+EVENTS: dict[str, tuple[str, Schema, Event]] = {  # what it says, its schema, an example
+    "Start": (
+        "The first line: what is measured.",
+        record(
+            event=constant("start"),
+            command={"enum": list(COMMANDS)},
+            target=STRING,
+            address=STRING,
+            family={"enum": [4, 6]},
+            time={"type": "string", "format": "date-time"},
+        ),
+        {
+            "event": "start",
+            "command": "mtr",
+            "target": "target.lg.example",
+            "address": "198.51.100.254",
+            "family": 4,
+            "time": "2026-11-22T19:58:41Z",
+        },
+    ),
+    "Reply": (
+        "ping: an answer.",
+        record(event=constant("reply"), seq=INTEGER, ttl=INTEGER, rtt=NUMBER),
+        {"event": "reply", "seq": 1, "ttl": 60, "rtt": 28.4},
+    ),
+    "Lost": (
+        "ping: no answer yet; a late reply overrides it.",
+        record(event=constant("lost"), seq=INTEGER),
+        {"event": "lost", "seq": 2},
+    ),
+    "TracerouteHop": (
+        "traceroute: a hop, with the answers to its probes.",
+        record(**HOP, timings=TIMINGS),
+        {
+            "event": "hop",
+            "hop": 2,
+            "address": "198.51.100.6",
+            "hostname": "core1.ams.lg.example",
+            "timings": [{"rtt": 5.7}],
+        },
+    ),
+    "MtrHop": (
+        "mtr: a hop as it now stands.",
+        record(**HOP, stats=HOP_STATS),
+        {"event": "hop", "hop": 3, "address": None, "hostname": None, "stats": Hop().stats()},
+    ),
+    "Note": (
+        "A line of the tool's that nothing else carries.",
+        record(event=constant("note"), text=STRING),
+        {"event": "note", "text": "From 198.51.100.6 icmp_seq=3 Destination Net Unreachable"},
+    ),
+    "End": (
+        "The last line: how it ended, and the result in the shape of Globalping's.",
+        record(
+            event=constant("end"),
+            status={"enum": ["finished", "failed"]},
+            error=STRING | {"optional": True},
+            exit_status={"type": ["integer", "null"]},
+            duration=NUMBER,
+            result={"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in RESULTS]},
+        ),
+        {
+            "event": "end",
+            "status": "finished",
+            "exit_status": 0,
+            "duration": 0.2,
+            "result": {
+                "resolvedAddress": "198.51.100.254",
+                "resolvedHostname": None,
+                "hops": [],
+                "rawOutput": "",
+            },
+        },
+    ),
+}
+FAULT = record(type=STRING, loc=array(STRING), msg=STRING, input={})
+REFUSALS = {  # status: when, and the body's schema
+    404: ("No such address.", record(detail=STRING)),
+    405: ("Not with this method; `Allow` names those that are.", record(detail=STRING)),
+    408: (f"The body did not come within {BODY_SECONDS} s.", record(detail=STRING)),
+    413: (f"The body is larger than {BODY_BYTES} bytes.", record(detail=STRING)),
+    422: ("No target, or none that can or may be measured: `msg` says why.", record(detail=array(FAULT))),
+    429: ("Over the rate limit, or with all the slots of a client in use.", record(error=STRING)),
+    503: ("No free slot, or a tool that is not installed or may not run.", record(error=STRING)),
+}
+RATED = dict(
+    zip(RATE_HEADERS, ("Its requests.", "Those left.", "When one more is free, epoch seconds."), strict=True)
+)
+HEADERS = {"Retry-After": "Seconds after which it is worth another try."} | RATED
+
+
+def answer(when: str, content: Mapping[str, Schema], headers: Collection[str] = ()) -> Schema:
+    """A response: when, its bodies by media type, its headers by name."""
+    shown = {name: {"description": HEADERS[name], "schema": INTEGER} for name in headers}
+    return {"description": when, "content": content} | ({"headers": shown} if shown else {})
+
+
+def operation(summary: str, good: Schema, refusals: Sequence[int] = (), **more: Any) -> Schema:
+    """An operation: its good answer, the statuses with which it may refuse."""
+    responses = {"200": good}
+    for status in refusals:
+        when, schema = REFUSALS[status]
+        headers = HEADERS if status == 429 else ("Retry-After",) if status == 503 else ()
+        responses[str(status)] = answer(when, {"application/json": {"schema": schema}}, headers)
+    return {"summary": summary, "responses": responses, **more}
+
+
+def json_answer(when: str, **properties: Schema) -> Schema:
+    return answer(when, {"application/json": {"schema": record(**properties)}})
+
+
+def reference(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def command_operation(name: str) -> Schema:
+    command = COMMANDS[name]
+    forms = [
+        {"type": "string", "format": f"ipv{command.version}"},
+        {"type": "string", "pattern": f"^(?:{NAME.pattern})$"},
+    ]
+    target = {"description": "An address or a host name.", "anyOf": forms, "examples": ["example.com"]}
+    body = {"schema": {"type": "object", "properties": {"target": target}, "required": ["target"]}}
+    examples = {event: {"summary": about, "value": value} for event, (about, _, value) in EVENTS.items()}
+    lines = {"schema": {"oneOf": [reference(event) for event in EVENTS]}, "examples": examples}
+    stream: dict[str, Schema] = {TEXT_TYPE: {"schema": STRING}, EVENTS_TYPE: lines}
+    return operation(
+        f"{command.argv[0]} over IPv{command.version}",
+        answer(
+            "What the tool writes, as it writes it: text, or with `Accept` an event a line.", stream, RATED
+        ),
+        (408, 413, 422, 429, 503),
+        description=f"Runs `{' '.join(command.argv)} ADDRESS`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "
+        f"Limit: {describe(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}.",
+        operationId=name,
+        requestBody={"required": True, "content": dict.fromkeys(("application/json", FORM_TYPE), body)},
+    )
+
+
+def speedtest_operations(name: str) -> dict[str, Schema]:
+    size = SIZES[name]
+    zeros: dict[str, Schema] = {"application/octet-stream": {"schema": {}}}
+    summary = f"{size.length} zero bytes"
+    get = operation(summary, answer("The bytes.", zeros, RATED), (429, 503), operationId=f"speedtest_{name}")
+    get["description"] = f"Limit: {describe(size.rates)}."
+    return {"get": get, "head": operation(f"{summary}: the headers", {"description": "The headers alone."})}
+
+
+def openapi() -> Schema:
+    """The description of this API, OpenAPI 3.1, from the tables that make it work."""
+    info = dict.fromkeys(("location", "map_url", "facility", "facility_url"), STRING)
+    info |= dict.fromkeys(("looking_glass_ipv4", "looking_glass_ipv6", "your_ip"), STRING)
+    status = {"enum": ["ok", "degraded"]}
+    missing = array({"enum": list(PACKAGES)}) | {"optional": True}
+    text = answer("How to use this server.", {TEXT_TYPE: {"schema": STRING}})
+    page = {"text/html; charset=utf-8": {"schema": STRING}}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Looking glass",
+            "version": "1.0.0",
+            "description": f"Ping, traceroute, mtr and speed tests from {SETTINGS.NETWORK_LOCATION}. "
+            f"Limits for each client: {limits_text()}.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "paths": {
+            **{f"/lookingglass/{name}": {"post": command_operation(name)} for name in COMMANDS},
+            **{f"/speedtest/{name}": speedtest_operations(name) for name in SIZES},
+            "/network/info": {"get": operation("Where this is, and who you are", json_answer("It.", **info))},
+            "/health": {
+                "get": operation(
+                    "Whether the tools are there", json_answer("It.", status=status, missing=missing)
+                )
+            },
+            "/": {"get": operation("How to use this server", text)},
+            "/openapi.json": {"get": operation("This description", json_answer("OpenAPI 3.1."))},
+            "/docs": {"get": operation("This description in Swagger UI", answer("A page.", page))},
+            "/redoc": {"get": operation("This description in ReDoc", answer("A page.", page))},
+        },
+        "components": {"schemas": RESULTS | {name: schema for name, (_, schema, _) in EVENTS.items()}},
+    }
+
+
+CDN = "https://cdn.jsdelivr.net/npm/"
+VIEWERS: dict[str, tuple[str, dict[str, str]]] = {  # what each page runs, and what it loads for that
+    "docs": (
+        "SwaggerUIBundle({ url: 'openapi.json', dom_id: '#viewer' })",
+        {
+            "swagger-ui-dist@5.35.0/swagger-ui.css": (
+                "sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I"
+            ),
+            "swagger-ui-dist@5.35.0/swagger-ui-bundle.js": (
+                "sha384-gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9"
+            ),
+        },
+    ),
+    "redoc": (
+        "Redoc.init('openapi.json', {}, document.getElementById('viewer'))",
+        {
+            "redoc@2.5.4/bundles/redoc.standalone.js": (
+                "sha384-w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5"
+            )
+        },
+    ),
+}
+LOAD = {
+    "css": '<link rel="stylesheet" href="{}" integrity="{}" crossorigin="anonymous">\n',
+    "js": '<script defer src="{}" integrity="{}" crossorigin="anonymous"></script>\n',
+}
+
+
+def hash_of(script: str) -> str:
+    """How a content security policy names a script that stands in the page."""
+    return f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'"
+
+
+def viewer(name: str) -> Response:
+    """A page that shows the description with files from a CDN, and can load and run nothing else."""
+    call, files = VIEWERS[name]
+    tags = "".join(
+        LOAD[path.rpartition(".")[2]].format(CDN + path, integrity) for path, integrity in files.items()
+    )
+    run = f"addEventListener('DOMContentLoaded', () => {call});"
+    sources = " ".join(CDN + path for path in files)
+    policy = f"default-src 'none'; script-src {hash_of(run)} {sources}; style-src 'unsafe-inline' {sources}; "
+    policy += "img-src 'self' data:; connect-src 'self'; worker-src blob:; base-uri 'none'; "
+    policy += "form-action 'none'; frame-ancestors 'none'"
+    html = f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Looking glass: the API</title>
+{tags}<script>{run}</script>
+<div id="viewer">
+<p>The description of this API is <a href="openapi.json">openapi.json</a>. What shows it here comes from
+{CDN.split("/")[2]}, and has not been loaded: it needs JavaScript, and access to that host.</p>
+</div>
+</html>
+"""
+    return HTMLResponse(html, headers={"Content-Security-Policy": policy})
+
+
+async def describe_api(request: Request) -> Response:
+    return JSONResponse(openapi())
+
+
+async def show_api(name: str, request: Request) -> Response:
+    return viewer(name)
 
 
 # ---- the routes and the app --------------------------------------------------------------------------------
@@ -1135,6 +1708,8 @@ app = Starlette(
         Route("/", usage),
         Route("/health", health),
         Route("/network/info", network_info),
+        Route("/openapi.json", describe_api),
+        *(Route(f"/{name}", partial(show_api, name), name=name) for name in VIEWERS),
         *(
             Route(f"/lookingglass/{name}", partial(diagnostic, name), methods=["POST"], name=name)
             for name in COMMANDS
@@ -1166,6 +1741,24 @@ app = Starlette(
 )
 
 
+app.router.redirect_slashes = False  # it would write what a client sends as Host into Location
+
+
+class Protocol(HTTPProtocol):
+    """uvicorn's, which shows the app its transport."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "transport": transport}
+
+    def send_400_response(self, msg: str) -> None:
+        """Also for a body that turns out malformed when its answer has begun: that can only be broken off."""
+        if self.cycle and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.abort()
+        else:
+            super().send_400_response(msg)
+
+
 class Server(uvicorn.Server):
     """uvicorn's, but what would go on is ended first: it waits for that, and then ends the loop."""
 
@@ -1179,7 +1772,13 @@ class Server(uvicorn.Server):
                     await asyncio.sleep(TICK_SECONDS)
         for sending in Stream.open:
             sending.cancel()
+        asyncio.get_running_loop().call_later(FAREWELL_SECONDS, self.drop)
         await super().shutdown(sockets)
+
+    def drop(self) -> None:
+        """What is still open: downloads, answers that are not read, requests that do not come."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -1210,17 +1809,20 @@ def serve() -> None:
     certificate, key = SETTINGS.SSL_CERTFILE or None, SETTINGS.SSL_KEYFILE or None
     if certificate or key:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate or "", key)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate or "", key, lambda: b"")
         except OSError as error:
             reason = f"expected a certificate and its key, in PEM ({error})"
             raise unusable(reason, SSL_CERTFILE=certificate or "", SSL_KEYFILE=key or "") from None
     try:
         sockets = listen(SETTINGS.HOST, SETTINGS.PORT)
-    except OSError as error:
-        reason = f"expected an address of this machine and a free port ({error.strerror})"
+    except (OSError, UnicodeError) as error:
+        reason = f"expected an address of this machine and a free port ({error})"
         raise unusable(reason, HOST=SETTINGS.HOST, PORT=SETTINGS.PORT) from None
     config = uvicorn.Config(
         app,
+        http=Protocol,
+        ws="none",
+        workers=1,
         log_config=None,
         log_level=SETTINGS.LOG_LEVEL,
         access_log=SETTINGS.LOG_LEVEL == "debug",
@@ -1234,7 +1836,13 @@ def serve() -> None:
         host, port = listening.getsockname()[:2]
         url = f"{'https' if certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         log.info("Listening on %s", url)
-    Server(config).run(sockets)
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # ignored, as some parents leave it, tools would reap themselves
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal ends the commands too
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    with suppress(KeyboardInterrupt):
+        Server(config).run(sockets)
 
 
 def ask_health() -> None:
@@ -1251,7 +1859,7 @@ def ask_health() -> None:
     try:
         connection.request("GET", "/health")
         print(connection.getresponse().read().decode())
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
         raise SystemExit(f"No answer from {host} port {SETTINGS.PORT}: {error}") from None
 
 

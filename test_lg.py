@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import httpx
 import pytest
@@ -72,7 +72,7 @@ def getaddrinfo(host, port, family=0, *rest, **more):
         return real(host, port, family, *rest, **more)
     with open(os.environ["LG_TEST_LOOKUPS"], "a") as lookups:
         lookups.write(host.decode() + "\\\\n")
-    answer = names.get(host.decode().rstrip(".").lower(), [])
+    answer = names.get(host.decode().rstrip(".").lower(), names.get("*", []))
     if answer == "hang":
         time.sleep(3600)
     if answer == "fail":
@@ -180,6 +180,10 @@ class Server:
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))  # noqa: PTH208
+
+    def idle(self) -> bool:
+        """Whether what was begun has ended: all tools of this server's have, and so has what reads them."""
+        return not running(f"{self.folder}/bin/")
 
     def has_reaped(self) -> bool:
         return self.process.pid not in [parent for parent, _, line in processes().values() if not line]
@@ -316,11 +320,12 @@ def test_each_command_starts_its_tool_with_the_argv_of_the_contract(
 def test_the_stream_has_the_headers_of_the_contract(echo: Server) -> None:
     response = echo.run("ping")
     assert response.status_code == 200
-    assert {name: response.headers[name] for name in lg.TEXT_HEADERS} == {
+    assert {name: response.headers[name] for name in ("Content-Type", *lg.STREAM_HEADERS)} == {
         "Content-Type": "text/plain; charset=utf-8",
         "Cache-Control": "no-store, no-transform",
         "X-Accel-Buffering": "no",
         "X-Content-Type-Options": "nosniff",
+        "Vary": "Accept, Origin",
     }
 
 
@@ -509,6 +514,655 @@ def test_mtr_shows_each_hop_when_it_first_answers_and_a_table_at_the_end(
     assert rows[5].split()[:2] == ["5.|--", address]
 
 
+# ---- what the tools print ----------------------------------------------------------------------------------
+
+# From runs in .ci/hops where it says "hops", else typed after the tools' sources.
+RECORDED = {
+    # hops, ping -4, one reply lost
+    "ping, a loss": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=32.1 ms
+no answer yet for icmp_seq=2
+64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=32.5 ms
+
+--- 198.51.100.254 ping statistics ---
+3 packets transmitted, 2 received, 33.3333% packet loss, time 2031ms
+rtt min/avg/max/mdev = 32.100/32.300/32.500/0.200 ms
+""",
+    # hops, ping -6
+    "ping6, nothing comes back": """\
+PING 2001:db8::66(2001:db8::66) 56 data bytes
+no answer yet for icmp_seq=1
+no answer yet for icmp_seq=2
+
+--- 2001:db8::66 ping statistics ---
+3 packets transmitted, 0 received, 100% packet loss, time 2101ms
+
+""",
+    "ping, unreachable": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+From 198.51.100.2 icmp_seq=1 Destination Host Unreachable
+From 198.51.100.2 icmp_seq=2 Destination Net Unreachable
+
+--- 198.51.100.254 ping statistics ---
+3 packets transmitted, 0 received, +2 errors, 100% packet loss, time 2030ms
+pipe 2
+""",
+    "ping, duplicates, a late reply and a redirect": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+From 198.51.100.2 icmp_seq=1 Redirect Host(New nexthop: 198.51.100.3)
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.50 ms (DUP!)
+no answer yet for icmp_seq=2
+64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=2.00 ms
+64 bytes from 198.51.100.254: icmp_seq=2 ttl=60 time=1003 ms
+
+--- 198.51.100.254 ping statistics ---
+3 packets transmitted, 3 received, +1 duplicates, 0% packet loss, time 2003ms
+rtt min/avg/max/mdev = 1.000/335.333/1003.000/472.0 ms, pipe 2
+""",
+    # its process was killed before it could sum up
+    "ping, cut off": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
+no answer yet for icmp_seq=2
+64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=3.00 ms
+64 bytes fr""",
+    "ping, no route": "ping: connect: Network is unreachable\n",
+    # hops, traceroute -4
+    "traceroute": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 1  gw.pop.lg.example (198.51.100.2)  2.959 ms  2.933 ms  2.906 ms
+ 2  core1.ams.lg.example (198.51.100.6)  6.202 ms  6.177 ms  6.106 ms
+ 3  * * *
+ 4  * core2.fra.lg.example (198.51.100.14)  17.132 ms  15.696 ms
+ 5  target.lg.example (198.51.100.254)  29.599 ms  29.598 ms  31.944 ms
+""",
+    "traceroute6, several routers at a hop, addresses without names, a zone": """\
+traceroute to 2001:db8::254 (2001:db8::254), 30 hops max, 80 byte packets
+ 1  fe80::1%eth0 (fe80::1%eth0)  0.500 ms  0.400 ms  0.300 ms
+ 2  2001:db8:0:2::2 (2001:db8:0:2::2)  1.000 ms r2.lg.example (2001:db8:0:2::3)  2.000 ms *
+10  target.lg.example (2001:db8::254)  9.000 ms  9.100 ms  9.200 ms
+""",
+    "traceroute, unreachables": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 1  gw.pop.lg.example (198.51.100.2)  1.000 ms !N  1.100 ms !N  1.200 ms !N
+ 2  r2.lg.example (198.51.100.6)  2.000 ms !H * r2.lg.example (198.51.100.6)  2.200 ms !X
+ 3  r3.lg.example (198.51.100.10)  3.000 ms !<13>  3.100 ms !F-1400  3.200 ms
+""",
+    "traceroute, a name that is markup": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 1  <img/src=x/onerror=alert(1)> (198.51.100.2)  1.000 ms  1.100 ms  1.200 ms
+""",
+    "traceroute, cut off": """\
+traceroute to 198.51.100.66 (198.51.100.66), 30 hops max, 60 byte packets
+ 1  gw.pop.lg.example (198.51.100.2)  1.000 ms  1.100 ms  1.200 ms
+ 2  * core1.ams.lg.example (198.51.100.6)  2.0""",
+    "traceroute, no route": "connect: Network is unreachable\n",
+    # hops, mtr --raw, three cycles, shortened
+    "mtr": """\
+x 0 33000
+h 0 198.51.100.2
+h 0 198.51.100.2
+p 0 2827 33000
+x 1 33001
+x 2 33002
+h 2 198.51.100.254
+h 2 198.51.100.254
+p 2 32910 33002
+x 3 33003
+h 3 198.51.100.254
+p 3 33412 33003
+x 0 33004
+p 0 2644 33004
+x 1 33005
+x 2 33006
+x 0 33007
+p 0 2622 33007
+x 1 33008
+x 2 33009
+p 2 35493 33009
+""",
+    "mtr6, a hop that changes, and an error": """\
+x 0 33000
+h 0 2001:db8:0:1::2
+p 0 1000 33000
+x 1 33001
+h 1 2001:db8:0:2::2
+p 1 2000 33001
+mtr: Unexpected mtr-packet error
+x 1 33002
+h 1 2001:db8:0:2::3
+p 1 3000 33002
+""",
+}
+
+
+def read(name: str, complete: bool = True) -> tuple[lg.Reader, bytes, list[dict[str, Any]]]:
+    """A recorded output through its reader, in pieces of seven bytes: the reader, the text, the events."""
+    command = name.partition(",")[0]
+    target = re.search(r"(?:PING|to) ([0-9a-f.:]+)", RECORDED[name])
+    address = target[1] if target else TARGET6 if command.endswith("6") else TARGET4
+    reader = lg.COMMANDS[command].reader(ipaddress.ip_address(address))
+    output = RECORDED[name].encode()
+    pieces = [reader.feed(output[at : at + 7]) for at in range(0, len(output), 7)] + [reader.end(complete)]
+    return reader, b"".join(text for text, _ in pieces), [event for _, events in pieces for event in events]
+
+
+def brief(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Events as tuples without their names and the mtr statistics."""
+    return [tuple(value for key, value in event.items() if key not in ("stats", "event")) for event in events]
+
+
+def test_ping_replies_and_losses_are_events_when_they_are_known() -> None:
+    assert read("ping, a loss")[2] == [
+        {"event": "reply", "seq": 1, "ttl": 60, "rtt": 32.1},
+        {"event": "lost", "seq": 2},
+        {"event": "reply", "seq": 3, "ttl": 60, "rtt": 32.5},
+    ]
+    assert brief(read("ping6, nothing comes back")[2]) == [(1,), (2,), (3,)]
+    assert brief(read("ping, unreachable")[2]) == [
+        ("From 198.51.100.2 icmp_seq=1 Destination Host Unreachable",),
+        (1,),
+        ("From 198.51.100.2 icmp_seq=2 Destination Net Unreachable",),
+        (2,),
+        (3,),
+        ("pipe 2",),
+    ]
+    assert brief(read("ping, duplicates, a late reply and a redirect")[2]) == [
+        ("From 198.51.100.2 icmp_seq=1 Redirect Host(New nexthop: 198.51.100.3)",),
+        (1, 60, 1.0),
+        ("64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.50 ms (DUP!)",),
+        (2,),
+        (3, 60, 2.0),
+        (2, 60, 1003.0),
+    ]
+    assert brief(read("ping, no route")[2]) == [("ping: connect: Network is unreachable",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rtts", "stats"),
+    [
+        ("ping, a loss", [32.1, 32.5], (32.1, 32.3, 32.5, 3, 2, 1, 33.3333)),
+        ("ping6, nothing comes back", [], (None, None, None, 3, 0, 3, 100)),
+        ("ping, unreachable", [], (None, None, None, 3, 0, 3, 100)),
+        ("ping, duplicates, a late reply and a redirect", [1, 2, 1003], (1, 335.333, 1003, 3, 3, 0, 0)),
+        ("ping, cut off", [1, 3], (1, 2, 3, 3, 2, 1, 33.33)),
+        ("ping, no route", [], (None, None, None, 0, 0, 0, 0)),
+    ],
+)
+def test_the_result_of_ping(name: str, rtts: list[float], stats: tuple[float | None, ...]) -> None:
+    reader = read(name)[0]
+    assert reader.result() == {
+        "resolvedAddress": reader.address,
+        "resolvedHostname": None,
+        "timings": [{"rtt": rtt, "ttl": 60} for rtt in rtts],
+        "stats": dict(zip(("min", "avg", "max", "total", "rcv", "drop", "loss"), stats, strict=True)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "hops"),
+    [
+        (
+            "traceroute",
+            [
+                (1, "198.51.100.2", "gw.pop.lg.example", [2.959, 2.933, 2.906]),
+                (2, "198.51.100.6", "core1.ams.lg.example", [6.202, 6.177, 6.106]),
+                (3, None, None, []),
+                (4, "198.51.100.14", "core2.fra.lg.example", [17.132, 15.696]),
+                (5, "198.51.100.254", "target.lg.example", [29.599, 29.598, 31.944]),
+            ],
+        ),
+        (
+            "traceroute6, several routers at a hop, addresses without names, a zone",
+            [
+                (1, "fe80::1", None, [0.5, 0.4, 0.3]),
+                (2, "2001:db8:0:2::2", None, [1, 2]),
+                (10, "2001:db8::254", "target.lg.example", [9, 9.1, 9.2]),
+            ],
+        ),
+        (
+            "traceroute, unreachables",
+            [
+                (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
+                (2, "198.51.100.6", "r2.lg.example", [2, 2.2]),
+                (3, "198.51.100.10", "r3.lg.example", [3, 3.1, 3.2]),
+            ],
+        ),
+        (
+            "traceroute, a name that is markup",
+            [(1, "198.51.100.2", "<img/src=x/onerror=alert(1)>", [1, 1.1, 1.2])],
+        ),
+        (
+            "traceroute, cut off",
+            [
+                (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
+                (2, "198.51.100.6", "core1.ams.lg.example", []),
+            ],
+        ),
+        ("traceroute, no route", []),
+    ],
+)
+def test_each_hop_of_traceroute_is_an_event_and_a_part_of_the_result(
+    name: str, hops: list[tuple[Any, ...]]
+) -> None:
+    reader, text, events = read(name)
+    assert text.decode() == RECORDED[name]
+    assert [event for event in events if event["event"] == "hop"] == [
+        {
+            "event": "hop",
+            "hop": number,
+            "address": address,
+            "hostname": hostname,
+            "timings": [{"rtt": rtt} for rtt in rtts],
+        }
+        for number, address, hostname, rtts in hops
+    ]
+    assert reader.result() == {
+        "resolvedAddress": reader.address,
+        "resolvedHostname": "target.lg.example" if hops and hops[-1][2] == "target.lg.example" else None,
+        "hops": [
+            {
+                "resolvedAddress": address,
+                "resolvedHostname": hostname,
+                "timings": [{"rtt": rtt} for rtt in rtts],
+            }
+            for _, address, hostname, rtts in hops
+        ],
+    }
+
+
+def test_what_a_hop_of_traceroute_cannot_carry_is_a_note() -> None:
+    def notes(name: str) -> list[str]:
+        return [event["text"].split()[0] for event in read(name)[2] if event["event"] == "note"]
+
+    assert notes("traceroute") == notes("traceroute, a name that is markup") == []
+    assert notes("traceroute, unreachables") == ["1", "2", "3"]
+    assert notes("traceroute6, several routers at a hop, addresses without names, a zone") == ["2"]
+    assert notes("traceroute, cut off") == ["2"]
+    assert notes("traceroute, no route") == ["connect:"]
+
+
+def test_the_hops_of_mtr_are_events_as_they_stand() -> None:
+    _, text, events = read("mtr")
+    assert [
+        (event["hop"], event["address"], event["stats"]["rcv"], event["stats"]["drop"]) for event in events
+    ] == [
+        (1, "198.51.100.2", 1, 0),
+        (3, "198.51.100.254", 1, 0),
+        (1, "198.51.100.2", 2, 0),
+        (2, None, 0, 1),
+        (1, "198.51.100.2", 3, 0),
+        (2, None, 0, 2),
+        (3, "198.51.100.254", 1, 1),
+        (3, "198.51.100.254", 2, 1),
+    ]
+    assert re.fullmatch(
+        r"Start: \S+\n  1\.\|-- 198\.51\.100\.2\n  3\.\|-- 198\.51\.100\.254\nHOST: (.|\n)+", text.decode()
+    )
+
+
+def test_the_result_of_mtr() -> None:
+    reader = read("mtr")[0]
+    first, silent, last = cast(list[dict[str, Any]], reader.result()["hops"])
+    assert first["timings"] == [{"rtt": 2.827}, {"rtt": 2.644}, {"rtt": 2.622}]
+    assert first["stats"] == {
+        "min": 2.622,
+        "avg": 2.697,
+        "max": 2.827,
+        "stDev": 0.112,
+        "jMin": 0.022,
+        "jAvg": 0.102,
+        "jMax": 0.183,
+        "total": 3,
+        "rcv": 3,
+        "drop": 0,
+        "loss": 0,
+    }
+    assert (silent["resolvedAddress"], silent["asn"], silent["timings"]) == (None, [], [])
+    assert silent["stats"] == {
+        **dict.fromkeys(("min", "avg", "max", "stDev", "jMin", "jAvg", "jMax")),
+        "total": 3,
+        "rcv": 0,
+        "drop": 3,
+        "loss": 100,
+    }
+    assert (last["resolvedAddress"], last["stats"]["loss"]) == ("198.51.100.254", 33.333)
+
+
+def test_an_mtr_that_was_stopped_counts_no_loss_where_it_still_waited() -> None:
+    hops = cast(list[dict[str, Any]], read("mtr", complete=False)[0].result()["hops"])
+    assert [(hop["stats"]["total"], hop["stats"]["drop"]) for hop in hops] == [(3, 0), (2, 2), (3, 1)]
+
+
+def test_mtr_shows_the_router_that_answered_last_and_passes_errors_on() -> None:
+    reader, text, events = read("mtr6, a hop that changes, and an error")
+    hops = cast(list[dict[str, Any]], reader.result()["hops"])
+    assert [hop["resolvedAddress"] for hop in hops] == ["2001:db8:0:1::2", "2001:db8:0:2::3", None]
+    assert b"\nmtr: Unexpected mtr-packet error\n" in text
+    assert {"event": "note", "text": "mtr: Unexpected mtr-packet error"} in events
+
+
+@given(
+    command=st.sampled_from(list(lg.COMMANDS)),
+    output=st.lists(
+        st.one_of(
+            st.binary(max_size=200),
+            st.text(max_size=200).map(lambda text: text.encode(errors="replace") + b"\n"),
+            st.sampled_from(
+                [line for text in RECORDED.values() for line in text.encode().splitlines(keepends=True)]
+            ),
+            st.sampled_from(
+                [line for text in RECORDED.values() for line in text.encode().splitlines()]
+            ).flatmap(
+                lambda line: st.integers(0, len(line)).map(lambda at: line[:at] + line[at + 1 :] + b"\n")
+            ),
+            st.from_regex(lg.Ping.REPLY).map(lambda text: text.encode(errors="replace") + b"\n"),
+            st.from_regex(lg.Ping.SUMMARY).map(lambda text: text.encode(errors="replace") + b"\n"),
+            st.from_regex(lg.Ping.TIMES).map(lambda text: text.encode(errors="replace") + b"\n"),
+            st.from_regex(lg.Traceroute.HOP).map(lambda text: text.encode(errors="replace") + b"\n"),
+            st.from_regex(lg.Mtr.RAW).map(lambda text: text.encode(errors="replace") + b"\n"),
+            st.integers(1, 5000).map(lambda length: b"x" * length),
+        )
+    ),
+    complete=st.booleans(),
+)
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+def test_the_readers_take_any_bytes_and_give_json(command: str, output: list[bytes], complete: bool) -> None:
+    reader = lg.COMMANDS[command].reader(ipaddress.ip_address("198.51.100.254"))
+    pieces = [*map(reader.feed, output), reader.end(complete)]
+    events = [event for _, events in pieces for event in events]
+    json.dumps([events, reader.result()], allow_nan=False)
+    text = b"".join(text for text, _ in pieces)
+    assert command.startswith("mtr") or text == b"".join(output)
+
+
+def test_a_line_without_end_does_not_grow_in_memory() -> None:
+    reader = lg.Ping(ipaddress.ip_address(TARGET4))
+    for _ in range(100):
+        reader.feed(bytes(1000))
+    assert len(reader.rest) <= lg.LINE_BYTES
+
+
+PACKET = f'''#!{sys.executable}
+"""Answers mtr as mtr-packet does, with times and losses that depend on the seed alone."""
+import random, sys
+chance, path = random.Random(SEED), HOPS
+sent = {{}}
+for line in sys.stdin:
+    token, command, *rest = line.split()
+    if command == "check-support":
+        print(token, "feature-support support ok", flush=True)
+        continue
+    options = dict(zip(rest[::2], rest[1::2]))
+    ttl = min(int(options["ttl"]), len(path))
+    count = sent[ttl] = sent.get(ttl, 0) + 1
+    draw = random.Random(f"{{SEED}} {{ttl}} {{options['ttl']}} {{count}}")
+    address = draw.choice(path[ttl - 1]) if path[ttl - 1] else None
+    if address is None or draw.random() < 0.2:
+        print(token, "no-reply", flush=True)
+        continue
+    kind = "reply" if ttl == len(path) and REACHED else "ttl-expired"
+    family = "ip-6" if ":" in address else "ip-4"
+    time = draw.choice([draw.randrange(1, 1000), draw.randrange(1, 100_000), draw.randrange(1, 20_000_000)])
+    print(token, kind, family, address, "round-trip-time", time, flush=True)
+'''
+
+
+TABLES: dict[str, tuple[int, list[list[str]], bool]] = {
+    "reached": (4, [["198.51.100.2"], [], ["198.51.100.6"], ["198.51.100.254"]], True),
+    "not reached": (4, [["198.51.100.2"], ["198.51.100.6"], [], []], False),
+    "long addresses": (
+        6,
+        [["2001:db8:0:1::2"], [], ["2001:db8:ffff:ffff:ffff:ffff:ffff:1"], [TARGET6]],
+        True,
+    ),
+    "several routers": (4, [["198.51.100.2"], ["198.51.100.6", "198.51.100.7"], ["198.51.100.254"]], True),
+}
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """What mtr prints with --raw and with --report --report-wide, given the same answers."""
+    if not (mtr := shutil.which("mtr")):
+        lacking("the command mtr")
+    folder, runs = tmp_path_factory.mktemp("mtr"), {}
+    for name, (version, path, reached) in TABLES.items():
+        packet = folder / name.replace(" ", "-")
+        script = PACKET.replace("SEED", str(secrets.randbelow(1000))).replace("HOPS", repr(path))
+        packet.write_text(script.replace("REACHED", str(reached)))
+        packet.chmod(0o755)
+        address = TARGET4 if version == 4 else TARGET6
+        common = [f"-{version}", "-n", "-c", "5", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", address]
+        environment = {"LC_ALL": "C", "PATH": os.environ["PATH"], "MTR_PACKET": str(packet)}
+        runs[name] = [
+            subprocess.Popen([mtr, *how, *common], env=environment, stdout=subprocess.PIPE, text=True)
+            for how in (["--raw"], ["--report", "--report-wide"])
+        ]
+    return {name: (raw.communicate()[0], report.communicate()[0]) for name, (raw, report) in runs.items()}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_our_table_is_that_of_mtr_to_the_last_digit(tables: Mapping[str, tuple[str, str]], name: str) -> None:
+    raw, report = tables[name]
+    reader = lg.Mtr(ipaddress.ip_address(TARGET4 if TABLES[name][0] == 4 else TARGET6))
+    text, rest = reader.feed(raw.encode())[0], reader.end(complete=True)[0]
+    ours = (text + rest).decode().partition("HOST: ")[2].splitlines()
+    theirs = report.partition("HOST: ")[2].splitlines()
+    assert ours == [
+        line for line in theirs if not re.match(r" {4}(\||  )", line)
+    ]  # without further addresses
+    assert len(ours) > 3
+
+
+# ---- the event stream --------------------------------------------------------------------------------------
+
+NDJSON = {"Accept": "application/x-ndjson"}
+
+
+def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+def test_with_accept_the_same_run_is_a_json_object_a_line(serve: Start) -> None:
+    recorded = RECORDED["ping, a loss"]
+    server = serve(
+        tools={"ping": f"#!/bin/sh\ncat <<'END'\n{recorded}END\n"}, names={"a.example": ["127.0.0.1"]}
+    )
+    response = server.run("ping", "a.example", headers=NDJSON)
+    assert response.headers["Content-Type"] == "application/x-ndjson"
+    assert response.headers["Cache-Control"] == "no-store, no-transform"
+    assert "Accept" in response.headers["Vary"]
+    start, *events, end = lines_of(response)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", start.pop("time"))
+    assert start == {
+        "event": "start",
+        "command": "ping",
+        "target": "a.example",
+        "address": "127.0.0.1",
+        "family": 4,
+    }
+    assert brief(events) == [(1, 60, 32.1), (2,), (3, 60, 32.5)]
+    assert (end["event"], end["status"], end["exit_status"]) == ("end", "finished", 0)
+    assert end["duration"] >= 0
+    assert end["result"]["rawOutput"] == f"a.example has address 127.0.0.1\n{recorded}"
+    assert end["result"]["rawOutput"] == server.run("ping", "a.example").text
+
+
+@pytest.mark.parametrize("accept", [None, "*/*", "application/json", "text/plain", "text/html, */*;q=0.8"])
+def test_clients_that_do_not_ask_for_events_get_text(echo: Server, accept: str | None) -> None:
+    response = echo.run("ping", headers={"Accept": accept} if accept else {})
+    assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
+
+
+def test_a_run_that_fails_says_so_in_its_end_and_gives_what_is_known(serve: Start) -> None:
+    raw = RECORDED["mtr"].partition("x 0 33007")[0]
+    script = f"#!/bin/sh\ncat <<'END'\n{raw}END\nsleep 1000\n"
+    server = serve(tools={"mtr": script, "traceroute": "#!/bin/sh\nexit 2\n"}, DIAGNOSTIC_TIMEOUT="1")
+    end = lines_of(server.run("mtr", headers=NDJSON))[-1]
+    assert (end["status"], end["error"], end["exit_status"]) == ("failed", "mtr: stopped after 1 s", None)
+    assert end["result"]["hops"][0]["resolvedAddress"] == "198.51.100.2"
+    assert end["result"]["rawOutput"].endswith("\n--- mtr: stopped after 1 s ---\n")
+    end = lines_of(server.run("traceroute", headers=NDJSON))[-1]
+    assert (end["status"], end["error"], end["exit_status"]) == ("failed", "traceroute: exit status 2", 2)
+    assert end["result"]["hops"] == []
+
+
+def test_each_event_comes_when_its_line_is_written(serve: Start, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    wait = f"while [ ! -e {gate} ]; do sleep 0.01; done\n"
+    script = f"#!/bin/sh\necho '64 bytes from 127.0.0.1: icmp_seq=1 ttl=60 time=1.0 ms'\n{wait}"
+    server = serve(tools={"ping": script})
+    with server.http.stream(
+        "POST", "/lookingglass/ping", data={"target": "127.0.0.1"}, headers=NDJSON
+    ) as response:
+        lines = response.iter_lines()
+        assert [json.loads(next(lines))["event"] for _ in range(2)] == ["start", "reply"]
+        gate.touch()
+        assert [json.loads(line)["event"] for line in lines] == ["end"]
+
+
+def test_the_events_of_real_runs_are_what_openapi_says(in_hops: Server) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+
+    def ask(command: str) -> list[dict[str, Any]]:
+        client = "import sys, httpx; url, target, accept = sys.argv[1:]\n"
+        client += "headers = {'Accept': accept}\n"
+        client += "print(httpx.post(url, data={'target': target}, headers=headers, timeout=99).text, end='')"
+        url = f"http://127.0.0.1:{in_hops.port}/lookingglass/{command}"
+        line = [*in_hops.prefix, sys.executable, "-c", client, url, "target.lg.example", NDJSON["Accept"]]
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    document = lg.openapi()
+    with ThreadPoolExecutor(6) as pool:
+        for command, events in zip(lg.COMMANDS, pool.map(ask, lg.COMMANDS), strict=True):
+            schema = document["paths"][f"/lookingglass/{command}"]["post"]["responses"]["200"]["content"]
+            schema = schema[lg.EVENTS_TYPE]["schema"] | {"components": document["components"]}
+            for event in events:
+                jsonschema.validate(event, schema)
+            assert events[-1]["result"]["resolvedAddress"] == targets(command)[0]
+
+
+# ---- the API described -------------------------------------------------------------------------------------
+
+
+def test_the_description_is_valid_openapi(echo: Server) -> None:
+    validator = pytest.importorskip("openapi_spec_validator")
+    document = echo.http.get("/openapi.json").json()
+    assert document["openapi"] == "3.1.0"
+    validator.validate(document)
+
+
+def test_the_description_has_every_route_and_no_other() -> None:
+    routes = {(route.path, method.lower()) for route in lg.app.routes for method in route.methods}  # type: ignore[attr-defined]
+    described = {(path, method) for path, item in lg.openapi()["paths"].items() for method in item}
+    assert described <= routes
+    assert {(path, method) for path, method in routes if method != "head"} <= described
+
+
+def promised() -> list[tuple[str, str, str]]:
+    return [
+        (path, method, status)
+        for path, item in lg.openapi()["paths"].items()
+        for method, operation in item.items()
+        for status in operation["responses"]
+    ]
+
+
+@pytest.fixture(scope="session")
+def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+    """Servers that answer with what a status stands for: within limits, beyond them, with no slot free."""
+    servers: dict[str, Server] = {}
+    rated = ("RATE_LIMIT_DIAGNOSTICS", "RATE_LIMIT_SPEEDTEST", "RATE_LIMIT_SPEEDTEST_10G")
+    full = {"MAX_DIAGNOSTICS": "1", "MAX_SPEEDTESTS": "1"}
+
+    def get(status: str) -> Server:
+        if status not in servers:
+            tools = dict.fromkeys(("ping", "traceroute", "mtr"), SILENT if status == "503" else ECHO)
+            settings: Any = dict.fromkeys(rated, "1/hour" if status == "429" else "100/hour")
+            settings |= full if status == "503" else {}
+            servers[status] = Server(tmp_path_factory.mktemp("promises"), None, tools, **settings)
+        return servers[status]
+
+    yield get
+    for server in servers.values():
+        server.stop()
+        assert "Traceback" not in server.log, server.log
+
+
+@pytest.mark.parametrize(("path", "method", "status"), [each for each in promised() if each[2] != "408"])
+def test_every_promised_answer_can_be_had(
+    keeper: Callable[[str], Server], path: str, method: str, status: str
+) -> None:
+    server = keeper(status if status in ("429", "503") else "200")
+    target = {"target": "::1" if path.endswith("6") else "127.0.0.1"}
+    requests: dict[str, dict[str, Any]] = {
+        "413": {"content": bytes(5000)},
+        "422": {"json": {"target": "127.1"}},
+    }
+    request = requests.get(status, {"json": target} if method == "post" else {})
+    with contextlib.ExitStack() as stack:
+        if status in ("429", "503"):
+            stack.enter_context(server.http.stream(method, path, **request))
+        answer = stack.enter_context(server.http.stream(method, path, **request))
+        assert str(answer.status_code) == status
+        response = lg.openapi()["paths"][path][method]["responses"][status]
+        assert [header for header in response.get("headers", {}) if header not in answer.headers] == []
+        types = response.get("content", {answer.headers.get("Content-Type"): None})
+        assert answer.headers.get("Content-Type") in types
+    until(server.idle)
+
+
+def test_each_command_answers_408_as_promised(echo: Server) -> None:
+    paths = [path for path, _, status in promised() if status == "408"]
+    connections = [echo.connect() for _ in paths]
+    for path, connection in zip(paths, connections, strict=True):
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: lg\r\nContent-Length: 9\r\n\r\n".encode())
+    assert len(paths) == 6
+    assert {left(connection)[:12] for connection in connections} == {b"HTTP/1.1 408"}
+
+
+def test_the_description_states_the_limits_as_they_are_configured(serve: Start) -> None:
+    server = serve(RATE_LIMIT_DIAGNOSTICS="7/minute;70/hour", DIAGNOSTIC_TIMEOUT="33")
+    described = server.http.get("/openapi.json").json()["paths"]["/lookingglass/mtr"]["post"]["description"]
+    assert "7 per 1 minute and 70 per 1 hour" in described
+    assert "33 s" in described
+    assert "mtr -4 --raw -n" in described
+
+
+HOOKS = '''
+import schemathesis
+
+@schemathesis.hook
+def filter_body(context, body):
+    """Which international names there are, no schema can say."""
+    target = body.get("target") if isinstance(body, dict) else None
+    return not isinstance(target, str) or target.isascii()
+'''
+
+
+def test_schemathesis_finds_nothing(serve: Start) -> None:
+    if not (schemathesis := shutil.which("schemathesis", path=str(Path(sys.executable).parent))):
+        lacking("schemathesis")
+    tools = dict.fromkeys(("ping", "traceroute", "mtr"), ECHO)
+    names = {"*": ["127.0.0.1", "::1"]}
+    server = serve(tools=tools, names=names, TARGET_ALLOW="0.0.0.0/0,::/0", MAX_DIAGNOSTICS_PER_CLIENT="20")
+    (server.folder / "hooks.py").write_text(HOOKS)
+    url = f"http://127.0.0.1:{server.port}/openapi.json"
+    options = ("--exclude-path-regex", "speedtest/1", "--max-examples", "30", "--request-timeout", "30")
+    done = subprocess.run(
+        [schemathesis, "run", url, "--no-color", *options],
+        cwd=server.folder,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(server.folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
 # ---- speed tests -------------------------------------------------------------------------------------------
 
 
@@ -651,6 +1305,7 @@ def test_origins_that_are_named_are_the_only_ones(serve: Start) -> None:
     ("method", "path", "status", "allow"),
     [
         ("GET", "/nothing", 404, None),
+        ("GET", "/health/", 404, None),
         ("GET", "/lookingglass/ping", 405, "POST"),
         ("POST", "/health", 405, "GET, HEAD"),
         ("DELETE", "/speedtest/1G", 405, "GET, HEAD"),
@@ -714,6 +1369,10 @@ def start_and_fail(**environment: str) -> str:
         ("DIAGNOSTIC_TIMEOUT", "forever"),
         ("TARGET_ALLOW", "10.0.0.1/8"),
         ("TARGET_DENY", "example.com"),
+        ("RATE_LIMIT_DIAGNOSTICS", "0/minute"),
+        ("RATE_LIMIT_STORAGE_URI", "async+memory://"),
+        ("HOST", "a..b"),
+        ("LOCATIONS", "{}"),
         ("LOCATIONS", "Amsterdam"),
         ("LOCATIONS", '[{"name": "Amsterdam"}]'),
     ],
@@ -1320,6 +1979,7 @@ def test_ipv6_clients_are_counted_by_their_64(serve: Start) -> None:
         ("127.0.0.1", {"X-Forwarded-For": "unknown", "X-Real-IP": "192.0.2.9"}, "192.0.2.9"),
         ("127.0.0.1", {"X-Forwarded-For": "192.0.2.9, <script>"}, "127.0.0.1"),
         ("127.0.0.1", {"X-Forwarded-For": "", "X-Real-IP": "localhost"}, "127.0.0.1"),
+        ("127.0.0.1", {"X-Forwarded-For": "192.0.2.9%lo"}, "127.0.0.1"),
         ("192.0.2.1", {"X-Forwarded-For": "192.0.2.9", "X-Real-IP": "192.0.2.9"}, "127.0.0.1"),
         ("", {"X-Forwarded-For": "192.0.2.9", "X-Real-IP": "192.0.2.9"}, "127.0.0.1"),
     ],
@@ -1335,6 +1995,7 @@ def test_a_forged_header_changes_nothing_and_is_named_once_in_the_log(serve: Sta
     server = serve(tools={"ping": ECHO}, FORWARDED_ALLOW_IPS="192.0.2.1", RATE_LIMIT_DIAGNOSTICS="1/hour")
     answers = [server.run("ping", headers={"X-Forwarded-For": f"192.0.2.{n}"}) for n in range(2, 6)]
     assert [answer.status_code for answer in answers] == [200, 429, 429, 429]
+    server.run("ping", headers={"X-Real-IP": "192.0.2.9"})
     assert server.log.count("FORWARDED_ALLOW_IPS") == 1
 
 
@@ -1373,6 +2034,18 @@ def test_a_real_mtr_leaves_none_of_its_processes_behind(serve: Start) -> None:
     until(lambda: len(members(group)) > 1)  # mtr-packet
     connection.close()
     until(lambda: not members(group))
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"G", b"GET /health HTTP/1.1\r\nHost: lg\r\n\r\n"])
+def test_a_client_that_sends_more_and_leaves_is_noticed(serve: Start, more: bytes) -> None:
+    server = serve(tools={"mtr": SILENT})
+    address = lone_address()
+    connection = server.begin("mtr", address)
+    group = group_of(address)
+    connection.sendall(more)
+    time.sleep(0.1)
+    leave(connection, with_reset=True)
+    until(lambda: not members(group), seconds=10)
 
 
 def test_a_client_that_leaves_while_its_name_is_looked_up_frees_its_slot(serve: Start) -> None:
@@ -1518,6 +2191,31 @@ def test_sigterm_ends_the_server_with_commands_and_downloads_running(serve: Star
     reader.join()
     for download in downloads:
         download.close()
+
+
+def test_sigterm_refuses_what_has_not_begun_and_drops_what_does_not_come(serve: Start) -> None:
+    server = serve(names={"slow.example": "hang"})
+    waiting, half = server.begin("ping", "slow.example"), server.connect()
+    half.sendall(b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: 20\r\n\r\ntarget=")
+    until(lambda: server.lookups)
+    begun = time.monotonic()
+    server.stop()
+    assert time.monotonic() - begun < 10
+    assert left(waiting).startswith(b"HTTP/1.1 503 ")
+    left(half)
+    assert "ERROR" not in server.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_other_signals_that_end_it_leave_nothing_either(serve: Start, number: int) -> None:
+    server = serve(tools={"ping": FORKING})
+    address = lone_address()
+    connection = server.begin("ping", address)
+    group = group_of(address)
+    server.process.send_signal(number)
+    server.process.wait(PATIENCE)
+    until(lambda: not members(group))
+    assert b"stopped, the server is shutting down" in left(connection)
 
 
 # ---- the log -----------------------------------------------------------------------------------------------
