@@ -1281,14 +1281,16 @@ Measure the network from here, with a host name or an address as the target:
     curl -N -d target=example.com {base}/lookingglass/mtr
     curl -N -d target=example.com {base}/lookingglass/mtr6
 
-Measure the way to here (100M, 1G, 10G):
+The same for programs, a JSON object a line:
+
+    curl -N -H "Accept: application/x-ndjson" -d target=example.com {base}/lookingglass/mtr
+
+Measure the way to here (100M, 1G, 10G), ask where this is, whether all is well, and what else there is:
 
     curl -o /dev/null {base}/speedtest/100M
-
-About this place and about you, and whether all is well:
-
     curl {base}/network/info
     curl {base}/health
+    curl {base}/openapi.json
 
 Limits for each client: {limits}.
 """

@@ -25,6 +25,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from playwright.sync_api import Browser, Page, sync_playwright
 
 import lg
 
@@ -1045,6 +1047,36 @@ def test_the_events_of_real_runs_are_what_openapi_says(in_hops: Server) -> None:
             assert events[-1]["result"]["resolvedAddress"] == targets(command)[0]
 
 
+def test_the_python_of_the_readme_prints_the_replies_of_a_ping(serve: Start) -> None:
+    [script] = readme("python")
+    server = serve(
+        tools={"ping": f"#!/bin/sh\ncat <<'END'\n{RECORDED['ping, a loss']}END\n"}, names={"*": ["127.0.0.1"]}
+    )
+    script = script.replace("http://localhost:8000", f"http://127.0.0.1:{server.port}")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert len(script.splitlines()) <= 10
+    assert done.stdout.splitlines() == ["1: 32.1 ms", "2: lost", "3: 32.5 ms", "33.3333% lost of 3"]
+
+
+def test_the_javascript_of_the_readme_draws_a_live_table_of_an_mtr(
+    serve: Start, page: Page, tmp_path: Path
+) -> None:
+    script = next(block for block in readme("js") if "ndjson" in block)
+    gate, (first, _, last) = tmp_path / "gate", RECORDED["mtr"].partition("x 0 33004")
+    wait = f"while [ ! -e {gate} ]; do sleep 0.01; done"
+    tool = f"#!/bin/sh\ncat <<'END'\n{first}END\n{wait}\ncat <<'END'\nx 0 33004{last}END\n"
+    server = serve(tools={"mtr": tool}, names={"*": ["198.51.100.254"]}, TARGET_ALLOW="198.51.100.0/24")
+    page.goto(f"http://127.0.0.1:{server.port}/health")
+    page.set_content("<table></table>")
+    page.evaluate(f"void (async () => {{ {script.replace('http://localhost:8000', '')} }})()")
+    assert len(script.splitlines()) <= 20
+    page.wait_for_function("document.querySelectorAll('tr').length >= 3")
+    assert page.inner_text("tr:nth-child(3)").split() == ["3", "198.51.100.254", "0%", "32.9", "ms"]
+    gate.touch()
+    page.wait_for_function("document.querySelector('tr:nth-child(3)').innerText.includes('33')")
+    assert page.inner_text("tr:nth-child(2)").split()[:3] == ["2", "???", "100%"]
+
+
 # ---- the API described -------------------------------------------------------------------------------------
 
 
@@ -1130,6 +1162,78 @@ def test_the_description_states_the_limits_as_they_are_configured(serve: Start) 
     assert "7 per 1 minute and 70 per 1 hour" in described
     assert "33 s" in described
     assert "mtr -4 --raw -n" in described
+
+
+# In a real browser; what the pages take from the CDN comes from the npm packages of the same versions.
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not chromium:
+        lacking("Chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that reaches nothing but this machine, and whose console must stay without errors."""
+    context = browser.new_context()
+    context.route(re.compile(r"^https?://(?!127\.0\.0\.1[:/])"), lambda route: route.abort())
+    yield context.new_page()
+    context.close()
+
+
+@pytest.fixture(scope="session")
+def npm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the packages that the API's pages name, as NAME@VERSION/PATH."""
+    if not (npm := shutil.which("npm")):
+        lacking("npm")
+    folder = tmp_path_factory.mktemp("npm")
+    for package in {path.partition("/")[0] for _, files in lg.VIEWERS.values() for path in files}:
+        packed = subprocess.run(
+            [npm, "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=False
+        )
+        if packed.returncode:
+            lacking(f"{package} from npm")
+        with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
+            archive.extractall(folder / "unpacked", filter="data")
+        (folder / "unpacked" / "package").rename(folder / package)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "sign"), [("docs", ".swagger-ui .opblock-post"), ("redoc", "[data-section-id]")]
+)
+def test_the_api_is_shown_by_files_whose_hashes_fit(
+    echo: Server, page: Page, npm_packages: Path, name: str, sign: str
+) -> None:
+    faults: list[str] = []
+    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.route(
+        f"{lg.CDN}**",
+        lambda route: route.fulfill(
+            path=npm_packages / route.request.url.removeprefix(lg.CDN),
+            headers={"Access-Control-Allow-Origin": "*"},
+        ),
+    )
+    page.goto(f"http://127.0.0.1:{echo.port}/{name}")
+    page.wait_for_selector(sign, timeout=PATIENCE * 1000)
+    assert "/lookingglass/ping" in page.content()
+    assert [fault for fault in faults if "logo" not in fault] == []  # ReDoc's own logo is from elsewhere
+
+
+@pytest.mark.parametrize("name", lg.VIEWERS)
+def test_without_the_network_the_page_says_what_is_missing(echo: Server, page: Page, name: str) -> None:
+    page.goto(f"http://127.0.0.1:{echo.port}/{name}")
+    assert "has not been loaded" in page.inner_text("#viewer")
+    page.click("#viewer a")
+    assert page.url == f"http://127.0.0.1:{echo.port}/openapi.json"
 
 
 HOOKS = '''
@@ -1267,7 +1371,8 @@ def test_the_usage_names_this_server_and_its_lines_work_when_pasted(serve: Start
     assert response.headers["Content-Type"].startswith("text/plain")
     assert "Accept" in response.headers["Vary"]
     lines = [line.strip() for line in response.text.splitlines() if line.startswith("    ")]
-    assert len(lines) == 9
+    assert len(lines) == 11
+    assert len(response.text.splitlines()) <= 25
     for line in lines:
         assert f"http://127.0.0.1:{server.port}/" in line
         if shutil.which("curl"):
@@ -1402,6 +1507,11 @@ def test_env_example_has_every_setting_with_its_default() -> None:
     assert re.findall(r"^#? ?([A-Z0-9_]+)=(.*)$", text, re.M) == [
         (row.name, row.metadata["default"]) for row in fields(lg.Settings)
     ]
+
+
+def readme(language: str) -> list[str]:
+    """The code blocks of this language in README.md."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (HERE / "README.md").read_text(), re.M | re.S)
 
 
 def test_readme_has_every_setting() -> None:
