@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +43,6 @@ from dotenv import dotenv_values
 from limits.storage import storage_from_string
 from limits.strategies import MovingWindowRateLimiter
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -1183,6 +1182,7 @@ async def read_body(request: Request) -> bytes:
     raise Refusal(413, {"detail": f"The body is larger than {BODY_BYTES} bytes: send the target alone"})
 
 
+@lru_cache(1000)
 def ip_address(text: str) -> IPAddress | None:
     """The address that is written here, IPv6 without its zone, IPv4 where it is mapped into IPv6."""
     try:
@@ -1192,6 +1192,7 @@ def ip_address(text: str) -> IPAddress | None:
     return (address.version == 6 and address.ipv4_mapped) or address
 
 
+@lru_cache(1000)
 def is_believed(peer: IPAddress | None) -> bool:
     return peer is not None and any(peer in network for network in SETTINGS.FORWARDED_ALLOW_IPS)
 
@@ -1666,8 +1667,9 @@ class CloseUnread:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else {}
-        unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        unread = any(
+            name in (b"content-length", b"transfer-encoding") for name, _ in scope.get("headers", ())
+        )
 
         async def watch() -> Message:
             nonlocal unread

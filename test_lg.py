@@ -2109,6 +2109,83 @@ def test_a_forged_header_changes_nothing_and_is_named_once_in_the_log(serve: Sta
     assert server.log.count("FORWARDED_ALLOW_IPS") == 1
 
 
+# Behind the proxies of the README, with the lines that stand there.
+
+NGINX = """
+daemon off;
+user root;
+pid {folder}/pid;
+error_log stderr;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/1;
+    proxy_temp_path {folder}/2;
+    fastcgi_temp_path {folder}/3;
+    uwsgi_temp_path {folder}/4;
+    scgi_temp_path {folder}/5;
+    server {{
+        listen 127.0.0.1:{port};
+        {block}
+    }}
+}}
+"""
+
+
+def nginx(folder: Path, port: int, block: str) -> list[str]:
+    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=port, block=block))
+    return ["nginx", "-c", str(folder / "nginx.conf")]
+
+
+def caddy(folder: Path, port: int, block: str) -> list[str]:
+    site = block.replace("lg.example.com", f"http://127.0.0.1:{port}")
+    (folder / "Caddyfile").write_text("{\n    admin off\n}\n" + site)
+    return ["caddy", "run", "--config", str(folder / "Caddyfile")]
+
+
+@pytest.mark.parametrize(("make", "language"), [(nginx, "nginx"), (caddy, "caddyfile")])
+def test_behind_a_proxy_clients_are_told_apart_and_streams_stream(
+    serve: Start, tmp_path: Path, make: Callable[[Path, int, str], list[str]], language: str
+) -> None:
+    gate, port, folder = tmp_path / "gate", free_port(), tmp_path / "proxy"
+    wait = f"while [ ! -e {gate} ]; do sleep 0.01; done\n"
+    server = serve(
+        tools={"ping": f"#!/bin/sh\nprintf begun\n{wait}echo", "mtr": SILENT}, FORWARDED_ALLOW_IPS="127.0.0.1"
+    )
+    folder.mkdir()
+    argv = make(folder, port, readme(language)[0].replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"))
+    if not shutil.which(argv[0]):
+        lacking(f"the command {argv[0]}")
+    with (folder / "log").open("wb") as log:
+        environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+        proxy = subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
+    try:
+        transport = httpx.HTTPTransport(local_address="127.0.0.9")
+        http = httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, timeout=PATIENCE)
+
+        def is_up() -> bool:
+            with contextlib.suppress(httpx.HTTPError):
+                return http.get("/health").status_code == 200
+            return False
+
+        until(is_up)
+        forged = {"X-Forwarded-For": "192.0.2.1"}
+        assert http.get("/network/info", headers=forged).json()["your_ip"] == "127.0.0.9"
+        request = {"target": "127.0.0.1"}
+        with http.stream("POST", "/lookingglass/ping", data=request) as response:
+            chunks = response.iter_bytes()
+            assert next(chunks) == b"begun"
+            gate.touch()
+            assert b"".join(chunks) == b"\n"
+        address = lone_address()
+        with http.stream("POST", "/lookingglass/mtr", data={"target": address}):
+            group = group_of(address)
+        until(lambda: not members(group))
+    finally:
+        proxy.terminate()
+        proxy.wait(PATIENCE)
+
+
 # ---- the life of a process ---------------------------------------------------------------------------------
 
 
