@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -206,12 +207,12 @@ RESOLVE_SECONDS = 5
 THREADS = 100  # with lookups that nobody waits for any more: a resolver may take its time to give up
 
 IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}", re.ASCII)
-IPV6 = re.compile(r"\[[0-9a-f:.]{2,45}\]|[0-9a-f:.]{2,45}", re.ASCII | re.IGNORECASE)
-LABEL = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"
-NUMERIC = r"(?:\d+|0x[0-9a-f]*)\.?$"  # a last label that makes resolvers read the name as an IPv4 address
-NAME = re.compile(
-    rf"(?=.{{1,253}}\.?$)(?!(?:.*\.)?{NUMERIC}){LABEL}(?:\.{LABEL})*\.?", re.ASCII | re.IGNORECASE
+IPV6 = re.compile(r"\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Fa-f:.]{2,45}")
+LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
+NUMERIC = (
+    r"(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?$"  # a last label that makes resolvers read the name as an IPv4 address
 )
+NAME = re.compile(rf"(?=.{{1,253}}\.?$)(?!(?:.*\.)?{NUMERIC}){LABEL}(?:\.{LABEL})*\.?")
 
 # Longest prefix wins, as in a routing table. From the IANA Special-Purpose Address Registries (RFC 6890)
 # with multicast, the IPv6 global unicast space (RFC 4291) and the former 6to4 relays (RFC 7526) added.
@@ -1066,7 +1067,8 @@ async def detached(items: AsyncGenerator[T]) -> AsyncGenerator[T]:
 # ---- speed tests -------------------------------------------------------------------------------------------
 
 BLOCK = bytes(2**20)  # blocks of 1 to 4 MiB reach what a bare socket reaches; sizes are multiples of it
-STALL_SECONDS = 30  # a peer that takes nothing for so long is dropped
+STALL_SECONDS = 30  # a peer that takes or sends nothing for so long is dropped
+UPLOAD_BYTES = 2**30
 
 
 class Size(NamedTuple):
@@ -1098,6 +1100,32 @@ async def zeros(name: str, client: IPAddress) -> AsyncGenerator[Head | bytes]:
             outcome = "broken off" if left else "finished"
             about = (name, client, outcome, size.length - left, time.monotonic() - begun)
             log.info("speedtest %s client=%s outcome=%r bytes=%d seconds=%.1f", *about)
+
+
+async def receive_upload(chunks: AsyncIterator[bytes], client: IPAddress) -> tuple[Event, Head]:
+    """Take an upload and keep nothing: how many bytes, in what time from the first to the last, in megabits a
+    second (null where that took no time), and the headers of the rate limit. Raises Refusal."""
+    who = limited_as(client)
+    with SPEEDTESTS.take(who):
+        head = await LIMITS.hit(SETTINGS.RATE_LIMIT_SPEEDTEST, "speedtest upload", who)
+        begun, first, last, length, outcome = time.monotonic(), 0.0, 0.0, 0, "broken off"
+        try:
+            async with asyncio.timeout(STALL_SECONDS) as patience:
+                async for chunk in chunks:
+                    last = time.monotonic()
+                    first, length = first or last, length + len(chunk)
+                    if length > UPLOAD_BYTES:
+                        raise Refusal(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"}, head)
+                    patience.reschedule(asyncio.get_running_loop().time() + STALL_SECONDS)
+            outcome = "finished"
+        except TimeoutError:
+            raise Refusal(408, {"detail": f"Nothing came for {STALL_SECONDS} s"}, head) from None
+        finally:
+            about = (client, outcome, length, time.monotonic() - begun)
+            log.info("speedtest upload client=%s outcome=%r bytes=%d seconds=%.1f", *about)
+    seconds = last - first
+    speed = round(length * 8 / 1e6 / seconds, 3) if seconds else None
+    return {"bytes": length, "seconds": round(seconds, 6), "mbps": speed}, head
 
 
 # ---- endpoints ---------------------------------------------------------------------------------------------
@@ -1165,12 +1193,17 @@ async def hung_up(scope: Scope) -> None:
             await asyncio.sleep(LOOK_SECONDS)
 
 
+def declared_length(request: Request) -> int:
+    """What Content-Length says, 0 where there is none."""
+    return int(request.headers.get("content-length", "0"))
+
+
 async def read_body(request: Request) -> bytes:
     """The body of a small request; raises Refusal when it is too large or too slow."""
     body = b""
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            if int(request.headers.get("content-length", "0")) <= BODY_BYTES:
+            if declared_length(request) <= BODY_BYTES:
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > BODY_BYTES:
@@ -1251,6 +1284,13 @@ async def speedtest(name: str, request: Request) -> Response:
     return Stream(zeros(name, client_of(request)), headers)
 
 
+async def upload(request: Request) -> Response:
+    if declared_length(request) > UPLOAD_BYTES:
+        raise Refusal(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
+    measured, head = await receive_upload(request.stream(), client_of(request))
+    return JSONResponse(measured, headers={"Cache-Control": "no-store", "Timing-Allow-Origin": "*", **head})
+
+
 async def health(request: Request) -> Response:
     missing = missing_tools()
     return JSONResponse({"status": "degraded", "missing": missing} if missing else {"status": "ok"})
@@ -1286,9 +1326,10 @@ The same for programs, a JSON object a line:
 
     curl -N -H "Accept: application/x-ndjson" -d target=example.com {base}/lookingglass/mtr
 
-Measure the way to here (100M, 1G, 10G), ask where this is, whether all is well, and what else there is:
+Measure the way to here (100M, 1G, 10G) and from you, ask where this is and how it is, and what else there is:
 
     curl -o /dev/null {base}/speedtest/100M
+    head -c 100M /dev/zero | curl -T - -X POST {base}/speedtest/upload
     curl {base}/network/info
     curl {base}/health
     curl {base}/openapi.json
@@ -1472,8 +1513,11 @@ FAULT = record(type=STRING, loc=array(STRING), msg=STRING, input={})
 REFUSALS = {  # status: when, and the body's schema
     404: ("No such address.", record(detail=STRING)),
     405: ("Not with this method; `Allow` names those that are.", record(detail=STRING)),
-    408: (f"The body did not come within {BODY_SECONDS} s.", record(detail=STRING)),
-    413: (f"The body is larger than {BODY_BYTES} bytes.", record(detail=STRING)),
+    408: (f"The body did not come within {BODY_SECONDS} s, or an upload stalled.", record(detail=STRING)),
+    413: (
+        f"The body is larger than {BODY_BYTES} bytes, or {UPLOAD_BYTES} of an upload.",
+        record(detail=STRING),
+    ),
     422: ("No target, or none that can or may be measured: `msg` says why.", record(detail=array(FAULT))),
     429: ("Over the rate limit, or with all the slots of a client in use.", record(error=STRING)),
     503: ("No free slot, or a tool that is not installed or may not run.", record(error=STRING)),
@@ -1541,6 +1585,20 @@ def speedtest_operations(name: str) -> dict[str, Schema]:
     return {"get": get, "head": operation(f"{summary}: the headers", {"description": "The headers alone."})}
 
 
+def upload_operation() -> Schema:
+    measured = record(bytes=INTEGER, seconds=NUMBER, mbps=NULLABLE_NUMBER)
+    return operation(
+        "Takes bytes, keeps nothing, says how fast they came",
+        answer(
+            "The speed, from the first byte to the last.", {"application/json": {"schema": measured}}, RATED
+        ),
+        (408, 413, 429, 503),
+        description=f"Limit: {describe(SETTINGS.RATE_LIMIT_SPEEDTEST)}.",
+        operationId="speedtest_upload",
+        requestBody={"content": {"application/octet-stream": {"schema": {}}}},
+    )
+
+
 def openapi() -> Schema:
     """The description of this API, OpenAPI 3.1, from the tables that make it work."""
     info = dict.fromkeys(("location", "map_url", "facility", "facility_url"), STRING)
@@ -1561,6 +1619,7 @@ def openapi() -> Schema:
         "paths": {
             **{f"/lookingglass/{name}": {"post": command_operation(name)} for name in COMMANDS},
             **{f"/speedtest/{name}": speedtest_operations(name) for name in SIZES},
+            "/speedtest/upload": {"post": upload_operation()},
             "/network/info": {"get": operation("Where this is, and who you are", json_answer("It.", **info))},
             "/health": {
                 "get": operation(
@@ -1645,6 +1704,9 @@ async def show_api(name: str, request: Request) -> Response:
 
 # ---- the routes and the app --------------------------------------------------------------------------------
 
+HEAD_SECONDS = 10  # for the head of a request, on a new connection and on one that is kept
+MAX_CONNECTIONS = 4000
+SPARE_CONNECTIONS = 100  # beyond, which are told that there are too many
 STOP_SECONDS = 3  # what uvicorn waits for answers that are not taken when the server ends
 
 
@@ -1719,6 +1781,7 @@ app = Starlette(
             for name in COMMANDS
         ),
         *(Route(f"/speedtest/{name}", partial(speedtest, name), name=name) for name in SIZES),
+        Route("/speedtest/upload", upload, methods=["POST"]),
     ],
     middleware=[
         Middleware(Peer),
@@ -1749,11 +1812,28 @@ app.router.redirect_slashes = False  # it would write what a client sends as Hos
 
 
 class Protocol(HTTPProtocol):
-    """uvicorn's, which shows the app its transport."""
+    """uvicorn's, with a time limit for a request's head, a bound for connections, and its transport shown."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.app_state = {**self.app_state, "transport": transport}
+        self.head_timer = self.loop.call_later(HEAD_SECONDS, transport.close)
+        if len(self.connections) > max_connections() + SPARE_CONNECTIONS:
+            transport.abort()
+        elif len(self.connections) > max_connections():
+            self.app = cast(Any, crowded)
+
+    def data_received(self, data: bytes) -> None:
+        waiting = self.cycle is None or self.cycle.response_complete
+        if waiting and self.head_timer.cancelled():
+            self.head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        super().data_received(data)
+        if self.cycle and not self.cycle.response_complete:
+            self.head_timer.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.head_timer.cancel()
+        super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
         """Also for a body that turns out malformed when its answer has begun: that can only be broken off."""
@@ -1761,6 +1841,20 @@ class Protocol(HTTPProtocol):
             self.transport.abort()
         else:
             super().send_400_response(msg)
+
+
+@cache
+def max_connections() -> int:
+    """As many as there may be files, less those that commands and the rest need."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(MAX_CONNECTIONS, files - 4 * DIAGNOSTICS.total - 100))
+
+
+async def crowded(scope: Scope, receive: Receive, send: Send) -> None:
+    later = {"Retry-After": str(BUSY_SECONDS), "Connection": "close"}
+    await JSONResponse({"error": "The server has too many connections: try again soon"}, 503, later)(
+        scope, receive, send
+    )
 
 
 class Server(uvicorn.Server):
@@ -1840,9 +1934,11 @@ def serve() -> None:
         host, port = listening.getsockname()[:2]
         url = f"{'https' if certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         log.info("Listening on %s", url)
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     signal.signal(
         signal.SIGCHLD, signal.SIG_DFL
-    )  # ignored, as some parents leave it, tools would reap themselves
+    )  # where a parent left it ignored, tools would not wait for us
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal ends the commands too
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     with suppress(KeyboardInterrupt):
