@@ -459,7 +459,7 @@ class Limits:
         """Raises SystemExit for a URI that cannot be used."""
         self.memory = MovingWindowRateLimiter(storage_from_string("memory://"))
         self.shared: MovingWindowRateLimiter | None = None
-        self.failing, self.asleep_until = False, 0.0
+        self.failing, self.asleep_until, self.now = False, 0.0, 0.0
         if uri.startswith("memory:"):
             return
         names = ("socket_timeout", "socket_connect_timeout") if uri.startswith("redis") else ()
@@ -474,6 +474,11 @@ class Limits:
         """The headers of an answer within its rates; raises Refusal beyond them."""
         if not rates:
             return {}
+        before, self.now = self.now, time.time()
+        if (
+            self.now < before - STORE_SECONDS
+        ):  # the clock was set back, and hits of the future would count for long
+            self.memory.storage.reset()
         allowance = await self.hit_shared(rates, *key) or hit(self.memory, rates, *key)
         if allowance.exceeded:
             retry = {"Retry-After": str(max(1, math.ceil(allowance.reset - time.time())))}
@@ -1102,7 +1107,66 @@ async def zeros(name: str, client: IPAddress) -> AsyncGenerator[Head | bytes]:
             log.info("speedtest %s client=%s outcome=%r bytes=%d seconds=%.1f", *about)
 
 
-async def receive_upload(chunks: AsyncIterator[bytes], client: IPAddress) -> tuple[Event, Head]:
+def declared_length(request: Request) -> int:
+    """What Content-Length says, 0 where there is none."""
+    return int(request.headers.get("content-length", "0"))
+
+
+class Sink(asyncio.BufferedProtocol):
+    """Takes the rest of a body in place of the HTTP protocol, which would copy every byte several times."""
+
+    buffer = bytearray(2**18)  # of everybody: nothing is read from it
+
+    def __init__(self, transport: asyncio.Transport, length: int) -> None:
+        self.transport, self.left, self.arrived = transport, length, asyncio.Event()
+        self.http = cast("Protocol", transport.get_protocol())
+        transport.set_protocol(self)
+        self.http.flow.resume_reading()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return memoryview(self.buffer)[: self.left]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.left -= nbytes
+        self.arrived.set()
+        if not self.left:
+            self.transport.pause_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.http.connection_lost(exc)
+        self.arrived.set()
+
+    async def counts(self) -> AsyncGenerator[int]:
+        """How many bytes have come, each time that some have. Raises ClientDisconnect."""
+        try:
+            while before := self.left:
+                await self.arrived.wait()
+                self.arrived.clear()
+                if self.left == before:
+                    raise ClientDisconnect
+                yield before - self.left
+        finally:
+            self.transport.set_protocol(self.http)
+
+
+async def arrivals(request: Request) -> AsyncGenerator[int]:
+    """The lengths of the pieces in which a body comes. Raises ClientDisconnect."""
+    length = declared_length(request)
+    transport = request.scope.get("state", {}).get("transport")
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            length -= len(chunk)
+            yield len(chunk)
+            if transport and length > 0:
+                break
+        else:
+            return
+    async with aclosing(Sink(transport, length).counts()) as counts:
+        async for count in counts:
+            yield count
+
+
+async def receive_upload(counts: AsyncIterator[int], client: IPAddress) -> tuple[Event, Head]:
     """Take an upload and keep nothing: how many bytes, in what time from the first to the last, in megabits a
     second (null where that took no time), and the headers of the rate limit. Raises Refusal."""
     who = limited_as(client)
@@ -1111,9 +1175,9 @@ async def receive_upload(chunks: AsyncIterator[bytes], client: IPAddress) -> tup
         begun, first, last, length, outcome = time.monotonic(), 0.0, 0.0, 0, "broken off"
         try:
             async with asyncio.timeout(STALL_SECONDS) as patience:
-                async for chunk in chunks:
+                async for count in counts:
                     last = time.monotonic()
-                    first, length = first or last, length + len(chunk)
+                    first, length = first or last, length + count
                     if length > UPLOAD_BYTES:
                         raise Refusal(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"}, head)
                     patience.reschedule(asyncio.get_running_loop().time() + STALL_SECONDS)
@@ -1191,11 +1255,6 @@ async def hung_up(scope: Scope) -> None:
     with suppress(OSError):  # closed on our side
         while not connection or connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == ESTABLISHED:
             await asyncio.sleep(LOOK_SECONDS)
-
-
-def declared_length(request: Request) -> int:
-    """What Content-Length says, 0 where there is none."""
-    return int(request.headers.get("content-length", "0"))
 
 
 async def read_body(request: Request) -> bytes:
@@ -1287,7 +1346,8 @@ async def speedtest(name: str, request: Request) -> Response:
 async def upload(request: Request) -> Response:
     if declared_length(request) > UPLOAD_BYTES:
         raise Refusal(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
-    measured, head = await receive_upload(request.stream(), client_of(request))
+    async with aclosing(arrivals(request)) as counts:
+        measured, head = await receive_upload(counts, client_of(request))
     return JSONResponse(measured, headers={"Cache-Control": "no-store", "Timing-Allow-Origin": "*", **head})
 
 
@@ -1722,6 +1782,9 @@ class Peer:
         await self.app(scope, receive, send)
 
 
+FRAMING = {b"content-length", b"transfer-encoding"}
+
+
 class CloseUnread:
     """Closes the connection after an answer that did not wait for the whole body of its request."""
 
@@ -1729,9 +1792,13 @@ class CloseUnread:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        unread = any(
-            name in (b"content-length", b"transfer-encoding") for name, _ in scope.get("headers", ())
-        )
+        framing = {name for name, _ in scope.get("headers", ()) if name in FRAMING}
+        if framing == FRAMING:  # proxies differ on which of them counts
+            refusal = JSONResponse(
+                {"detail": "Content-Length and Transfer-Encoding"}, 400, {"Connection": "close"}
+            )
+            return await refusal(scope, receive, send)
+        unread = bool(framing)
 
         async def watch() -> Message:
             nonlocal unread
@@ -1744,7 +1811,7 @@ class CloseUnread:
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 
-        await (self.app(scope, watch, close) if unread else self.app(scope, receive, send))
+        return await (self.app(scope, watch, close) if unread else self.app(scope, receive, send))
 
 
 def install_hint(tools: Sequence[str]) -> str:
@@ -1836,11 +1903,12 @@ class Protocol(HTTPProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Also for a body that turns out malformed when its answer has begun: that can only be broken off."""
-        if self.cycle and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.abort()
-        else:
-            super().send_400_response(msg)
+        """Also for a body that turns out malformed: no more is sent then, and what has begun breaks off."""
+        if self.cycle and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            if self.cycle.response_started:
+                return self.transport.abort()
+        return super().send_400_response(msg)
 
 
 @cache
