@@ -1470,103 +1470,82 @@ def record(**properties: Schema) -> Schema:
     return {"type": "object", "properties": shown, "required": required, "additionalProperties": False}
 
 
-def constant(value: str) -> Schema:
-    return {"const": value}
+def enum(*values: object) -> Schema:
+    return {"enum": list(values)}
+
+
+def event(says: str, example: str, **properties: Schema) -> tuple[str, Schema, Event]:
+    """A row of EVENTS: what the event says, its schema, an example as it comes over the wire."""
+    return says, record(**properties), json.loads(example)
 
 
 COUNTS = {"total": INTEGER, "rcv": INTEGER, "drop": INTEGER, "loss": NUMBER}
 SPREAD = dict.fromkeys(("min", "avg", "max"), NULLABLE_NUMBER)
 HOP_STATS = record(**SPREAD, **dict.fromkeys(("stDev", "jMin", "jAvg", "jMax"), NULLABLE_NUMBER), **COUNTS)
-TIMINGS = array(record(rtt=NUMBER))
+TIMINGS, TTL_TIMINGS = array(record(rtt=NUMBER)), array(record(rtt=NUMBER, ttl=INTEGER))
 RESOLVED = {"resolvedAddress": NULLABLE_STRING, "resolvedHostname": NULLABLE_STRING}
+MTR_HOP = record(**RESOLVED, asn=array(INTEGER), timings=TIMINGS, stats=HOP_STATS)
 RESULTS = {
-    "PingResult": record(
-        **RESOLVED,
-        timings=array(record(rtt=NUMBER, ttl=INTEGER)),
-        stats=record(**SPREAD, **COUNTS),
-        rawOutput=STRING,
-    ),
+    "PingResult": record(**RESOLVED, timings=TTL_TIMINGS, stats=record(**SPREAD, **COUNTS), rawOutput=STRING),
     "TracerouteResult": record(**RESOLVED, hops=array(record(**RESOLVED, timings=TIMINGS)), rawOutput=STRING),
-    "MtrResult": record(
-        **RESOLVED,
-        hops=array(record(**RESOLVED, asn=array(INTEGER), timings=TIMINGS, stats=HOP_STATS)),
-        rawOutput=STRING,
-    ),
+    "MtrResult": record(**RESOLVED, hops=array(MTR_HOP), rawOutput=STRING),
 }
-HOP = {"event": constant("hop"), "hop": INTEGER, "address": NULLABLE_STRING, "hostname": NULLABLE_STRING}
-EVENTS: dict[str, tuple[str, Schema, Event]] = {  # what it says, its schema, an example
-    "Start": (
+HOP = {"event": enum("hop"), "hop": INTEGER, "address": NULLABLE_STRING, "hostname": NULLABLE_STRING}
+EVENTS = {
+    "Start": event(
         "The first line: what is measured.",
-        record(
-            event=constant("start"),
-            command={"enum": list(COMMANDS)},
-            target=STRING,
-            address=STRING,
-            family={"enum": [4, 6]},
-            time={"type": "string", "format": "date-time"},
-        ),
-        {
-            "event": "start",
-            "command": "mtr",
-            "target": "target.lg.example",
-            "address": "198.51.100.254",
-            "family": 4,
-            "time": "2026-11-22T19:58:41Z",
-        },
+        '{"event":"start","command":"mtr","target":"target.lg.example","address":"198.51.100.254","family":4,'
+        '"time":"2026-11-22T19:58:41Z"}',
+        event=enum("start"),
+        command=enum(*COMMANDS),
+        target=STRING,
+        address=STRING,
+        family=enum(4, 6),
+        time={"type": "string", "format": "date-time"},
     ),
-    "Reply": (
+    "Reply": event(
         "ping: an answer.",
-        record(event=constant("reply"), seq=INTEGER, ttl=INTEGER, rtt=NUMBER),
-        {"event": "reply", "seq": 1, "ttl": 60, "rtt": 28.4},
+        '{"event":"reply","seq":1,"ttl":60,"rtt":28.4}',
+        event=enum("reply"),
+        seq=INTEGER,
+        ttl=INTEGER,
+        rtt=NUMBER,
     ),
-    "Lost": (
+    "Lost": event(
         "ping: no answer yet; a late reply overrides it.",
-        record(event=constant("lost"), seq=INTEGER),
-        {"event": "lost", "seq": 2},
+        '{"event":"lost","seq":2}',
+        event=enum("lost"),
+        seq=INTEGER,
     ),
-    "TracerouteHop": (
+    "TracerouteHop": event(
         "traceroute: a hop, with the answers to its probes.",
-        record(**HOP, timings=TIMINGS),
-        {
-            "event": "hop",
-            "hop": 2,
-            "address": "198.51.100.6",
-            "hostname": "core1.ams.lg.example",
-            "timings": [{"rtt": 5.7}],
-        },
+        '{"event":"hop","hop":2,"address":"198.51.100.6","hostname":"core1.ams.lg.example","timings":[{"rtt":5.7}]}',
+        **HOP,
+        timings=TIMINGS,
     ),
-    "MtrHop": (
+    "MtrHop": event(
         "mtr: a hop as it now stands.",
-        record(**HOP, stats=HOP_STATS),
-        {"event": "hop", "hop": 3, "address": None, "hostname": None, "stats": Hop().stats()},
+        '{"event":"hop","hop":2,"address":"198.51.100.6","hostname":null,"stats":{"min":5.962,"avg":6.577,'
+        '"max":7.193,"stDev":0.87,"jMin":1.231,"jAvg":1.231,"jMax":1.231,"total":2,"rcv":2,"drop":0,"loss":0}}',
+        **HOP,
+        stats=HOP_STATS,
     ),
-    "Note": (
+    "Note": event(
         "A line of the tool's that nothing else carries.",
-        record(event=constant("note"), text=STRING),
-        {"event": "note", "text": "From 198.51.100.6 icmp_seq=3 Destination Net Unreachable"},
+        '{"event":"note","text":"From 198.51.100.6 icmp_seq=3 Destination Net Unreachable"}',
+        event=enum("note"),
+        text=STRING,
     ),
-    "End": (
+    "End": event(
         "The last line: how it ended, and the result in the shape of Globalping's.",
-        record(
-            event=constant("end"),
-            status={"enum": ["finished", "failed"]},
-            error=STRING | {"optional": True},
-            exit_status={"type": ["integer", "null"]},
-            duration=NUMBER,
-            result={"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in RESULTS]},
-        ),
-        {
-            "event": "end",
-            "status": "finished",
-            "exit_status": 0,
-            "duration": 0.2,
-            "result": {
-                "resolvedAddress": "198.51.100.254",
-                "resolvedHostname": None,
-                "hops": [],
-                "rawOutput": "",
-            },
-        },
+        '{"event":"end","status":"failed","error":"traceroute: stopped after 60 s","exit_status":null,'
+        '"duration":60,"result":{"resolvedAddress":"198.51.100.66","resolvedHostname":null,"hops":[],"rawOutput":""}}',
+        event=enum("end"),
+        status=enum("finished", "failed"),
+        error=STRING | {"optional": True},
+        exit_status={"type": ["integer", "null"]},
+        duration=NUMBER,
+        result={"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in RESULTS]},
     ),
 }
 FAULT = record(type=STRING, loc=array(STRING), msg=STRING, input={})
@@ -1663,8 +1642,7 @@ def openapi() -> Schema:
     """The description of this API, OpenAPI 3.1, from the tables that make it work."""
     info = dict.fromkeys(("location", "map_url", "facility", "facility_url"), STRING)
     info |= dict.fromkeys(("looking_glass_ipv4", "looking_glass_ipv6", "your_ip"), STRING)
-    status = {"enum": ["ok", "degraded"]}
-    missing = array({"enum": list(PACKAGES)}) | {"optional": True}
+    status, missing = enum("ok", "degraded"), array(enum(*PACKAGES)) | {"optional": True}
     text = answer("How to use this server.", {TEXT_TYPE: {"schema": STRING}})
     page = {"text/html; charset=utf-8": {"schema": STRING}}
     return {
