@@ -1309,7 +1309,7 @@ def client_of(request: Request) -> IPAddress:
         peer = ip_address(named) or peer
     elif (said := f"{named}{request.headers.get('x-forwarded-for', '')}") and str(peer) not in said:
         warn_of_proxy()  # where the peer is in it, uvicorn has believed it before, as under `uvicorn lg:app`
-    return peer or ipaddress.IPv4Address(0)  # a peer without an address: a Unix socket's
+    return peer or ipaddress.IPv4Address(0)  # a Unix socket's peer, under `uvicorn lg:app`
 
 
 TEXT_TYPE, EVENTS_TYPE = "text/plain; charset=utf-8", "application/x-ndjson"
@@ -1863,8 +1863,8 @@ class Protocol(HTTPProtocol):
         super().connection_made(transport)
         self.app_state = {**self.app_state, "transport": transport}
         self.head_timer = self.loop.call_later(HEAD_SECONDS, transport.close)
-        if len(self.connections) > max_connections() + SPARE_CONNECTIONS:
-            transport.abort()
+        if not self.client or len(self.connections) > max_connections() + SPARE_CONNECTIONS:
+            transport.abort()  # too many, or gone before it was accepted
         elif len(self.connections) > max_connections():
             self.app = cast(Any, crowded)
 

@@ -1611,9 +1611,10 @@ def test_a_port_that_is_in_use_stops_the_start_with_one_line(serve: Start) -> No
 
 
 def test_a_shared_store_without_its_client_library_stops_the_start_with_what_to_install() -> None:
-    if importlib.util.find_spec("redis"):
-        pytest.skip("redis is installed here")
-    assert "redis" in start_and_fail(RATE_LIMIT_STORAGE_URI="redis://127.0.0.1:1")
+    assert not importlib.util.find_spec("pymemcache")
+    line = start_and_fail(RATE_LIMIT_STORAGE_URI="memcached://127.0.0.1:1")
+    assert "pymemcache" in line
+    assert line.count("\n") == 1
 
 
 def test_env_example_has_every_setting_with_its_default() -> None:
