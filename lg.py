@@ -1071,7 +1071,7 @@ async def detached(items: AsyncGenerator[T]) -> AsyncGenerator[T]:
 
 # ---- speed tests -------------------------------------------------------------------------------------------
 
-BLOCK = bytes(2**20)  # blocks of 1 to 4 MiB reach what a bare socket reaches; sizes are multiples of it
+BLOCK = bytes(2**21)  # blocks of 1 to 4 MiB reach what a bare socket reaches; a stalled one keeps as much
 STALL_SECONDS = 30  # a peer that takes or sends nothing for so long is dropped
 UPLOAD_BYTES = 2**30
 

@@ -2772,7 +2772,8 @@ def test_nothing_that_a_client_sends_forges_a_line_in_the_log(serve: Start) -> N
 
 BARE_SENDER = """
 import socket, sys
-block, (port, length) = bytes(2**20), map(int, sys.argv[1:])
+port, length, size = map(int, sys.argv[1:])
+block = bytes(size)
 with socket.create_server(("127.0.0.1", port)) as server:
     while True:
         connection, _ = server.accept()
@@ -2876,7 +2877,7 @@ def bench_transfers(server: Server) -> Iterator[Row]:
     ours: list[float] = []
     bare: list[float] = []
     spent = {server.process.pid: 0.0}
-    with background(BARE_SENDER, port, length) as sender:
+    with background(BARE_SENDER, port, length, len(lg.BLOCK)) as sender:
         spent[sender.pid] = 0.0
         for speeds, pid, at in ((ours, server.process.pid, server.port), (bare, sender.pid, port)) * 4:
             before = processor_seconds(pid)
