@@ -1851,8 +1851,6 @@ app = Starlette(
     },
     lifespan=lifespan,
 )
-
-
 app.router.redirect_slashes = False  # it would write what a client sends as Host into Location
 
 
@@ -1982,9 +1980,8 @@ def serve() -> None:
         log.info("Listening on %s", url)
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # where a parent left it ignored, tools would not wait for us
+    # Where a parent left it ignored, tools would be reaped before they are waited for.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal ends the commands too
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     with suppress(KeyboardInterrupt):
