@@ -1876,6 +1876,7 @@ class Protocol(HTTPProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.head_timer.cancel()
+        self._unset_keepalive_if_required()  # uvicorn's timer would hold on to one that was reset
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
