@@ -209,9 +209,8 @@ THREADS = 100  # with lookups that nobody waits for any more: a resolver may tak
 IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}", re.ASCII)
 IPV6 = re.compile(r"\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Fa-f:.]{2,45}")
 LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
-NUMERIC = (
-    r"(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?$"  # a last label that makes resolvers read the name as an IPv4 address
-)
+# A last label with which resolvers read a name as an IPv4 address.
+NUMERIC = r"(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?$"
 NAME = re.compile(rf"(?=.{{1,253}}\.?$)(?!(?:.*\.)?{NUMERIC}){LABEL}(?:\.{LABEL})*\.?")
 
 # Longest prefix wins, as in a routing table. From the IANA Special-Purpose Address Registries (RFC 6890)
@@ -394,6 +393,12 @@ def limited_as(client: IPAddress) -> str:
     return str(client) if client.version == 4 else str(ipaddress.ip_network((int(client) >> 64 << 64, 64)))
 
 
+def stopping() -> Refusal:
+    """The answer to what would begin, or has not yet begun, when the server is about to end."""
+    later = {"Retry-After": str(BUSY_SECONDS)}
+    return Refusal(503, {"error": "The server is being stopped: try again in a moment"}, later)
+
+
 class Slots:
     """Room for `total` at once, `per_client` of them for one client; `what` they are."""
 
@@ -406,7 +411,7 @@ class Slots:
         """Hold a slot; raises Refusal where there is none."""
         later = {"Retry-After": str(BUSY_SECONDS)}
         if STOPPING.is_set():
-            raise Refusal(503, {"error": "The server is being stopped: try again in a moment"}, later)
+            raise stopping()
         if self.taken[client] >= self.per_client:
             mine = f"You have {self.per_client} {self.what} running: wait until one has ended"
             raise Refusal(429, {"error": mine}, later)
@@ -1080,7 +1085,7 @@ class Size(NamedTuple):
     """A download: how many bytes, a multiple of the block, and its rates."""
 
     length: int
-    rates: tuple[limits.RateLimitItem, ...]
+    rates: Rates
 
 
 SIZES = {
@@ -1239,7 +1244,7 @@ class Stream(Response):
         if not sending.cancelled():
             sending.result()
         elif STOPPING.is_set() and not self.begun:
-            raise Refusal(503, {"error": "The server is being stopped: try again in a moment"})
+            raise stopping()
 
 
 async def disconnected(receive: Receive) -> None:

@@ -2580,7 +2580,9 @@ def test_sigterm_refuses_what_has_not_begun_and_drops_what_does_not_come(serve: 
     begun = time.monotonic()
     server.stop()
     assert time.monotonic() - begun < 10
-    assert left(waiting).startswith(b"HTTP/1.1 503 ")
+    answer = left(waiting)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nretry-after: " in answer
     left(half)
     assert "ERROR" not in server.log
 
