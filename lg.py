@@ -32,6 +32,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache, partial
 from hashlib import sha256
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
@@ -47,6 +48,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -110,14 +112,29 @@ def rates(text: str) -> Rates:
     return read
 
 
+# As they may stand in a content security policy.
+ORIGIN = re.compile(r"https?://(?:[A-Za-z0-9*._-]+|\[[0-9A-Fa-f:.]+\])(?::\d+)?", re.ASCII)
+PLACE = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
+
+
+def origins(text: str) -> tuple[str, ...]:
+    if not all(ORIGIN.fullmatch(origin) for origin in texts(text)):
+        raise ValueError
+    return texts(text)
+
+
 def places(text: str) -> tuple[dict[str, str], ...]:
     if not text.startswith("["):
         raise ValueError
-    return tuple({"name": str(place["name"]), "url": str(place["url"])} for place in json.loads(text))
+    found = [(str(place["name"]), PLACE.fullmatch(place["url"])) for place in json.loads(text)]
+    if not all(url for _, url in found):
+        raise ValueError
+    return tuple({"name": name, "url": url[1]} for name, url in found if url)
 
 
 TEXT = Kind("a text", str)
 LIST = Kind("a list, separated by commas", texts)
+ORIGINS = Kind("origins such as https://www.example.com, separated by commas", origins)
 CIDRS = Kind("addresses and networks in CIDR notation, separated by commas", networks)
 PROXIES = Kind(CIDRS.expected + "; not *, which would believe what any client says of itself", networks)
 BOOLEAN = Kind(
@@ -161,6 +178,7 @@ class Settings:
     TARGET_ALLOW: tuple[IPNetwork, ...] = CIDRS("127.0.0.0/8,::1/128")
     TARGET_DENY: tuple[IPNetwork, ...] = CIDRS("")
     LOCATIONS: tuple[dict[str, str], ...] = PLACES("[]")
+    FRAME_ANCESTORS: tuple[str, ...] = ORIGINS("")
 
 
 def unusable(reason: str, **values: object) -> SystemExit:
@@ -180,7 +198,7 @@ def load_settings(environment: Mapping[str, str | None]) -> Settings:
         text = (environment.get(row.name, default) or "").strip()
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # `docker run --env-file` keeps quotes
             text = text[1:-1]
-        if not text and kind.parse not in (str, texts, networks):
+        if not text and kind.parse not in (str, texts, origins, networks):
             text = default
         try:
             text.encode()  # no bytes that are not UTF-8
@@ -1361,18 +1379,20 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "degraded", "missing": missing} if missing else {"status": "ok"})
 
 
+def about_here(client: IPAddress) -> dict[str, str]:
+    return {
+        "location": SETTINGS.NETWORK_LOCATION,
+        "map_url": SETTINGS.NETWORK_MAP_URL,
+        "facility": SETTINGS.NETWORK_FACILITY,
+        "facility_url": SETTINGS.NETWORK_FACILITY_URL,
+        "looking_glass_ipv4": SETTINGS.NETWORK_IPV4,
+        "looking_glass_ipv6": SETTINGS.NETWORK_IPV6,
+        "your_ip": str(client),
+    }
+
+
 async def network_info(request: Request) -> Response:
-    return JSONResponse(
-        {
-            "location": SETTINGS.NETWORK_LOCATION,
-            "map_url": SETTINGS.NETWORK_MAP_URL,
-            "facility": SETTINGS.NETWORK_FACILITY,
-            "facility_url": SETTINGS.NETWORK_FACILITY_URL,
-            "looking_glass_ipv4": SETTINGS.NETWORK_IPV4,
-            "looking_glass_ipv6": SETTINGS.NETWORK_IPV6,
-            "your_ip": str(client_of(request)),
-        }
-    )
+    return JSONResponse(about_here(client_of(request)))
 
 
 USAGE = """\
@@ -1648,8 +1668,8 @@ def openapi() -> Schema:
     info = dict.fromkeys(("location", "map_url", "facility", "facility_url"), STRING)
     info |= dict.fromkeys(("looking_glass_ipv4", "looking_glass_ipv6", "your_ip"), STRING)
     status, missing = enum("ok", "degraded"), array(enum(*PACKAGES)) | {"optional": True}
-    text = answer("How to use this server.", {TEXT_TYPE: {"schema": STRING}})
     page = {"text/html; charset=utf-8": {"schema": STRING}}
+    front = answer("How to use it, or with `Accept` the page.", {TEXT_TYPE: {"schema": STRING}, **page})
     return {
         "openapi": "3.1.0",
         "info": {
@@ -1669,7 +1689,7 @@ def openapi() -> Schema:
                     "Whether the tools are there", json_answer("It.", status=status, missing=missing)
                 )
             },
-            "/": {"get": operation("How to use this server", text)},
+            "/": {"get": operation("This server, for people", front)},
             "/openapi.json": {"get": operation("This description", json_answer("OpenAPI 3.1."))},
             "/docs": {"get": operation("This description in Swagger UI", answer("A page.", page))},
             "/redoc": {"get": operation("This description in ReDoc", answer("A page.", page))},
@@ -1743,6 +1763,817 @@ async def describe_api(request: Request) -> Response:
 
 async def show_api(name: str, request: Request) -> Response:
     return viewer(name)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+STYLE = """\
+:root {
+  color-scheme: light dark;
+  --page: light-dark(#f2f5f8, #0d1219); --card: light-dark(#fff, #161e28);
+  --line: light-dark(#d3dae3, #303c4a); --edge: light-dark(#758396, #77869a);
+  --text: light-dark(#17202b, #e6ecf3); --dim: light-dark(#53606f, #a5b1bf);
+  --accent: light-dark(#0a58c2, #7ab9ff); --on: light-dark(#fff, #08182c);
+  --bad: light-dark(#a81a13, #ffa79f); --tint: light-dark(#fcd9d5, #5c231f);
+  font: clamp(1rem, .8rem + .35vw, 1.6rem)/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+}
+* { box-sizing: border-box; margin: 0; }
+[hidden] { display: none !important; }
+body { max-width: 100rem; margin: auto; padding: clamp(.75rem, 2vw, 2rem); background: var(--page);
+  color: var(--text); }
+body:has(.many) { max-width: none; }
+header, .row { display: flex; flex-wrap: wrap; gap: .6rem 1.5rem; }
+.row { gap: .6rem; align-items: end; }
+header { align-items: end; justify-content: space-between; }
+h1, h2, dd, p, td:nth-child(2) { overflow-wrap: anywhere; }
+h1 { font-size: 1.9rem; line-height: 1.15; }
+h2 { font-size: 1.1rem; }
+a { color: var(--accent); }
+small, dt, legend, th, .dim { color: var(--dim); font-size: .85rem; font-weight: 400; }
+form, details, .card { margin-top: 1rem; padding: clamp(.75rem, 1.5vw, 1.25rem); background: var(--card);
+  border: 1px solid var(--line); border-radius: .6rem; }
+dl { display: flex; flex-wrap: wrap; gap: .4rem 1.5rem; }
+fieldset, legend { border: 0; padding: 0; min-width: 0; }
+button, input, select { font: inherit; color: inherit; min-height: 2.6rem; max-width: 100%;
+  padding: .3rem .8rem; background: var(--card); border: 1px solid var(--edge); border-radius: .4rem; }
+button, select, summary, .choice label { cursor: pointer; }
+button:disabled { color: var(--dim); border-style: dashed; cursor: default; }
+:focus-visible, .choice :has(:focus-visible) { outline: .15rem solid var(--accent); outline-offset: .1rem; }
+#run { min-width: 8rem; font-weight: 600; }
+#run:enabled, .choice :has(:checked) { background: var(--accent); border-color: var(--accent);
+  color: var(--on); }
+.copy { min-height: 1.7rem; padding: 0 .4rem; border-color: var(--line); text-align: start; }
+.copy::after { content: ""; display: inline-block; width: .5em; height: .6em; margin: 0 .2em 0 .6em;
+  border: 1px solid; border-radius: 1px; color: var(--edge);
+  box-shadow: .2em -.2em 0 -1px var(--card), .2em -.2em; }
+.copy.done::after { content: "✓" / ""; border: 0; box-shadow: none; color: var(--accent); }
+.row label { display: grid; min-width: 0; }
+.row > .target { flex: 1 1 15rem; }
+.choice { display: grid; grid: auto-flow / repeat(2, 6rem); gap: .3rem; }
+.choice label { padding: .4rem .2rem; border: 1px solid var(--edge); border-radius: .4rem;
+  text-align: center; }
+.choice input { position: absolute; opacity: 0; min-height: 0; }
+.choice :has(:disabled) { background: none; border-style: dashed; color: var(--dim);
+  text-decoration: line-through; }
+.commands { grid: auto auto / auto-flow 1fr; }
+.says { min-height: 2.9em; margin-top: .35rem; }
+.fault { color: var(--bad); font-weight: 600; }
+.fault:not(:empty) + .dim { display: none; }
+[aria-invalid=true] { border: 2px solid var(--bad); }
+summary { font-weight: 600; }
+summary ~ *, .card > * + * { margin-top: .6rem; }
+progress { width: 100%; accent-color: var(--accent); }
+details dl, .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
+details dd > * { display: block; }
+details dd small { min-height: 2.9em; }
+.plot { position: relative; height: 9rem; padding-left: 4.4rem; border-block: 1px solid var(--line); }
+.plot::before, .plot::after { position: absolute; left: 0; color: var(--dim); font-size: .8rem; }
+.plot::before { content: attr(data-top); top: 0; }
+.plot::after { content: "0"; bottom: 0; }
+svg { display: block; width: 100%; height: 100%; fill: none; stroke: var(--accent); stroke-width: 2; }
+.bars { display: grid; grid: 100% / repeat(var(--probes), 1fr); gap: .25rem; align-items: end; }
+.bars i { position: relative; grid-row: 1; height: calc(var(--rtt) / var(--top) * 100%); min-height: 2px;
+  background: var(--accent); border-radius: .2rem .2rem 0 0; font-style: normal; text-align: center; }
+.bars i::before { content: attr(data-rtt); position: absolute; inset: auto -1rem 100%; font-size: .75rem; }
+.bars .lost { height: 100%; background: var(--tint); color: var(--bad); font-weight: 700; }
+.bars .lost::before { content: "×"; inset: auto 0 .3rem; }
+#results { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.figures { margin-bottom: .6rem; }
+.card { container-type: inline-size; min-width: 0; }
+.body { overflow: auto; }
+.many .body { height: 22rem; }
+.card .row { align-items: center; }
+.card > p { min-height: 1.45em; font-size: .85rem; }
+.row:has([value=text]:checked) + .body .live, .row:has([value=graph]:checked) + .body pre { display: none; }
+pre { font-size: .85rem; }
+table { width: 100%; table-layout: fixed; border-collapse: collapse; }
+th, td { padding: .25rem .35rem; border-bottom: 1px solid var(--line); text-align: end; }
+thead th { width: 4.6rem; }
+th:first-child { width: 2.2rem; }
+th:nth-child(2), td:nth-child(2) { width: auto; text-align: start; }
+td small { display: block; }
+.silent td { color: var(--dim); }
+.lossy .loss { background: linear-gradient(var(--tint) 0 0) no-repeat 0 / calc(var(--loss) * 1%) 100%;
+  color: var(--bad); font-weight: 600; }
+thead .spread { width: 24%; text-align: start; }
+.spread { position: relative; }
+.spread i, .spread b { position: absolute; top: calc(50% - .3rem); left: calc(var(--min) / var(--top) * 95%);
+  width: calc((var(--max) - var(--min)) / var(--top) * 95% + 3px); height: .6rem; border-radius: .3rem;
+  background: var(--edge); }
+.spread b { left: calc(var(--avg) / var(--top) * 95%); top: calc(50% - .5rem); width: 3px; height: 1rem;
+  background: var(--accent); }
+.hush { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@container (max-width: 46rem) { .wide, .bars i:not(.lost)::before { display: none; }
+  thead th { width: 3.9rem; } }
+@container (max-width: 24rem) { table, th { font-size: .8rem; } thead th { width: 3.4rem; }
+  thead .spread { width: 18%; } th, td { padding-inline: .1rem; } .card > p { min-height: 2.9em; } }
+@media (min-width: 64rem) { form { display: grid; grid-template-columns: 1fr 28rem; gap: 2rem; } }
+@media (prefers-reduced-motion: no-preference) { .busy::before { content: "● " / ""; color: var(--accent);
+  animation: pulse 1s infinite alternate; } @keyframes pulse { to { opacity: .2; } } }
+@media (scripting: none) { .script { display: none; } }
+"""
+
+SCRIPT = r"""
+const $ = (id) => document.getElementById(id);
+const { at, command: commands, target } = $("form").elements;
+const here = new URL(".", location).href;
+for (const option of [...at.options]) if (`${option.value}/` === here) option.remove();
+const places = [...at.options].map((option) => ({
+  option,
+  name: option.text,
+  url: option.value,
+  missing: [],
+}));
+// An AbortController for each run, and that of a speed test.
+const running = new Set();
+let transferring;
+// When what was limited may be asked for again, epoch ms.
+const allowed = new Map();
+
+const chosen = () => places[at.selectedIndex];
+const choice = () => [...commands].find(({ checked }) => checked);
+const toolOf = ({ dataset }) => dataset.argv.split(" ")[0];
+const locate = ({ url }, path) => (url ? `${url}/${path}` : path);
+const say = (text) => ($("status").textContent = text);
+const mean = (numbers) => numbers.reduce((sum, each) => sum + each, 0) / numbers.length;
+const ms = (time) => (Number.isFinite(time) ? time.toFixed(time < 10 ? 2 : 1) : "–");
+const extremes = (times) => ({ min: Math.min(...times), avg: mean(times), max: Math.max(...times) });
+const percent = (share) => `${+share.toFixed(1)}\u00a0%`;
+
+// An element, as in make("p.dim", "text"), with properties, children and texts. What others wrote, routers'
+// names above all, is text here and never markup.
+function make(tag, ...contents) {
+  const [name, className = ""] = tag.split(".");
+  const element = Object.assign(document.createElement(name), { className });
+  for (const each of contents)
+    each.constructor === Object ? Object.assign(element, each) : element.append(each);
+  return element;
+}
+
+async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // there is none without HTTPS
+    const area = button.parentNode.appendChild(make("textarea", { value: text }));
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    button.focus();
+  }
+  button.classList.add("done");
+  setTimeout(() => button.classList.remove("done"), 2000);
+  say("Copied");
+}
+
+// Places, and what can be known of them before the click.
+
+async function ask(place, path) {
+  const answer = await fetch(locate(place, path), { cache: "no-store", signal: AbortSignal.timeout(5000) });
+  if (!answer.ok) throw new Error(answer.status);
+  return answer.json();
+}
+
+async function look(place) {
+  try {
+    const [health, info] = await Promise.all([ask(place, "health"), ask(place, "network/info")]);
+    Object.assign(place, { down: false, missing: health.missing ?? [], info });
+  } catch {
+    place.down = true;
+  }
+  place.option.text = place.name + (place.down ? " (down)" : "");
+  if (place === chosen()) show(place);
+}
+
+function show(place) {
+  const info = place.info ?? { location: place.name };
+  for (const element of document.querySelectorAll("[data-info]")) {
+    const { info: key, link, label } = element.dataset;
+    element.textContent = info[key] && (label ?? info[key]);
+    element.closest("[data-part]").hidden = !info[key];
+    if (/^https?:/.test(info[link])) element.href = info[link];
+    else element.removeAttribute("href");
+  }
+  advise(place);
+}
+
+function advise({ name, info = {}, missing, down }) {
+  const {
+      value,
+      dataset: { argv },
+    } = choice(),
+    [version, other] = argv.includes(" -6 ") ? [6, 4] : [4, 6];
+  for (const each of commands) each.disabled = missing.includes(toolOf(each));
+  const problem = down
+    ? "does not answer: it is down, or cannot be reached from where you are"
+    : choice().disabled
+      ? `has no ${toolOf(choice())} installed: choose another command`
+      : !info[`looking_glass_ipv${version}`] && info[`looking_glass_ipv${other}`]
+        ? `gives no IPv${version} address of its own: ${value} may fail there`
+        : "";
+  $("about").textContent = problem ? `${name} ${problem}.` : `Runs ${argv} ADDRESS`;
+  $("about").className = problem ? "says fault" : "says dim";
+  refresh();
+}
+
+// An address says which version of the command it takes.
+function fit(text) {
+  const version = text.includes(":") ? " -6 " : /^[\d.]+$/.test(text) ? " -4 " : " ";
+  const fits = (each) => toolOf(each) === toolOf(choice()) && each.dataset.argv.includes(version);
+  if (!fits(choice())) [...commands].find(fits).checked = true;
+  advise(chosen());
+}
+
+// Each button says what a click on it does now, or how long it takes until what it does is allowed again.
+function refresh() {
+  const busy = running.size > 0;
+  $("run").dataset.limit = `${chosen().url} ${choice().value}`;
+  $("down").dataset.limit = `${chosen().url} ${$("size").value}`;
+  $("up").dataset.limit = `${chosen().url} upload`;
+  for (const button of document.querySelectorAll("[data-limit]")) {
+    const seconds = Math.ceil((allowed.get(button.dataset.limit) - Date.now()) / 1000);
+    button.textContent = seconds > 0 ? `Wait ${seconds} s` : button.dataset.says;
+    button.disabled = seconds > 0;
+  }
+  $("run").disabled ||= choice().disabled;
+  $("all").disabled = busy || choice().disabled;
+  for (const id of ["down", "up"]) $(id).disabled ||= transferring;
+  $("cancel").disabled = !transferring;
+  if (busy) Object.assign($("run"), { textContent: "Stop", disabled: false });
+  // Enter starts, and never stops.
+  $("run").type = busy ? "button" : "submit";
+}
+
+function stop(...controllers) {
+  for (const controller of controllers) controller?.abort();
+}
+
+// The link to what is chosen.
+function remember() {
+  const query = new URLSearchParams({ command: choice().value, target: target.value.trim() });
+  if (chosen().url) query.set("at", chosen().name);
+  history.replaceState(null, "", `?${query}`);
+}
+
+// Running a command.
+
+async function refusal(answer, limit) {
+  const { detail, error } = await answer.json().catch(() => ({}));
+  const wait = answer.headers.get("Retry-After");
+  if (wait) allowed.set(limit, Date.now() + wait * 1000);
+  const message = error ?? detail?.[0]?.msg ?? `The server answered with ${answer.status}`;
+  return Object.assign(new Error(message), { refused: true, invalid: answer.status === 422 });
+}
+
+async function* events({ place, command, target, limit }, signal) {
+  const body = new URLSearchParams({ target }),
+    headers = { Accept: "application/x-ndjson" };
+  const answer = await fetch(locate(place, `lookingglass/${command}`), {
+    method: "POST",
+    headers,
+    body,
+    signal,
+  });
+  if (!answer.ok) throw await refusal(answer, limit);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) yield JSON.parse(line);
+  }
+}
+
+async function follow(card, signal) {
+  try {
+    for await (const event of events(card, signal)) card.take(event);
+    if (!card.outcome) throw new Error("cut off");
+  } catch (error) {
+    const lost = card.begun
+      ? "The connection was lost."
+      : `No answer from ${card.place.name}: it is down, or cannot be reached.`;
+    if (signal.aborted) card.end("stopped");
+    else card.fail(error.refused ? error.message : lost, error.invalid);
+  }
+}
+
+// Runs the commands of all these cards at once.
+async function launch(cards) {
+  const controller = new AbortController(),
+    [{ command }] = cards;
+  running.add(controller);
+  say(`${command} is running`);
+  refresh();
+  await Promise.all(cards.map((card) => follow(card, controller.signal)));
+  running.delete(controller);
+  refresh();
+  const [{ outcome, view }] = cards;
+  say(cards.length > 1 ? `${command} has ended at all places` : `${command} ${outcome}: ${view.summary()}`);
+}
+
+function complain(message, invalid = false) {
+  $("fault").textContent = message;
+  target.ariaInvalid = invalid;
+  $("run").dataset.says = message && !invalid ? "Try again" : "Run";
+}
+
+async function start(where) {
+  const before = [...$("results").children],
+    cards = where.map((place) => newCard(place, choice(), target.value.trim())),
+    [card] = cards;
+  remember();
+  complain("");
+  $("results").className = cards.length > 1 ? "many" : "";
+  $("results").replaceChildren(...cards.map(({ node }) => node));
+  await launch(cards);
+  if (cards.length > 1 || card.begun) return;
+  // What was there is worth more than the card of a refusal.
+  $("results").replaceChildren(...before);
+  complain(card.failed ?? "", card.invalid);
+  if (card.invalid) target.focus();
+  refresh();
+}
+
+// A run at a place: its node, which shows it, and what happens to it.
+function newCard(place, radio, target) {
+  const { value: command, dataset } = radio,
+    limit = `${place.url} ${command}`,
+    view = VIEWS[toolOf(radio)](dataset.argv);
+  const about = make("p.dim", "…"),
+    state = make("p.busy", "running"),
+    text = make("pre");
+  const again = make("button", { type: "button", hidden: true, onclick: repeat });
+  const button = make(
+    "button.copy",
+    { type: "button", onclick: () => copy(ticket(), button) },
+    "Copy as text",
+  );
+  const tab = (value, checked) =>
+    make("label", make("input", { type: "radio", name: limit, value, checked }), value);
+  const tabs = make("fieldset.choice", { ariaLabel: "Show" }, tab("graph", true), tab("text", false));
+  const body = make(
+    "div.body",
+    { tabIndex: 0, role: "group", ariaLabel: `Result from ${place.name}` },
+    make("div.live", view.node),
+    text,
+  );
+  const title = make("h2", `${place.name}: ${command} to ${target}`);
+  const node = make("section.card", title, about, state, again, make("div.row", tabs, button), body);
+  const card = { place, command, target, limit, view, node };
+
+  card.take = (event) => {
+    if (event.event === "start") {
+      card.begun = event.time;
+      about.textContent = `to ${event.address}, ${event.time.replace("T", " ").replace("Z", " UTC")}`;
+    }
+    view.take(event);
+    text.textContent = event.result?.rawOutput ?? view.lines();
+    if (event.event === "end")
+      card.end(event.error ?? `finished in ${event.duration.toFixed(1)} s`, event.error);
+  };
+  card.end = (outcome, faulty) => {
+    card.outcome = state.textContent = outcome;
+    state.className = faulty ? "fault" : "dim";
+  };
+  card.fail = (failed, invalid) => {
+    Object.assign(card, { failed, invalid }).end(failed, true);
+    Object.assign(again.dataset, { limit, says: "Try again" });
+    again.hidden = false;
+  };
+  function ticket() {
+    const when = `at ${card.begun ?? new Date().toISOString()}, ${state.textContent}`;
+    return [
+      `${command} ${target}`,
+      `from ${place.name}, ${place.url || here}`,
+      when,
+      "",
+      text.textContent,
+    ].join("\n");
+  }
+  function repeat() {
+    const next = newCard(place, radio, target);
+    node.replaceWith(next.node);
+    launch([next]);
+  }
+  return card;
+}
+
+// Views draw what a tool finds as it comes: each has a node, takes events, and has it in words and in lines.
+
+function pingView(argv) {
+  const figures = ["Min ms", "Avg ms", "Max ms", "Loss"].map((name) =>
+    make("div", make("dt", name), make("dd", "–")),
+  );
+  const plot = make("div.plot bars", { role: "img", ariaLabel: "Round-trip times" });
+  const node = make("div", make("dl.figures", ...figures), plot);
+  // By sequence number; null is the time of one that was lost.
+  const bars = [],
+    rtts = [];
+  let top = 1,
+    stats = { total: 0, rcv: 0, loss: 0 };
+  plot.style.setProperty("--probes", / -c (\d+)/.exec(argv)[1]);
+
+  function draw(seq, rtt) {
+    const bar = (bars[seq] ??= plot.appendChild(make("i")));
+    top = Math.max(top, rtt * 1.2);
+    bar.className = rtt == null ? "lost" : "";
+    bar.title = `${seq}: ${rtt == null ? "no answer" : `${ms(rtt)} ms`}`;
+    bar.dataset.rtt = ms(rtt);
+    bar.style.gridColumn = seq;
+    bar.style.setProperty("--rtt", rtt);
+    plot.style.setProperty("--top", top);
+    plot.dataset.top = `${ms(top)} ms`;
+  }
+  function reckon() {
+    const known = Object.values(rtts),
+      back = known.filter((rtt) => rtt != null),
+      total = known.length,
+      rcv = back.length;
+    return { ...extremes(back), total, rcv, loss: 100 - (100 * rcv) / total };
+  }
+  function take({ event, seq, rtt = null, text, result }) {
+    if (event === "note") node.append(make("p", text));
+    if (seq) draw(seq, (rtts[seq] = rtt));
+    if (!seq && !result) return;
+    stats = result?.stats ?? reckon();
+    const texts = [ms(stats.min), ms(stats.avg), ms(stats.max), percent(stats.loss)];
+    texts.forEach((text, i) => (figures[i].lastChild.textContent = text));
+  }
+  const summary = () =>
+    `${stats.rcv} of ${stats.total} answers, ${percent(stats.loss)} lost, average ${ms(stats.avg)} ms`;
+  const lines = () =>
+    Object.values(bars)
+      .map(({ title }) => `icmp_seq=${title}`)
+      .join("\n");
+  return { node, take, summary, lines };
+}
+
+const stat =
+  (name) =>
+  ({ stats }) =>
+    ms(stats[name]);
+// Title, text, class.
+const COLUMNS = {
+  traceroute: ["1st", "2nd", "3rd"].map((title, i) => [
+    `${title} ms`,
+    ({ timings }) => (timings[i] ? ms(timings[i].rtt) : "*"),
+    "",
+  ]),
+  mtr: [
+    ["Loss", ({ stats }) => percent(stats.loss), "loss"],
+    ["Sent", ({ stats }) => stats.total, "wide"],
+    ["Avg ms", stat("avg"), ""],
+    ["Best", stat("min"), "wide"],
+    ["Worst", stat("max"), "wide"],
+    ["StDev", stat("stDev"), "wide"],
+  ],
+};
+
+function hopView(columns) {
+  const titles = [["Hop"], ["Host"], ...columns, ["Spread", , "spread"]];
+  const head = titles.map(([title, , name = ""]) => make(`th.${name}`, { scope: "col" }, title));
+  const body = make("tbody"),
+    node = make("table", make("thead", make("tr", ...head)), body),
+    rows = [];
+  let top = 1;
+
+  function draw(row, { address, hostname, stats, timings }) {
+    const { min, avg, max, loss } = stats ?? extremes(timings.map(({ rtt }) => rtt));
+    const host = address ? [hostname ?? address, make("small", hostname ? address : "")] : ["no answer"];
+    const cells = columns.map(([, text, name]) => make(`td.${name}`, String(text({ stats, timings }))));
+    const spread = make("td.spread", ...(max > 0 ? [make("i"), make("b")] : []));
+    row.className = !address ? "silent" : loss ? "lossy" : "";
+    row.replaceChildren(row.cells[0], make("td", ...host), ...cells, spread);
+    for (const [name, value] of Object.entries({ min, avg, max, loss }))
+      row.style.setProperty(`--${name}`, value);
+    if (max > top) node.style.setProperty("--top", (top = max));
+  }
+  function add() {
+    rows.push(body.appendChild(make("tr.silent", make("th", { scope: "row" }, String(rows.length + 1)))));
+  }
+  function take({ event, hop, text, result, ...found }) {
+    if (event === "note")
+      body.append(make("tr", make("th"), make("td", { colSpan: columns.length + 2 }, text)));
+    while (hop > rows.length) add();
+    if (hop) draw(rows[hop - 1], found);
+    // mtr looks beyond the target
+    while (rows.length > result?.hops.length) rows.pop().remove();
+  }
+  const line = ({ cells }) =>
+    [...cells].map(({ childNodes }) => [...childNodes].map((each) => each.textContent).join(" ")).join("  ");
+  const lines = () => [...node.rows].map(line).join("\n");
+  const summary = () => `${rows.length} hops, the last ${rows.length && line(rows.at(-1))}`;
+  return { node, take, summary, lines };
+}
+
+const VIEWS = {
+  ping: pingView,
+  traceroute: () => hopView(COLUMNS.traceroute),
+  mtr: () => hopView(COLUMNS.mtr),
+};
+
+// Speed tests.
+
+const rate = (mbps) => `${mbps.toFixed(mbps < 10 ? 2 : mbps < 100 ? 1 : 0)} Mbit/s`;
+const size = (bytes) => `${Math.round(bytes / 2 ** 20)} MiB`;
+const figure = (id, value, says) => $(id).replaceChildren(make("b", value), make("small", says));
+
+async function download({ place, name, signal, limit }, meter) {
+  const answer = await fetch(locate(place, `speedtest/${name}`), { cache: "no-store", signal });
+  if (!answer.ok) throw await refusal(answer, limit);
+  const reader = answer.body.getReader();
+  for (let chunk; !(chunk = await reader.read()).done;) meter.add(chunk.value.length);
+}
+
+// Not with fetch, which does not tell how far it has come.
+function upload({ place, length, signal, limit }, meter) {
+  const request = new XMLHttpRequest();
+  return new Promise((resolve, reject) => {
+    let before = 0;
+    request.upload.onprogress = ({ loaded }) => (before += meter.add(loaded - before));
+    request.onload = async () => {
+      const { status, response } = request,
+        headers = { "Retry-After": request.getResponseHeader("Retry-After") ?? "" };
+      if (status === 200) resolve(JSON.parse(response));
+      else reject(await refusal(new Response(response, { status, headers }), limit));
+    };
+    request.onerror = reject;
+    signal.onabort = () => reject(request.abort());
+    request.open("POST", locate(place, "speedtest/upload"));
+    request.send(new Blob(Array(length / 2 ** 20).fill(new Uint8Array(2 ** 20))));
+  });
+}
+
+// How long small requests take, one after the other, but for the first: it opens the connection.
+async function sample(id, { place, signal }, goesOn) {
+  const times = [];
+  for (let count = 0; goesOn(count); count++) {
+    const begun = performance.now();
+    await fetch(locate(place, "health"), { cache: "no-store", signal });
+    if (count) times.push(performance.now() - begun);
+    const steps = times.slice(1).map((time, i) => Math.abs(time - times[i])),
+      sorted = [...times].sort((a, b) => a - b);
+    if (count > 1)
+      figure(
+        id,
+        `${ms(sorted[times.length >> 1])} ms`,
+        `jitter ${ms(mean(steps))} ms, median of ${times.length} requests`,
+      );
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+}
+
+// Counts bytes, and shows how many come in a second as they do.
+function newMeter(kind, length) {
+  const begun = performance.now(),
+    points = [],
+    timer = setInterval(tick, 250);
+  let bytes = 0,
+    top = 1e-9,
+    last = { time: begun, bytes };
+  function tick() {
+    const time = performance.now(),
+      mbps = ((bytes - last.bytes) * 8e-3) / (time - last.time);
+    last = { time, bytes };
+    top = Math.max(top, mbps);
+    points.push([(100 * bytes) / length, mbps]);
+    $("curve").setAttribute("points", points.map(([x, y]) => `${x},${99 - (95 * y) / top}`).join(" "));
+    $("plot").dataset.top = rate(top);
+    figure(kind, rate(mbps), `now, ${size(bytes)} of ${size(length)}`);
+  }
+  function add(count) {
+    $("progress").value = (bytes += count) / length;
+    return count;
+  }
+  function end(counted) {
+    clearInterval(timer);
+    const seconds = counted?.seconds ?? (performance.now() - begun) / 1000,
+      by = counted ? ", counted by the server" : "";
+    if (!bytes) return figure(kind, "–", "");
+    const mbps = counted?.mbps ?? (bytes * 8e-6) / seconds;
+    figure(kind, rate(mbps), `average of ${size(bytes)} in ${seconds.toFixed(1)} s${by}`);
+  }
+  return { add, end };
+}
+
+async function transfer(kind, move, largest) {
+  const place = chosen(),
+    { value: name, dataset } = $("size").selectedOptions[0],
+    { limit } = $(kind.replace("load", "")).dataset;
+  const { signal } = (transferring = new AbortController());
+  const test = { place, name, length: Math.min(dataset.bytes, largest), signal, limit };
+  let meter,
+    counted,
+    outcome = `${kind} finished`,
+    going = true;
+  $("trouble").textContent = "";
+  $("progress").value = 0;
+  $("curve").setAttribute("points", "");
+  refresh();
+  try {
+    await sample("before", test, (count) => count < 11);
+    meter = newMeter(kind, test.length);
+    sample("during", test, () => going).catch(() => {});
+    counted = await move(test, meter);
+  } catch (error) {
+    outcome = signal.aborted
+      ? "Cancelled"
+      : error?.refused
+        ? error.message
+        : `The connection to ${place.name} was lost: try again.`;
+    $("trouble").textContent = outcome;
+  }
+  going = false;
+  meter?.end(counted);
+  transferring = null;
+  say(`${outcome}: ${$(kind).textContent}`);
+  refresh();
+}
+
+$("form").onsubmit = (event) => {
+  event.preventDefault();
+  if (!running.size) start([chosen()]);
+};
+$("run").onclick = (event) => {
+  if (running.size) (event.preventDefault(), stop(...running));
+};
+$("form").onchange = () => {
+  remember();
+  advise(chosen());
+};
+$("all").onclick = () => target.reportValidity() && start(places);
+at.onchange = () => {
+  show(chosen());
+  look(chosen());
+};
+at.onfocus = () => places.forEach(look);
+target.oninput = () => {
+  complain("");
+  fit(target.value);
+};
+$("size").onchange = refresh;
+$("down").onclick = () => transfer("download", download, Infinity);
+$("up").onclick = () => transfer("upload", upload, 2 ** 30);
+$("cancel").onclick = () => stop(transferring);
+document.onkeydown = ({ key }) => key === "Escape" && stop(...running, transferring);
+for (const button of document.querySelectorAll("header .copy"))
+  button.onclick = () => copy(button.textContent, button);
+for (const option of at.options)
+  option.selected = option.text === new URLSearchParams(location.search).get("at");
+$("where").hidden = $("all").hidden = places.length < 2;
+places.forEach(look);
+setInterval(refresh, 1000);
+"""
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Looking glass: {location}</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'
+%3E%3Cpath d='M1 8l2-5 3 3 2-5' fill='none' stroke='%2338f'/%3E%3C/svg%3E">
+<style>{style}</style>
+<header>
+<div>
+<p class="dim">Looking glass, <a href="docs">API</a></p>
+<h1 data-info="location" data-part>{location}</h1>
+<p>
+<a data-info="facility" data-link="facility_url" data-part{facility_url_link}>{facility}</a>
+<a data-info="map_url" data-link="map_url" data-label="Map" data-part{map_url_hidden}{map_url_link}>Map</a>
+</p>
+</div>
+<dl>
+<div data-part{looking_glass_ipv4_hidden}><dt>Test IPv4</dt>
+<dd><button class="copy" title="Copy" data-info="looking_glass_ipv4">{looking_glass_ipv4}</button></dd></div>
+<div data-part{looking_glass_ipv6_hidden}><dt>Test IPv6</dt>
+<dd><button class="copy" title="Copy" data-info="looking_glass_ipv6">{looking_glass_ipv6}</button></dd></div>
+<div data-part><dt>Your address</dt>
+<dd><button class="copy" title="Copy" data-info="your_ip">{your_ip}</button></dd></div>
+</dl>
+</header>
+<main>
+<form id="form" method="post" action="lookingglass/{command}">
+<div>
+<div class="row">
+<label id="where" class="script" hidden><small>From</small><select name="at">{places}</select></label>
+<label class="target"><small>To: a host name or an address</small>
+<input name="target" value="{target}" list="mine" required autofocus maxlength="255" spellcheck="false"
+autocapitalize="none" autocomplete="off" enterkeyhint="go" aria-describedby="fault hint"></label>
+<datalist id="mine"><option>{your_ip}</option></datalist>
+<button id="run" class="script" data-says="Run">Run</button>
+<button id="all" class="script" type="button" hidden>From all places</button>
+<noscript>{buttons}</noscript>
+</div>
+<p class="says"><span id="fault" class="fault" role="alert"></span>
+<span id="hint" class="dim script">Enter runs, Escape stops.</span></p>
+</div>
+<fieldset class="script" aria-describedby="about">
+<legend>Command</legend>
+<div class="choice commands">
+{commands}</div>
+<p id="about" class="says dim">Runs {argv} ADDRESS</p>
+</fieldset>
+</form>
+<details>
+<summary>Speed test</summary>
+<div class="row script">
+<label><small>Size</small><select id="size">{sizes}</select></label>
+<button id="down" data-says="Download">Download</button>
+<button id="up" data-says="Upload">Upload</button>
+<button id="cancel" disabled>Cancel</button>
+</div>
+<noscript>{downloads}</noscript>
+<p class="says"><span id="trouble" class="fault" role="alert"></span>
+<span class="dim">Between you and this place: megabits a second of payload, and how long small HTTP requests
+take, before and during the transfer.</span></p>
+<progress id="progress" value="0" aria-label="How much has come"></progress>
+<div id="plot" class="plot"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img"
+aria-label="Speed over the transfer"><polyline id="curve" vector-effect="non-scaling-stroke"/></svg></div>
+<dl>
+<div><dt>Download</dt><dd id="download">–</dd></div>
+<div><dt>Upload</dt><dd id="upload">–</dd></div>
+<div><dt>Latency before</dt><dd id="before">–</dd></div>
+<div><dt>Latency during the transfer</dt><dd id="during">–</dd></div>
+</dl>
+</details>
+<div id="results"></div>
+</main>
+<p id="status" class="hush" role="status"></p>
+<script>{script}</script>
+</html>
+"""
+
+
+def lean(source: str) -> str:
+    """Style or script as it is sent: without indentation and lines of comment."""
+    return re.sub(r"^\s*(?://.*\n)?", "", source, flags=re.MULTILINE)
+
+
+LEAN_STYLE, LEAN_SCRIPT = lean(STYLE), lean(SCRIPT)
+POLICY = {
+    "default-src": ("'none'",),
+    "script-src": (hash_of(LEAN_SCRIPT),),
+    "style-src": (hash_of(LEAN_STYLE),),
+    "connect-src": ("'self'", *(f"{place['url']}/" for place in SETTINGS.LOCATIONS)),
+    "img-src": ("data:",),
+    "form-action": ("'self'",),
+    "base-uri": ("'none'",),
+    "frame-ancestors": SETTINGS.FRAME_ANCESTORS or ("'none'",),
+    "require-trusted-types-for": ("'script'",),
+    "trusted-types": ("'none'",),
+}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "; ".join(" ".join((name, *values)) for name, values in POLICY.items()),
+    "Cache-Control": "no-store",  # the visitor's address stands in it
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Vary": "Accept",
+}
+LINK = re.compile(r"https?://", re.IGNORECASE)
+
+
+def page(about: Mapping[str, str], command: str, target: str) -> str:
+    """The page, with what network_info says of this place, and this command and target in its form."""
+    said = {name: escape(text) for name, text in about.items()}
+    links = {
+        f"{name}_link": f' href="{said[name]}"' if LINK.match(said[name]) else ""
+        for name in ("facility_url", "map_url")
+    }
+    hidden = {f"{name}_hidden": "" if text else " hidden" for name, text in said.items()}
+    places = [{"name": about["location"], "url": ""}, *SETTINGS.LOCATIONS]
+    return PAGE.format(
+        **said | links | hidden,
+        style=LEAN_STYLE,
+        script=LEAN_SCRIPT,
+        command=command,
+        argv=" ".join(COMMANDS[command].argv),
+        target=escape(target),
+        places="".join(
+            f'<option value="{escape(place["url"])}">{escape(place["name"])}</option>' for place in places
+        ),
+        commands="".join(
+            f'<label><input type="radio" name="command" value="{name}" data-argv="{" ".join(each.argv)}"'
+            f"{' checked' if name == command else ''}>{name}</label>\n"
+            for name, each in COMMANDS.items()
+        ),
+        buttons="".join(f'<button formaction="lookingglass/{name}">{name}</button>\n' for name in COMMANDS),
+        sizes="".join(f'<option data-bytes="{size.length}">{name}</option>' for name, size in SIZES.items()),
+        downloads="".join(f'<a href="speedtest/{name}">{name}</a>\n' for name in SIZES),
+    )
+
+
+async def front(request: Request) -> Response:
+    """The page for browsers, the usage for others."""
+    if "text/html" not in request.headers.get("accept", "").lower():
+        return await usage(request)
+    about = about_here(client_of(request))
+    command = request.query_params.get("command", "")
+    if command not in COMMANDS:
+        command = "ping6" if ":" in about["your_ip"] else "ping"
+    target = request.query_params.get("target", about["your_ip"])
+    return HTMLResponse(page(about, command, target), headers=PAGE_HEADERS)
 
 
 # ---- the routes and the app --------------------------------------------------------------------------------
@@ -1821,7 +2652,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 app = Starlette(
     routes=[
-        Route("/", usage),
+        Route("/", front, middleware=[Middleware(GZipMiddleware)]),
         Route("/health", health),
         Route("/network/info", network_info),
         Route("/openapi.json", describe_api),
