@@ -112,8 +112,8 @@ def rates(text: str) -> Rates:
     return read
 
 
-# As they may stand in a content security policy.
-ORIGIN = re.compile(r"https?://(?:[A-Za-z0-9*._-]+|\[[0-9A-Fa-f:.]+\])(?::\d+)?", re.ASCII)
+# As they may stand in a content security policy, which knows no IPv6 addresses.
+ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
 PLACE = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
 
 
@@ -127,7 +127,7 @@ def places(text: str) -> tuple[dict[str, str], ...]:
     if not text.startswith("["):
         raise ValueError
     found = [(str(place["name"]), PLACE.fullmatch(place["url"])) for place in json.loads(text)]
-    if not all(url for _, url in found):
+    if not all(url and name.encode() for name, url in found):
         raise ValueError
     return tuple({"name": name, "url": url[1]} for name, url in found if url)
 
@@ -594,7 +594,7 @@ class Ping(Reader):
     SUMMARY = re.compile(
         r"(\d{1,6}) packets transmitted, (\d{1,6}) received, .*?([\d.]{1,9})% packet loss, .+"
     )
-    TIMES = re.compile(r"rtt min/avg/max/mdev = ([\d.]+)/([\d.]+)/([\d.]+)/[\d.]+ ms.*")
+    TIMES = re.compile(r"rtt min/avg/max/mdev = ([\d.]{1,20})/([\d.]{1,20})/([\d.]{1,20})/[\d.]+ ms.*")
     CARRIED = re.compile(r"|PING .+ data bytes|PING .+ bytes of data\.|--- .+ ping statistics ---")
 
     def __init__(self, address: IPAddress) -> None:
@@ -1342,6 +1342,7 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
     "X-Content-Type-Options": "nosniff",
     "Vary": "Accept",
+    "Connection": "close",  # browsers read on for seconds, for the sake of the connection, when a page stops
 }
 
 
@@ -1781,14 +1782,13 @@ STYLE = """\
 [hidden] { display: none !important; }
 body { max-width: 100rem; margin: auto; padding: clamp(.75rem, 2vw, 2rem); background: var(--page);
   color: var(--text); }
-body:has(.many) { max-width: none; }
-header, .row { display: flex; flex-wrap: wrap; gap: .6rem 1.5rem; }
-.row { gap: .6rem; align-items: end; }
+header, .row, noscript { display: flex; flex-wrap: wrap; gap: .6rem 1.5rem; }
+.row, noscript { gap: .6rem; align-items: end; }
 header { align-items: end; justify-content: space-between; }
 h1, h2, dd, p, td:nth-child(2) { overflow-wrap: anywhere; }
 h1 { font-size: 1.9rem; line-height: 1.15; }
 h2 { font-size: 1.1rem; }
-a { color: var(--accent); }
+:any-link { color: var(--accent); }
 small, dt, legend, th, .dim { color: var(--dim); font-size: .85rem; font-weight: 400; }
 form, details, .card { margin-top: 1rem; padding: clamp(.75rem, 1.5vw, 1.25rem); background: var(--card);
   border: 1px solid var(--line); border-radius: .6rem; }
@@ -1809,6 +1809,7 @@ button:disabled { color: var(--dim); border-style: dashed; cursor: default; }
 .copy.done::after { content: "✓" / ""; border: 0; box-shadow: none; color: var(--accent); }
 .row label { display: grid; min-width: 0; }
 .row > .target { flex: 1 1 15rem; }
+#where { width: 11rem; }
 .choice { display: grid; grid: auto-flow / repeat(2, 6rem); gap: .3rem; }
 .choice label { padding: .4rem .2rem; border: 1px solid var(--edge); border-radius: .4rem;
   text-align: center; }
@@ -1816,14 +1817,14 @@ button:disabled { color: var(--dim); border-style: dashed; cursor: default; }
 .choice :has(:disabled) { background: none; border-style: dashed; color: var(--dim);
   text-decoration: line-through; }
 .commands { grid: auto auto / auto-flow 1fr; }
-.says { min-height: 2.9em; margin-top: .35rem; }
+.says { min-height: 2.9em; font-size: .85rem; margin-top: .35rem; }
 .fault { color: var(--bad); font-weight: 600; }
 .fault:not(:empty) + .dim { display: none; }
 [aria-invalid=true] { border: 2px solid var(--bad); }
 summary { font-weight: 600; }
 summary ~ *, .card > * + * { margin-top: .6rem; }
 progress { width: 100%; accent-color: var(--accent); }
-details dl, .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
+details dl, .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); }
 details dd > * { display: block; }
 details dd small { min-height: 2.9em; }
 .plot { position: relative; height: 9rem; padding-left: 4.4rem; border-block: 1px solid var(--line); }
@@ -1831,22 +1832,25 @@ details dd small { min-height: 2.9em; }
 .plot::before { content: attr(data-top); top: 0; }
 .plot::after { content: "0"; bottom: 0; }
 svg { display: block; width: 100%; height: 100%; fill: none; stroke: var(--accent); stroke-width: 2; }
-.bars { display: grid; grid: 100% / repeat(var(--probes), 1fr); gap: .25rem; align-items: end; }
-.bars i { position: relative; grid-row: 1; height: calc(var(--rtt) / var(--top) * 100%); min-height: 2px;
-  background: var(--accent); border-radius: .2rem .2rem 0 0; font-style: normal; text-align: center; }
-.bars i::before { content: attr(data-rtt); position: absolute; inset: auto -1rem 100%; font-size: .75rem; }
-.bars .lost { height: 100%; background: var(--tint); color: var(--bad); font-weight: 700; }
-.bars .lost::before { content: "×"; inset: auto 0 .3rem; }
+.bars { display: grid; grid: 100% / repeat(var(--probes), 1fr); gap: .25rem; }
+.bars i { grid-row: 1; display: grid; place-content: end center; font-style: normal;
+  background: linear-gradient(0deg, var(--accent) calc(var(--rtt) / var(--top) * 100%), #0000 0); }
+.bars i::before { content: attr(data-rtt); display: grid; place-content: center; width: 0; font-size: .75rem;
+  translate: 0 calc(var(--rtt) / var(--top) * -9rem); }
+.bars .lost { background: var(--tint); color: var(--bad); font-weight: 700; }
+.bars .lost::before { content: "×"; font-size: 1rem; }
 #results { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 .figures { margin-bottom: .6rem; }
 .card { container-type: inline-size; min-width: 0; }
 .body { overflow: auto; }
-.many .body { height: 22rem; }
+.card:not(:only-child) .body { height: 22rem; }
+#results:has(.card + .card) { margin-inline: min(0px, 50% - 50vw + 2rem); }
 .card .row { align-items: center; }
 .card > p { min-height: 1.45em; font-size: .85rem; }
 .row:has([value=text]:checked) + .body .live, .row:has([value=graph]:checked) + .body pre { display: none; }
 pre { font-size: .85rem; }
 table { width: 100%; table-layout: fixed; border-collapse: collapse; }
+tr { height: 2.1rem; }
 th, td { padding: .25rem .35rem; border-bottom: 1px solid var(--line); text-align: end; }
 thead th { width: 4.6rem; }
 th:first-child { width: 2.2rem; }
@@ -1856,21 +1860,26 @@ td small { display: block; }
 .lossy .loss { background: linear-gradient(var(--tint) 0 0) no-repeat 0 / calc(var(--loss) * 1%) 100%;
   color: var(--bad); font-weight: 600; }
 thead .spread { width: 24%; text-align: start; }
-.spread { position: relative; }
-.spread i, .spread b { position: absolute; top: calc(50% - .3rem); left: calc(var(--min) / var(--top) * 95%);
-  width: calc((var(--max) - var(--min)) / var(--top) * 95% + 3px); height: .6rem; border-radius: .3rem;
-  background: var(--edge); }
-.spread b { left: calc(var(--avg) / var(--top) * 95%); top: calc(50% - .5rem); width: 3px; height: 1rem;
-  background: var(--accent); }
+.again:not([data-limit]) { visibility: hidden; }
+:not(.silent) > td.spread { --reach: calc(97% / var(--top)); --at: calc(var(--avg) * var(--reach));
+  --from: calc(var(--min) * var(--reach)); --to: calc(var(--max) * var(--reach) + 3px); background:
+    linear-gradient(90deg, #0000 var(--at), var(--accent) 0 calc(var(--at) + 3px), #0000 0) 0 / 100% 1rem
+    no-repeat,
+    linear-gradient(90deg, #0000 var(--from), var(--edge) 0 var(--to), #0000 0) 0 / 100% .6rem no-repeat; }
 .hush { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-@container (max-width: 46rem) { .wide, .bars i:not(.lost)::before { display: none; }
-  thead th { width: 3.9rem; } }
-@container (max-width: 24rem) { table, th { font-size: .8rem; } thead th { width: 3.4rem; }
-  thead .spread { width: 18%; } th, td { padding-inline: .1rem; } .card > p { min-height: 2.9em; } }
+@container (max-width: 46rem) { .wide, .bars i:not(.lost)::before { display: none; } }
+@container (max-width: 30rem) { .card > p { min-height: 2.9em; }
+  tr { display: grid; grid: minmax(1.5rem, auto) auto / 2.2rem repeat(4, 1fr); height: auto; padding: .3rem 0;
+    border-bottom: 1px solid var(--line); }
+  tr > * { grid-row: 2; width: auto !important; padding-block: 0; border: 0; } tbody th { grid-row: 1 / 3; }
+  td:nth-child(2) { grid-area: 1 / 2 / auto / -1; } th:nth-child(2) { display: none; }
+  tbody tr { min-height: 3.7rem; } }
 @media (min-width: 64rem) { form { display: grid; grid-template-columns: 1fr 28rem; gap: 2rem; } }
 @media (prefers-reduced-motion: no-preference) { .busy::before { content: "● " / ""; color: var(--accent);
   animation: pulse 1s infinite alternate; } @keyframes pulse { to { opacity: .2; } } }
-@media (scripting: none) { .script { display: none; } }
+@media (forced-colors: active) { .bars, .spread, .loss, .choice :has(:checked) {
+  forced-color-adjust: none; } }
+@media (scripting: none) { .script, progress, .plot, details dl { display: none; } }
 """
 
 SCRIPT = r"""
@@ -1895,18 +1904,17 @@ const choice = () => [...commands].find(({ checked }) => checked);
 const toolOf = ({ dataset }) => dataset.argv.split(" ")[0];
 const locate = ({ url }, path) => (url ? `${url}/${path}` : path);
 const say = (text) => ($("status").textContent = text);
+const set = Object.assign;
 const mean = (numbers) => numbers.reduce((sum, each) => sum + each, 0) / numbers.length;
 const ms = (time) => (Number.isFinite(time) ? time.toFixed(time < 10 ? 2 : 1) : "–");
-const extremes = (times) => ({ min: Math.min(...times), avg: mean(times), max: Math.max(...times) });
 const percent = (share) => `${+share.toFixed(1)}\u00a0%`;
 
-// An element, as in make("p.dim", "text"), with properties, children and texts. What others wrote, routers'
-// names above all, is text here and never markup.
-function make(tag, ...contents) {
+// An element, as in make("p.dim", "text"). What others wrote, routers' names above all, becomes text here,
+// and never markup or a property.
+function make(tag, ...children) {
   const [name, className = ""] = tag.split(".");
-  const element = Object.assign(document.createElement(name), { className });
-  for (const each of contents)
-    each.constructor === Object ? Object.assign(element, each) : element.append(each);
+  const element = set(document.createElement(name), { className });
+  element.append(...children);
   return element;
 }
 
@@ -1915,7 +1923,7 @@ async function copy(text, button) {
     await navigator.clipboard.writeText(text);
   } catch {
     // there is none without HTTPS
-    const area = button.parentNode.appendChild(make("textarea", { value: text }));
+    const area = button.parentNode.appendChild(set(make("textarea"), { value: text }));
     area.select();
     document.execCommand("copy");
     area.remove();
@@ -1937,7 +1945,7 @@ async function ask(place, path) {
 async function look(place) {
   try {
     const [health, info] = await Promise.all([ask(place, "health"), ask(place, "network/info")]);
-    Object.assign(place, { down: false, missing: health.missing ?? [], info });
+    set(place, { down: false, missing: [].concat(health.missing ?? []), info: info ?? {} });
   } catch {
     place.down = true;
   }
@@ -1958,18 +1966,16 @@ function show(place) {
 }
 
 function advise({ name, info = {}, missing, down }) {
-  const {
-      value,
-      dataset: { argv },
-    } = choice(),
+  const command = choice(),
+    { argv } = command.dataset,
     [version, other] = argv.includes(" -6 ") ? [6, 4] : [4, 6];
   for (const each of commands) each.disabled = missing.includes(toolOf(each));
   const problem = down
-    ? "does not answer: it is down, or cannot be reached from where you are"
-    : choice().disabled
-      ? `has no ${toolOf(choice())} installed: choose another command`
+    ? "does not answer: it is down, or out of reach"
+    : command.disabled
+      ? `has no ${toolOf(command)} installed: choose another command`
       : !info[`looking_glass_ipv${version}`] && info[`looking_glass_ipv${other}`]
-        ? `gives no IPv${version} address of its own: ${value} may fail there`
+        ? `gives no IPv${version} address of its own: ${command.value} may fail there`
         : "";
   $("about").textContent = problem ? `${name} ${problem}.` : `Runs ${argv} ADDRESS`;
   $("about").className = problem ? "says fault" : "says dim";
@@ -1986,20 +1992,21 @@ function fit(text) {
 
 // Each button says what a click on it does now, or how long it takes until what it does is allowed again.
 function refresh() {
-  const busy = running.size > 0;
-  $("run").dataset.limit = `${chosen().url} ${choice().value}`;
-  $("down").dataset.limit = `${chosen().url} ${$("size").value}`;
-  $("up").dataset.limit = `${chosen().url} upload`;
+  const busy = running.size > 0,
+    { url } = chosen();
+  $("run").dataset.limit = `${url} ${choice().value}`;
+  $("download").dataset.limit = `${url} ${$("size").value}`;
+  $("upload").dataset.limit = `${url} upload`;
   for (const button of document.querySelectorAll("[data-limit]")) {
     const seconds = Math.ceil((allowed.get(button.dataset.limit) - Date.now()) / 1000);
-    button.textContent = seconds > 0 ? `Wait ${seconds} s` : button.dataset.says;
     button.disabled = seconds > 0;
+    button.textContent = button.disabled ? `Wait ${seconds} s` : button.dataset.says;
   }
-  $("run").disabled ||= choice().disabled;
-  $("all").disabled = busy || choice().disabled;
-  for (const id of ["down", "up"]) $(id).disabled ||= transferring;
+  for (const id of ["download", "upload"]) $(id).disabled ||= transferring;
   $("cancel").disabled = !transferring;
-  if (busy) Object.assign($("run"), { textContent: "Stop", disabled: false });
+  $("all").disabled = busy || choice().disabled;
+  $("run").disabled ||= choice().disabled;
+  if (busy) set($("run"), { textContent: "Stop", disabled: false });
   // Enter starts, and never stops.
   $("run").type = busy ? "button" : "submit";
 }
@@ -2018,30 +2025,35 @@ function remember() {
 // Running a command.
 
 async function refusal(answer, limit) {
-  const { detail, error } = await answer.json().catch(() => ({}));
+  const { detail, error } = (await answer.json().catch(() => {})) ?? {};
   const wait = answer.headers.get("Retry-After");
   if (wait) allowed.set(limit, Date.now() + wait * 1000);
   const message = error ?? detail?.[0]?.msg ?? `The server answered with ${answer.status}`;
-  return Object.assign(new Error(message), { refused: true, invalid: answer.status === 422 });
+  return set(new Error(message), { refused: true, invalid: answer.status === 422 });
+}
+
+// What comes of an answer's body; Safari has no asynchronous iteration of streams.
+async function* chunks(stream) {
+  const reader = stream.getReader();
+  try {
+    for (let chunk; !(chunk = await reader.read()).done;) yield chunk.value;
+  } finally {
+    reader.cancel().catch(() => {});
+  }
 }
 
 async function* events({ place, command, target, limit }, signal) {
   const body = new URLSearchParams({ target }),
     headers = { Accept: "application/x-ndjson" };
-  const answer = await fetch(locate(place, `lookingglass/${command}`), {
-    method: "POST",
-    headers,
-    body,
-    signal,
-  });
+  const options = { method: "POST", headers, body, signal };
+  const answer = await fetch(locate(place, `lookingglass/${command}`), options);
   if (!answer.ok) throw await refusal(answer, limit);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const lines = (rest + value).split("\n");
+  let rest = "";
+  for await (const chunk of chunks(answer.body.pipeThrough(new TextDecoderStream()))) {
+    const lines = (rest + chunk).split("\n");
     rest = lines.pop();
     for (const line of lines) yield JSON.parse(line);
+    if (rest.length > 2 ** 23) throw new Error("endless");
   }
 }
 
@@ -2061,15 +2073,15 @@ async function follow(card, signal) {
 // Runs the commands of all these cards at once.
 async function launch(cards) {
   const controller = new AbortController(),
-    [{ command }] = cards;
+    [card] = cards;
   running.add(controller);
-  say(`${command} is running`);
+  say(`${card.command} is running`);
   refresh();
-  await Promise.all(cards.map((card) => follow(card, controller.signal)));
+  await Promise.all(cards.map((each) => follow(each, controller.signal)));
   running.delete(controller);
   refresh();
-  const [{ outcome, view }] = cards;
-  say(cards.length > 1 ? `${command} has ended at all places` : `${command} ${outcome}: ${view.summary()}`);
+  const ending = card.begun ? `${card.command} ${card.outcome}: ${card.view.summary()}` : "";
+  say(cards.length > 1 ? `${card.command} has ended at all places` : ending);
 }
 
 function complain(message, invalid = false) {
@@ -2080,14 +2092,15 @@ function complain(message, invalid = false) {
 
 async function start(where) {
   const before = [...$("results").children],
-    cards = where.map((place) => newCard(place, choice(), target.value.trim())),
+    text = target.value.trim();
+  const cards = where.map((place) => newCard(place, choice(), text)),
     [card] = cards;
   remember();
   complain("");
-  $("results").className = cards.length > 1 ? "many" : "";
   $("results").replaceChildren(...cards.map(({ node }) => node));
+  $("results").scrollIntoView({ block: "nearest" });
   await launch(cards);
-  if (cards.length > 1 || card.begun) return;
+  if (card.begun || (cards.length > 1 && !card.invalid)) return;
   // What was there is worth more than the card of a refusal.
   $("results").replaceChildren(...before);
   complain(card.failed ?? "", card.invalid);
@@ -2103,24 +2116,24 @@ function newCard(place, radio, target) {
   const about = make("p.dim", "…"),
     state = make("p.busy", "running"),
     text = make("pre");
-  const again = make("button", { type: "button", hidden: true, onclick: repeat });
-  const button = make(
-    "button.copy",
-    { type: "button", onclick: () => copy(ticket(), button) },
-    "Copy as text",
-  );
+  const again = set(make("button.again", "Try again"), { type: "button", onclick: repeat });
+  const button = set(make("button.copy", "Copy as text"), {
+    type: "button",
+    onclick: () => copy(ticket(), button),
+  });
   const tab = (value, checked) =>
-    make("label", make("input", { type: "radio", name: limit, value, checked }), value);
-  const tabs = make("fieldset.choice", { ariaLabel: "Show" }, tab("graph", true), tab("text", false));
-  const body = make(
-    "div.body",
-    { tabIndex: 0, role: "group", ariaLabel: `Result from ${place.name}` },
-    make("div.live", view.node),
-    text,
-  );
+    make("label", set(make("input"), { type: "radio", name: limit, value, checked }), value);
+  const tabs = set(make("fieldset.choice", tab("graph", true), tab("text", false)), { ariaLabel: "Show" });
+  const body = set(make("div.body", make("div.live", view.node), text), {
+    tabIndex: 0,
+    role: "group",
+    ariaLabel: `Result from ${place.name}`,
+  });
   const title = make("h2", `${place.name}: ${command} to ${target}`);
-  const node = make("section.card", title, about, state, again, make("div.row", tabs, button), body);
+  const node = make("section.card", title, about, state, make("div.row", tabs, button, again), body);
   const card = { place, command, target, limit, view, node };
+
+  let drawing = 0;
 
   card.take = (event) => {
     if (event.event === "start") {
@@ -2128,19 +2141,24 @@ function newCard(place, radio, target) {
       about.textContent = `to ${event.address}, ${event.time.replace("T", " ").replace("Z", " UTC")}`;
     }
     view.take(event);
-    text.textContent = event.result?.rawOutput ?? view.lines();
+    card.raw = event.result?.rawOutput;
+    drawing ||= requestAnimationFrame(write);
     if (event.event === "end")
       card.end(event.error ?? `finished in ${event.duration.toFixed(1)} s`, event.error);
   };
   card.end = (outcome, faulty) => {
     card.outcome = state.textContent = outcome;
     state.className = faulty ? "fault" : "dim";
+    write();
   };
   card.fail = (failed, invalid) => {
-    Object.assign(card, { failed, invalid }).end(failed, true);
-    Object.assign(again.dataset, { limit, says: "Try again" });
-    again.hidden = false;
+    set(card, { failed, invalid }).end(failed, true);
+    set(again.dataset, { limit, says: "Try again" });
   };
+  function write() {
+    text.textContent = card.raw ?? view.lines();
+    drawing = 0;
+  }
   function ticket() {
     const when = `at ${card.begun ?? new Date().toISOString()}, ${state.textContent}`;
     return [
@@ -2154,6 +2172,7 @@ function newCard(place, radio, target) {
   function repeat() {
     const next = newCard(place, radio, target);
     node.replaceWith(next.node);
+    next.node.lastChild.focus();
     launch([next]);
   }
   return card;
@@ -2165,12 +2184,12 @@ function pingView(argv) {
   const figures = ["Min ms", "Avg ms", "Max ms", "Loss"].map((name) =>
     make("div", make("dt", name), make("dd", "–")),
   );
-  const plot = make("div.plot bars", { role: "img", ariaLabel: "Round-trip times" });
+  const plot = set(make("div.plot bars"), { role: "img", ariaLabel: "Round-trip times" });
   const node = make("div", make("dl.figures", ...figures), plot);
   // By sequence number; null is the time of one that was lost.
   const bars = [],
     rtts = [];
-  let top = 1,
+  let top = 0.1,
     stats = { total: 0, rcv: 0, loss: 0 };
   plot.style.setProperty("--probes", / -c (\d+)/.exec(argv)[1]);
 
@@ -2190,7 +2209,14 @@ function pingView(argv) {
       back = known.filter((rtt) => rtt != null),
       total = known.length,
       rcv = back.length;
-    return { ...extremes(back), total, rcv, loss: 100 - (100 * rcv) / total };
+    return {
+      min: Math.min(...back),
+      avg: mean(back),
+      max: Math.max(...back),
+      total,
+      rcv,
+      loss: 100 - (100 * rcv) / total,
+    };
   }
   function take({ event, seq, rtt = null, text, result }) {
     if (event === "note") node.append(make("p", text));
@@ -2225,39 +2251,40 @@ const COLUMNS = {
     ["Sent", ({ stats }) => stats.total, "wide"],
     ["Avg ms", stat("avg"), ""],
     ["Best", stat("min"), "wide"],
-    ["Worst", stat("max"), "wide"],
+    ["Worst", stat("max"), ""],
     ["StDev", stat("stDev"), "wide"],
+    ["Spread", () => "", "spread"],
   ],
 };
 
 function hopView(columns) {
-  const titles = [["Hop"], ["Host"], ...columns, ["Spread", , "spread"]];
-  const head = titles.map(([title, , name = ""]) => make(`th.${name}`, { scope: "col" }, title));
+  const titles = [["Hop"], ["Host"], ...columns].map(([title, , name = ""]) =>
+    set(make(`th.${name}`, title), { scope: "col" }),
+  );
   const body = make("tbody"),
-    node = make("table", make("thead", make("tr", ...head)), body),
+    node = make("table", make("thead", make("tr", ...titles)), body),
     rows = [];
-  let top = 1;
+  let top = 0.1;
 
-  function draw(row, { address, hostname, stats, timings }) {
-    const { min, avg, max, loss } = stats ?? extremes(timings.map(({ rtt }) => rtt));
+  function draw(row, { address, hostname, ...found }) {
+    const { min, avg, max, loss } = found.stats ?? {};
     const host = address ? [hostname ?? address, make("small", hostname ? address : "")] : ["no answer"];
-    const cells = columns.map(([, text, name]) => make(`td.${name}`, String(text({ stats, timings }))));
-    const spread = make("td.spread", ...(max > 0 ? [make("i"), make("b")] : []));
+    const cells = columns.map(([, text, name]) => make(`td.${name}`, text(found)));
     row.className = !address ? "silent" : loss ? "lossy" : "";
-    row.replaceChildren(row.cells[0], make("td", ...host), ...cells, spread);
+    row.replaceChildren(row.cells[0], make("td", ...host), ...cells);
     for (const [name, value] of Object.entries({ min, avg, max, loss }))
       row.style.setProperty(`--${name}`, value);
-    if (max > top) node.style.setProperty("--top", (top = max));
+    node.style.setProperty("--top", (top = Math.max(top, max ?? 0)));
   }
   function add() {
-    rows.push(body.appendChild(make("tr.silent", make("th", { scope: "row" }, String(rows.length + 1)))));
+    rows.push(body.appendChild(make("tr.silent", set(make("th", rows.length + 1), { scope: "row" }))));
   }
   function take({ event, hop, text, result, ...found }) {
     if (event === "note")
-      body.append(make("tr", make("th"), make("td", { colSpan: columns.length + 2 }, text)));
-    while (hop > rows.length) add();
+      body.append(make("tr", make("th"), set(make("td", text), { colSpan: columns.length + 1 })));
+    while (rows.length < Math.min(hop, 255)) add();
     if (hop) draw(rows[hop - 1], found);
-    // mtr looks beyond the target
+    // mtr looks beyond the target.
     while (rows.length > result?.hops.length) rows.pop().remove();
   }
   const line = ({ cells }) =>
@@ -2277,29 +2304,30 @@ const VIEWS = {
 
 const rate = (mbps) => `${mbps.toFixed(mbps < 10 ? 2 : mbps < 100 ? 1 : 0)} Mbit/s`;
 const size = (bytes) => `${Math.round(bytes / 2 ** 20)} MiB`;
-const figure = (id, value, says) => $(id).replaceChildren(make("b", value), make("small", says));
+const figure = (id, value, says) => $(id).replaceChildren(make("b", value), " ", make("small", says));
 
 async function download({ place, name, signal, limit }, meter) {
   const answer = await fetch(locate(place, `speedtest/${name}`), { cache: "no-store", signal });
   if (!answer.ok) throw await refusal(answer, limit);
-  const reader = answer.body.getReader();
-  for (let chunk; !(chunk = await reader.read()).done;) meter.add(chunk.value.length);
+  for await (const chunk of chunks(answer.body)) meter.add(chunk.length);
 }
 
 // Not with fetch, which does not tell how far it has come.
 function upload({ place, length, signal, limit }, meter) {
   const request = new XMLHttpRequest();
+  async function counted() {
+    const { status, response } = request,
+      headers = { "Retry-After": request.getResponseHeader("Retry-After") ?? "" };
+    if (status === 200) return JSON.parse(response);
+    throw await refusal(new Response(response, { status, headers }), limit);
+  }
   return new Promise((resolve, reject) => {
     let before = 0;
-    request.upload.onprogress = ({ loaded }) => (before += meter.add(loaded - before));
-    request.onload = async () => {
-      const { status, response } = request,
-        headers = { "Retry-After": request.getResponseHeader("Retry-After") ?? "" };
-      if (status === 200) resolve(JSON.parse(response));
-      else reject(await refusal(new Response(response, { status, headers }), limit));
-    };
-    request.onerror = reject;
+    signal.throwIfAborted();
     signal.onabort = () => reject(request.abort());
+    request.upload.onprogress = ({ loaded }) => (before += meter.add(loaded - before));
+    request.onload = () => counted().then(resolve, reject);
+    request.onerror = reject;
     request.open("POST", locate(place, "speedtest/upload"));
     request.send(new Blob(Array(length / 2 ** 20).fill(new Uint8Array(2 ** 20))));
   });
@@ -2325,7 +2353,7 @@ async function sample(id, { place, signal }, goesOn) {
 }
 
 // Counts bytes, and shows how many come in a second as they do.
-function newMeter(kind, length) {
+function newMeter(id, length) {
   const begun = performance.now(),
     points = [],
     timer = setInterval(tick, 250);
@@ -2335,37 +2363,43 @@ function newMeter(kind, length) {
   function tick() {
     const time = performance.now(),
       mbps = ((bytes - last.bytes) * 8e-3) / (time - last.time);
+    if (time - last.time < 50) return;
     last = { time, bytes };
     top = Math.max(top, mbps);
     points.push([(100 * bytes) / length, mbps]);
     $("curve").setAttribute("points", points.map(([x, y]) => `${x},${99 - (95 * y) / top}`).join(" "));
     $("plot").dataset.top = rate(top);
-    figure(kind, rate(mbps), `now, ${size(bytes)} of ${size(length)}`);
+    figure(id, rate(mbps), `now, ${size(bytes)} of ${size(length)}`);
   }
   function add(count) {
     $("progress").value = (bytes += count) / length;
     return count;
   }
-  function end(counted) {
+  function end(counted, refused) {
     clearInterval(timer);
+    tick();
+    if (!bytes || refused) return figure(id, "–", "");
     const seconds = counted?.seconds ?? (performance.now() - begun) / 1000,
       by = counted ? ", counted by the server" : "";
-    if (!bytes) return figure(kind, "–", "");
-    const mbps = counted?.mbps ?? (bytes * 8e-6) / seconds;
-    figure(kind, rate(mbps), `average of ${size(bytes)} in ${seconds.toFixed(1)} s${by}`);
+    figure(
+      id,
+      rate(counted?.mbps ?? (bytes * 8e-6) / seconds),
+      `average of ${size(bytes)} in ${seconds.toFixed(1)} s${by}`,
+    );
   }
   return { add, end };
 }
 
-async function transfer(kind, move, largest) {
+async function transfer(move, largest) {
   const place = chosen(),
-    { value: name, dataset } = $("size").selectedOptions[0],
-    { limit } = $(kind.replace("load", "")).dataset;
-  const { signal } = (transferring = new AbortController());
+    kind = move.name,
+    id = `${kind}ed`,
+    { limit } = $(kind).dataset;
+  const { value: name, dataset } = $("size").selectedOptions[0],
+    { signal } = (transferring = new AbortController());
   const test = { place, name, length: Math.min(dataset.bytes, largest), signal, limit };
   let meter,
-    counted,
-    outcome = `${kind} finished`,
+    trouble = "",
     going = true;
   $("trouble").textContent = "";
   $("progress").value = 0;
@@ -2373,21 +2407,19 @@ async function transfer(kind, move, largest) {
   refresh();
   try {
     await sample("before", test, (count) => count < 11);
-    meter = newMeter(kind, test.length);
+    meter = newMeter(id, test.length);
     sample("during", test, () => going).catch(() => {});
-    counted = await move(test, meter);
+    meter.end(await move(test, meter));
   } catch (error) {
-    outcome = signal.aborted
-      ? "Cancelled"
-      : error?.refused
-        ? error.message
-        : `The connection to ${place.name} was lost: try again.`;
-    $("trouble").textContent = outcome;
+    const lost = `The connection to ${place.name} was lost: try again.`,
+      refused = error?.refused;
+    trouble = signal.aborted ? "Cancelled" : refused ? error.message : lost;
+    meter?.end(undefined, refused);
   }
   going = false;
-  meter?.end(counted);
-  transferring = null;
-  say(`${outcome}: ${$(kind).textContent}`);
+  transferring = undefined;
+  $("trouble").textContent = trouble;
+  if (!trouble) say(`${kind}: ${$(id).textContent}`);
   refresh();
 }
 
@@ -2396,10 +2428,13 @@ $("form").onsubmit = (event) => {
   if (!running.size) start([chosen()]);
 };
 $("run").onclick = (event) => {
-  if (running.size) (event.preventDefault(), stop(...running));
+  // The second click of a double one was not meant.
+  if (event.detail > 1 || running.size) event.preventDefault();
+  if (event.detail < 2) stop(...running);
 };
 $("form").onchange = () => {
   remember();
+  complain("");
   advise(chosen());
 };
 $("all").onclick = () => target.reportValidity() && start(places);
@@ -2408,20 +2443,26 @@ at.onchange = () => {
   look(chosen());
 };
 at.onfocus = () => places.forEach(look);
+target.onfocus = () => target.select();
 target.oninput = () => {
   complain("");
   fit(target.value);
 };
 $("size").onchange = refresh;
-$("down").onclick = () => transfer("download", download, Infinity);
-$("up").onclick = () => transfer("upload", upload, 2 ** 30);
+$("download").onclick = () => transfer(download, Infinity);
+$("upload").onclick = () => transfer(upload, 100 * 2 ** 20);
 $("cancel").onclick = () => stop(transferring);
-document.onkeydown = ({ key }) => key === "Escape" && stop(...running, transferring);
+document.onkeydown = (event) => {
+  if (event.key === "Escape") stop(...running, transferring);
+  if (event.key === "Enter" && event.repeat) event.preventDefault();
+};
 for (const button of document.querySelectorAll("header .copy"))
   button.onclick = () => copy(button.textContent, button);
 for (const option of at.options)
   option.selected = option.text === new URLSearchParams(location.search).get("at");
-$("where").hidden = $("all").hidden = places.length < 2;
+if (places.length < 2) $("where").hidden = $("all").hidden = true;
+target.select();
+advise(chosen());
 places.forEach(look);
 setInterval(refresh, 1000);
 """
@@ -2457,13 +2498,13 @@ PAGE = """\
 <form id="form" method="post" action="lookingglass/{command}">
 <div>
 <div class="row">
-<label id="where" class="script" hidden><small>From</small><select name="at">{places}</select></label>
+<label id="where" class="script"{alone}><small>From</small><select name="at">{places}</select></label>
 <label class="target"><small>To: a host name or an address</small>
 <input name="target" value="{target}" list="mine" required autofocus maxlength="255" spellcheck="false"
 autocapitalize="none" autocomplete="off" enterkeyhint="go" aria-describedby="fault hint"></label>
 <datalist id="mine"><option>{your_ip}</option></datalist>
-<button id="run" class="script" data-says="Run">Run</button>
-<button id="all" class="script" type="button" hidden>From all places</button>
+<button id="run" class="script" data-says="Run"></button>
+<button id="all" class="script" type="button"{alone}>From all places</button>
 <noscript>{buttons}</noscript>
 </div>
 <p class="says"><span id="fault" class="fault" role="alert"></span>
@@ -2473,27 +2514,27 @@ autocapitalize="none" autocomplete="off" enterkeyhint="go" aria-describedby="fau
 <legend>Command</legend>
 <div class="choice commands">
 {commands}</div>
-<p id="about" class="says dim">Runs {argv} ADDRESS</p>
+<p id="about" class="says dim"></p>
 </fieldset>
 </form>
 <details>
 <summary>Speed test</summary>
 <div class="row script">
 <label><small>Size</small><select id="size">{sizes}</select></label>
-<button id="down" data-says="Download">Download</button>
-<button id="up" data-says="Upload">Upload</button>
+<button id="download" data-says="Download"></button>
+<button id="upload" data-says="Upload 100M"></button>
 <button id="cancel" disabled>Cancel</button>
 </div>
 <noscript>{downloads}</noscript>
 <p class="says"><span id="trouble" class="fault" role="alert"></span>
-<span class="dim">Between you and this place: megabits a second of payload, and how long small HTTP requests
-take, before and during the transfer.</span></p>
+<span class="dim">Between you and this place: megabits a second of payload, and the latency of small HTTP
+requests.</span></p>
 <progress id="progress" value="0" aria-label="How much has come"></progress>
-<div id="plot" class="plot"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img"
-aria-label="Speed over the transfer"><polyline id="curve" vector-effect="non-scaling-stroke"/></svg></div>
+<div id="plot" class="plot"><svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">
+<polyline id="curve" vector-effect="non-scaling-stroke"/></svg></div>
 <dl>
-<div><dt>Download</dt><dd id="download">–</dd></div>
-<div><dt>Upload</dt><dd id="upload">–</dd></div>
+<div><dt>Download</dt><dd id="downloaded">–</dd></div>
+<div><dt>Upload</dt><dd id="uploaded">–</dd></div>
 <div><dt>Latency before</dt><dd id="before">–</dd></div>
 <div><dt>Latency during the transfer</dt><dd id="during">–</dd></div>
 </dl>
@@ -2507,11 +2548,11 @@ aria-label="Speed over the transfer"><polyline id="curve" vector-effect="non-sca
 
 
 def lean(source: str) -> str:
-    """Style or script as it is sent: without indentation and lines of comment."""
+    """Style or script as it is sent: without indentation, empty lines and lines of comment."""
     return re.sub(r"^\s*(?://.*\n)?", "", source, flags=re.MULTILINE)
 
 
-LEAN_STYLE, LEAN_SCRIPT = lean(STYLE), lean(SCRIPT)
+LEAN_STYLE, LEAN_SCRIPT = re.sub(r"(?<=[:;,{}])\s+|\s+(?=[{}])", "", STYLE), lean(SCRIPT)
 POLICY = {
     "default-src": ("'none'",),
     "script-src": (hash_of(LEAN_SCRIPT),),
@@ -2548,8 +2589,8 @@ def page(about: Mapping[str, str], command: str, target: str) -> str:
         style=LEAN_STYLE,
         script=LEAN_SCRIPT,
         command=command,
-        argv=" ".join(COMMANDS[command].argv),
         target=escape(target),
+        alone="" if SETTINGS.LOCATIONS else " hidden",
         places="".join(
             f'<option value="{escape(place["url"])}">{escape(place["name"])}</option>' for place in places
         ),

@@ -18,6 +18,7 @@ import random
 import re
 import resource
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn, cast
+from urllib.parse import quote
 
 import httpx
 import limits
@@ -1196,15 +1198,30 @@ def test_the_description_states_the_limits_as_they_are_configured(serve: Start) 
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Browser]]:
+    """Starts Chromium, by a prefix where it shall stand elsewhere."""
+    if os.environ.get("LG_TEST_BROWSER") == "off":
+        pytest.skip("LG_TEST_BROWSER is off")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not chromium:
         lacking("Chromium")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=flags)
-        yield running
-        running.close()
+
+        def start(*prefix: str) -> Browser:
+            program = tmp_path_factory.mktemp("chromium") / "chromium"
+            program.write_text(f'#!/bin/sh\nexec {shlex.join([*prefix, chromium])} "$@"\n')
+            program.chmod(0o755)
+            return playwright.chromium.launch(executable_path=program, args=flags)
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def browser(launch: Callable[..., Browser]) -> Iterator[Browser]:
+    running = launch()
+    yield running
+    running.close()
 
 
 @pytest.fixture
@@ -1216,13 +1233,17 @@ def page(browser: Browser) -> Iterator[Page]:
     context.close()
 
 
+AXE = "axe-core@4.14.1"
+
+
 @pytest.fixture(scope="session")
 def npm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the packages that the API's pages name, as NAME@VERSION/PATH."""
+    """A folder with axe and the packages that the API's pages name, as NAME@VERSION/PATH."""
     if not (npm := shutil.which("npm")):
         lacking("npm")
     folder = tmp_path_factory.mktemp("npm")
-    for package in {path.partition("/")[0] for _, files in lg.VIEWERS.values() for path in files}:
+    shown = {path.partition("/")[0] for _, files in lg.VIEWERS.values() for path in files}
+    for package in shown | {AXE}:
         packed = subprocess.run(
             [npm, "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=False
         )
@@ -1543,6 +1564,812 @@ def test_wrong_paths_and_methods_are_answered_in_json(
     assert response.headers["Connection"] == "close"
 
 
+# ---- the page ----------------------------------------------------------------------------------------------
+# Chromium and the servers stand on the first host of .ci/hops.
+
+HERE4, HERE6 = "198.51.100.1", "2001:db8:0:1::1"
+AMSTERDAM = {
+    "NETWORK_LOCATION": "Amsterdam",
+    "NETWORK_FACILITY": "AMS 7",
+    "NETWORK_FACILITY_URL": "https://facility.example/ams7",
+    "NETWORK_MAP_URL": "https://map.example/ams",
+    "NETWORK_IPV4": HERE4,
+    "NETWORK_IPV6": HERE6,
+    "TARGET_ALLOW": "127.0.0.0/8,::1,198.51.100.0/24,2001:db8::/32",
+    "MAX_DIAGNOSTICS_PER_CLIENT": "20",
+}
+# What the browser is told before it loads a page: to note how often the layout shifts, and what is announced.
+WATCH = """
+window.shifts = [];
+const late = (entries) => entries.filter(({ hadRecentInput }) => !hadRecentInput);
+const where = ({ value, sources }) => [value, ...sources.map(({ node }) => node?.parentNode?.outerHTML)];
+new PerformanceObserver((list) => shifts.push(...late(list.getEntries()).map(where)))
+  .observe({ type: "layout-shift", buffered: true });
+window.announced = [];
+addEventListener("DOMContentLoaded", () => {
+  const status = document.getElementById("status");
+  new MutationObserver(() => announced.push(status.textContent)).observe(status, { childList: true });
+});
+"""
+SLOW_PING = """#!/bin/sh
+echo "PING 127.0.0.1 (127.0.0.1) 56(84) bytes of data."
+echo "64 bytes from 127.0.0.1: icmp_seq=1 ttl=60 time=10.0 ms"
+echo "no answer yet for icmp_seq=2"
+echo "64 bytes from 127.0.0.1: icmp_seq=3 ttl=60 time=30.0 ms"
+while :; do sleep 0.05; done
+"""
+QUICK_PING = SLOW_PING.replace("while :; do sleep 0.05; done", "")
+BAD_HOP = """#!/bin/sh
+host() { printf 'h %d %s\\n' "$1" "$2"; }
+sleep 0.6
+for round in 0 1 2 3 4; do
+  for hop in 3 2 1 0; do
+    echo "x $hop 1"
+    case $hop$round in
+      1* | 22 | 23) ;;
+      *) host $hop 198.51.100.$((hop == 3 ? 254 : hop + 1))
+         echo "p $hop $((10000 * (hop + 1) + 4000 * round * (hop == 2))) 1";;
+    esac
+  done
+  sleep 0.3
+done
+"""
+
+Visit = Callable[..., Page]
+
+
+@pytest.fixture(scope="session")
+def browser_in_hops(launch: Callable[..., Browser], hops: tuple[str, ...]) -> Iterator[Browser]:
+    running = launch(*hops)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def visit(browser_in_hops: Browser) -> Iterator[Visit]:
+    """Opens the page of a server; nothing that it says or does may break its own policy, or be an error."""
+    contexts, faults = [], []
+
+    def open_page(server: Server, query: str = "", host: str = "127.0.0.1", **options: Any) -> Page:
+        context = browser_in_hops.new_context(**options)
+        contexts.append(context)
+        context.add_init_script(WATCH)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE * 1000)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda said: faults.append(said.text) if "olicy" in said.text else None)
+        page.goto(f"http://{host}:{server.port}/{query}")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+@pytest.fixture(scope="session")
+def amsterdam(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The real server with the real tools; Frankfurt is up as well and without IPv6, Sydney is down."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("frankfurt", "amsterdam")]
+    settings = {
+        **AMSTERDAM,
+        "NETWORK_LOCATION": "Frankfurt am Main",
+        "NETWORK_IPV6": "",
+        "NETWORK_MAP_URL": "",
+    }
+    start: Start = Server
+    frankfurt = start(folders[0], prefix=hops, **settings)
+    port = str(free_port())
+    urls = {"Amsterdam": int(port), "Frankfurt": frankfurt.port, "Sydney": free_port()}
+    places = [{"name": name, "url": f"http://127.0.0.1:{port}/"} for name, port in urls.items()]
+    server = start(folders[1], prefix=hops, PORT=port, LOCATIONS=json.dumps(places), **AMSTERDAM)
+    yield server
+    server.stop()
+    frankfurt.stop()
+
+
+@pytest.fixture
+def serve_in_hops(serve: Start, hops: tuple[str, ...]) -> Start:
+    return lambda **options: serve(**{**AMSTERDAM, "prefix": hops, **options})
+
+
+def text(page: Page, selector: str) -> str:
+    return page.inner_text(selector).replace("\xa0", " ")
+
+
+def ended(page: Page) -> str:
+    """How the run that the page shows has ended, once it has."""
+    page.wait_for_selector(".card .busy", state="detached")
+    return page.inner_text(".card > p:nth-of-type(2)")
+
+
+# 1. First look
+
+
+def test_the_page_says_where_this_is_and_copies_addresses(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam, permissions=["clipboard-read", "clipboard-write"])
+    assert page.title() == "Looking glass: Amsterdam"
+    assert page.inner_text("h1") == "Amsterdam"
+    links = {link.inner_text(): link.get_attribute("href") for link in page.locator("header a").all()}
+    assert links == {
+        "API": "docs",
+        "AMS 7": "https://facility.example/ams7",
+        "Map": "https://map.example/ams",
+    }
+    buttons = page.locator("header .copy").all()
+    assert [button.inner_text() for button in buttons] == [HERE4, HERE6, "127.0.0.1"]
+    for button in buttons:
+        button.click()
+        until(lambda: page.inner_text("#status") == "Copied")
+        assert page.evaluate("navigator.clipboard.readText()") == button.inner_text()
+
+
+def test_without_https_the_clipboard_works_too(visit: Visit, serve_in_hops: Start) -> None:
+    page = visit(serve_in_hops(), host=HERE4)
+    assert not page.evaluate("isSecureContext")
+    page.click("header .copy >> nth=1")
+    assert page.evaluate("document.activeElement.className") == "copy done"
+    page.fill("[name=target]", "")
+    page.keyboard.press("Control+V")
+    assert page.input_value("[name=target]") == HERE6
+
+
+@pytest.mark.parametrize(("host", "command"), [("127.0.0.1", "ping"), ("[::1]", "ping6")])
+def test_the_field_offers_the_visitors_own_address(
+    visit: Visit, amsterdam: Server, host: str, command: str
+) -> None:
+    page = visit(amsterdam, host=host)
+    assert page.input_value("[name=target]") == host.strip("[]")
+    assert page.text_content("#mine option") == host.strip("[]")
+    assert page.evaluate("document.activeElement.name") == "target"
+    assert page.input_value("[name=command]:checked") == command
+
+
+def test_a_link_fills_the_form_and_waits_for_a_click(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam, "?command=mtr6&target=target.lg.example&at=Frankfurt")
+    until(lambda: page.inner_text("h1") == "Frankfurt am Main")
+    assert page.input_value("[name=target]") == "target.lg.example"
+    assert page.input_value("[name=command]:checked") == "mtr6"
+    assert page.locator(".card").count() == 0
+    assert (page.inner_text("#run"), page.is_enabled("#run")) == ("Run", True)
+
+
+def test_the_address_bar_holds_what_is_chosen(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam)
+    page.fill("[name=target]", "target.lg.example")
+    page.click("text=traceroute6")
+    page.keyboard.press("Tab")
+    base = f"http://127.0.0.1:{amsterdam.port}/"
+    assert page.url == f"{base}?command=traceroute6&target=target.lg.example"
+    page.select_option("[name=at]", label="Frankfurt")
+    assert page.url == f"{base}?command=traceroute6&target=target.lg.example&at=Frankfurt"
+
+
+@pytest.mark.parametrize("how", ["Escape", "the button", "closing the page"])
+def test_what_was_started_with_enter_is_stopped_with_its_process(
+    visit: Visit, amsterdam: Server, how: str
+) -> None:
+    page, address = visit(amsterdam), lone_address()
+    page.fill("[name=target]", address)
+    page.keyboard.press("Enter")
+    group = group_of(address)
+    page.wait_for_selector(".bars i")
+    page.keyboard.press("Enter")  # starts, and never stops
+    assert page.inner_text("#run") == "Stop"
+    if how == "closing the page":
+        page.close()
+    elif how == "Escape":
+        page.keyboard.press("Escape")
+        assert ended(page) == "stopped"
+    else:
+        page.click("#run")
+        assert ended(page) == "stopped"
+        assert page.inner_text("#run") == "Run"
+    until(lambda: not members(group))
+
+
+def test_an_address_chooses_the_version_of_the_command(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam, "?command=mtr&target=")
+    seen = []
+    for target in ("2001:db8::1", "name.example", "192.0.2.1"):
+        page.fill("[name=target]", target)
+        seen.append(page.input_value("[name=command]:checked"))
+    assert seen == ["mtr6", "mtr6", "mtr"]
+
+
+# 2. Live results
+
+
+def test_ping_is_plotted_as_the_answers_arrive(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam, f"?command=ping&target={TARGET4}")
+    page.click("#run")
+    page.wait_for_selector(".bars i >> nth=2")
+    assert text(page, ".card .busy") == "running"
+    assert ended(page).startswith("finished in 1")
+    bars = page.locator(".bars i").all()
+    raw = page.text_content("pre") or ""
+    answered = dict(re.findall(r"icmp_seq=(\d+) ttl=\d+ time=([\d.]+) ms", raw))
+    assert len(bars) == 15
+    for bar in bars:
+        seq, _, said = (bar.get_attribute("title") or "").partition(": ")
+        assert (
+            (said == "no answer") == (seq not in answered) == ("lost" in (bar.get_attribute("class") or ""))
+        )
+        assert said == "no answer" or abs(float(said.split()[0]) - float(answered[seq])) <= 0.051
+    figures = [
+        float(value.strip(" %")) for value in re.findall(r"[\d.]+(?=$| %$)", text(page, ".figures"), re.M)
+    ]
+    (low, mean, high), loss = (
+        map(float, re.findall(r"= ([\d.]+)/([\d.]+)/([\d.]+)", raw)[0]),
+        100 - len(answered) / 0.15,
+    )
+    assert figures == pytest.approx([low, mean, high, loss], abs=0.06)
+    assert page.evaluate("shifts") == []
+    assert len(page.evaluate("announced")) == 2
+    assert text(page, "#status").startswith("ping finished in 1")
+
+
+def test_the_bar_of_a_time_is_as_high_as_it_is_long(visit: Visit, serve_in_hops: Start) -> None:
+    page = visit(serve_in_hops(tools={"ping": SLOW_PING}))
+    page.click("#run")
+    page.wait_for_selector(".bars i >> nth=2")
+    height = "(bar) => parseFloat(getComputedStyle(bar).backgroundImage.match(/[\\d.]+(?=%)/))"
+    low, high = (page.eval_on_selector(f".bars [title^='{seq}:']", height) for seq in (1, 3))
+    assert (low, high) == pytest.approx((100 / 3.6, 100 / 1.2), rel=0.01)
+    assert page.locator(".bars .lost").get_attribute("title") == "2: no answer"
+    assert text(page, ".figures").split() == [
+        "Min",
+        "ms",
+        "10.0",
+        "Avg",
+        "ms",
+        "20.0",
+        "Max",
+        "ms",
+        "30.0",
+        "Loss",
+        "33.3",
+        "%",
+    ]
+    page.keyboard.press("Escape")
+    ended(page)
+    assert (page.text_content("pre") or "").splitlines() == [
+        "icmp_seq=1: 10.0 ms",
+        "icmp_seq=2: no answer",
+        "icmp_seq=3: 30.0 ms",
+    ]
+
+
+def test_traceroute_is_a_table_with_names_addresses_and_three_times(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam, "?command=traceroute&target=target.lg.example")
+    page.click("#run")
+    assert ended(page).startswith("finished")
+    rows = [row.inner_text().split() for row in page.locator(".card tbody tr").all()]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert rows[0][1:3] == ["gw.pop.lg.example", "198.51.100.2"]
+    assert rows[2] == ["3", "no", "answer", "*", "*", "*"]
+    assert all(len(row) == 6 for row in rows)
+    assert page.evaluate("shifts") == []
+
+
+def test_a_traceroute_grows_a_hop_at_a_time(visit: Visit, serve_in_hops: Start) -> None:
+    hop = 'echo " $n  r$n.example (198.51.100.$n)  1.000 ms  2.000 ms !N  *"; sleep 0.4'
+    page = visit(serve_in_hops(tools={"traceroute": f"#!/bin/sh\nfor n in 1 2 3 4; do {hop}; done\n"}))
+    page.click("text=traceroute6 >> nth=0 >> xpath=preceding-sibling::label[1]")
+    page.click("#run")
+    page.wait_for_selector("tbody tr")
+    first = page.locator("tbody th[scope]").count()
+    assert first < 4
+    assert ended(page).startswith("finished")
+    assert page.locator("tbody th[scope]").count() == 4
+    assert "2.000 ms !N" in text(page, "tbody")  # what the columns have no place for stands below
+    assert page.evaluate("shifts") == []
+
+
+def test_mtr_redraws_its_table_in_place_and_shows_the_bad_hop(visit: Visit, serve_in_hops: Start) -> None:
+    page = visit(serve_in_hops(tools={"mtr": BAD_HOP}), "?command=mtr&target=198.51.100.254")
+    page.click("#run")
+    page.wait_for_selector("tbody tr:nth-child(4) .spread")
+    page.evaluate("document.querySelectorAll('tbody tr').forEach((row, i) => (row.mark = i))")
+    assert int(text(page, "tbody tr:nth-child(1) .wide")) < 5
+    assert ended(page).startswith("finished")
+    assert page.evaluate("[...document.querySelectorAll('tbody tr')].map(({ mark }) => mark)") == [0, 1, 2, 3]
+    rows = [text(page, f"tbody tr:nth-child({n})").split("\t") for n in range(1, 5)]
+    assert [" ".join(row).split() for row in rows] == [
+        ["1", "198.51.100.1", "0", "%", "5", "10.0", "10.0", "10.0", "0.00"],
+        ["2", "no", "answer", "100", "%", "4", "–", "–", "–", "–"],
+        ["3", "198.51.100.3", "40", "%", "5", "36.7", "30.0", "46.0", "8.33"],
+        ["4", "198.51.100.254", "0", "%", "5", "40.0", "40.0", "40.0", "0.00"],
+    ]
+    drawn = """({ cells, style }) => [getComputedStyle(cells[2]).backgroundSize, cells[8].className,
+      ...["min", "avg", "max"].map((name) => Math.round(style.getPropertyValue(`--${name}`)))]"""
+    rows_drawn = [page.eval_on_selector(f"tbody tr:nth-child({n})", drawn) for n in (3, 4)]
+    assert rows_drawn == [["40% 100%", "spread", 30, 37, 46], ["auto", "spread", 40, 40, 40]]
+    image = "(row) => getComputedStyle(row.querySelector('.spread')).backgroundImage.slice(0, 15)"
+    assert page.eval_on_selector("tbody tr:nth-child(3)", image) == "linear-gradient"
+    assert page.eval_on_selector("tbody tr:nth-child(2)", image) == "none"
+    assert page.locator("tr.lossy").count() == 1
+    assert page.evaluate("shifts") == []
+
+
+def test_the_text_is_behind_a_tab_and_is_copied_for_a_ticket(visit: Visit, amsterdam: Server) -> None:
+    page = visit(
+        amsterdam,
+        "?command=traceroute&target=target.lg.example",
+        permissions=["clipboard-read", "clipboard-write"],
+    )
+    page.click("#run")
+    ended(page)
+    assert page.is_hidden("pre")
+    page.click(".card label:has-text('text')")
+    assert page.is_visible("pre")
+    assert page.is_hidden(".card table")
+    raw = page.inner_text("pre")
+    assert raw.startswith("target.lg.example has address 198.51.100.254\ntraceroute to 198.51.100.254")
+    page.click(".card .copy")
+    until(lambda: page.inner_text("#status") == "Copied")
+    head, _, rest = page.evaluate("navigator.clipboard.readText()").partition("\n\n")
+    assert rest.strip() == raw.strip()
+    command, place, when = head.splitlines()
+    assert command == "traceroute target.lg.example"
+    assert place == f"from Amsterdam, http://127.0.0.1:{amsterdam.port}/"
+    assert re.fullmatch(r"at 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ, finished in [\d.]+ s", when)
+
+
+# 3. Speed tests
+
+
+def test_a_download_shows_its_speed_as_it_runs_and_latency_before_and_during(
+    visit: Visit, amsterdam: Server
+) -> None:
+    page = visit(amsterdam)
+    page.click("summary")
+    page.evaluate("shifts.length = 0")
+    page.select_option("#size", "1G")
+    page.click("#download")
+    until(lambda: re.fullmatch(r"[\d.]+ Mbit/s\nnow, \d+ MiB of 1024 MiB", page.inner_text("#downloaded")))
+    assert 0 < page.evaluate("progress.value") < 1
+    page.wait_for_selector("#cancel:disabled")
+    assert re.fullmatch(r"[\d.]+ Mbit/s\naverage of 1024 MiB in [\d.]+ s", page.inner_text("#downloaded"))
+    for part in ("before", "during"):
+        said = r"[\d.]+ ms\njitter [\d.]+ ms, median of \d+ requests"
+        assert re.fullmatch(said, page.inner_text(f"#{part}"))
+    assert page.evaluate("progress.value") == 1
+    assert len(page.get_attribute("#curve", "points").split()) > 2  # type: ignore[union-attr]
+    assert page.evaluate("shifts") == []
+
+
+def test_an_upload_is_counted_by_the_server(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam)
+    page.click("summary")
+    page.click("#upload")
+    page.wait_for_selector("#cancel:enabled")
+    page.wait_for_selector("#cancel:disabled")
+    said = r"[\d.]+ Mbit/s\naverage of 100 MiB in [\d.]+ s, counted by the server"
+    assert re.fullmatch(said, page.inner_text("#uploaded"))
+    assert "speedtest upload client=127.0.0.1 outcome='finished' bytes=104857600" in amsterdam.log
+
+
+@pytest.mark.parametrize("how", ["Escape", "#cancel"])
+@pytest.mark.parametrize("kind", ["download", "upload"])
+def test_a_transfer_is_cancelled(visit: Visit, amsterdam: Server, kind: str, how: str) -> None:
+    page, before = visit(amsterdam), amsterdam.log.count("broken off")
+    slow = {"offline": False, "latency": 0, "downloadThroughput": 2e7, "uploadThroughput": 2e7}
+    page.context.new_cdp_session(page).send("Network.emulateNetworkConditions", slow)
+    page.click("summary")
+    page.select_option("#size", "10G")
+    page.click(f"#{kind}")
+    until(lambda: re.search(r"now, [1-9]", page.inner_text(f"#{kind}ed")))
+    page.keyboard.press("Escape") if how == "Escape" else page.click(how)
+    page.wait_for_selector("#cancel:disabled")
+    assert page.inner_text("#trouble") == "Cancelled"
+    assert re.search(r"average of \d+ MiB", page.inner_text(f"#{kind}ed"))
+    until(lambda: amsterdam.log.count("broken off") == before + 1)
+
+
+@pytest.mark.parametrize("kind", ["download", "upload"])
+def test_a_speed_test_beyond_the_limit_counts_down(visit: Visit, serve_in_hops: Start, kind: str) -> None:
+    page = visit(serve_in_hops(RATE_LIMIT_SPEEDTEST="1/8second"))
+    page.click("summary")
+    for _ in range(2):
+        page.click(f"#{kind}")
+        page.wait_for_selector("#cancel:enabled")
+        page.wait_for_selector("#cancel:disabled")
+    assert page.inner_text("#trouble") == "Rate limit exceeded: 1 per 8 second"
+    assert re.fullmatch(r"Wait \d+ s", page.inner_text(f"#{kind}"))
+    assert page.is_disabled(f"#{kind}")
+    page.wait_for_selector(f"#{kind}:enabled")
+    assert page.inner_text(f"#{kind}") == {"download": "Download", "upload": "Upload 100M"}[kind]
+
+
+# 4. Many places
+
+
+def test_another_place_keeps_command_and_target_and_is_asked_itself(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam, "?command=traceroute&target=target.lg.example")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if request.method == "POST" else None)
+    page.select_option("[name=at]", label="Frankfurt")
+    until(lambda: page.inner_text("h1") == "Frankfurt am Main")
+    assert page.is_hidden("text=Map")
+    page.click("#run")
+    assert ended(page).startswith("finished")
+    frankfurt = page.input_value("[name=at]")
+    assert asked == [f"{frankfurt}/lookingglass/traceroute"]
+    assert f":{amsterdam.port}" not in frankfurt
+    assert page.inner_text("h2") == "Frankfurt: traceroute to target.lg.example"
+
+
+def test_a_place_that_is_down_is_shown_as_down(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam)
+    options = page.locator("[name=at] option")
+    until(lambda: "Sydney (down)" in options.all_inner_texts())
+    assert options.all_inner_texts() == ["Amsterdam", "Frankfurt", "Sydney (down)"]  # this one once
+    page.select_option("[name=at]", label="Sydney (down)")
+    assert page.inner_text("#about").startswith("Sydney does not answer")
+
+
+def test_all_places_are_asked_side_by_side(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam, f"?command=mtr&target={TARGET4}", viewport={"width": 1920, "height": 1080})
+    page.click("#all")
+    cards = page.locator(".card")
+    assert cards.count() == 3
+    assert len({card.evaluate("(card) => card.offsetTop") for card in cards.all()}) == 1
+    page.wait_for_selector(".card .busy", state="detached")
+    states = page.locator(".card > p:nth-of-type(2)").all_inner_texts()
+    assert states[0].startswith("finished")
+    assert states[1].startswith("finished")
+    assert states[2] == "No answer from Sydney: it is down, or cannot be reached."
+    assert [page.locator(".card").nth(n).locator("tbody tr").count() for n in range(2)] == [5, 5]
+    assert page.inner_text(".card:nth-child(3) .again") == "Try again"
+    assert page.evaluate("shifts") == []
+    assert len(page.evaluate("announced")) == 2
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert len({card.evaluate("(card) => card.offsetLeft") for card in cards.all()}) == 1
+
+
+def test_alone_a_server_offers_no_other_place(visit: Visit, serve_in_hops: Start) -> None:
+    page = visit(serve_in_hops())
+    assert page.is_hidden("#where")
+    assert page.is_hidden("#all")
+
+
+# 5. When it does not work
+
+
+@pytest.mark.parametrize("target", ["127.1", "2001:db8::1", "10.0.0.1"])
+def test_what_the_server_says_of_a_target_stands_at_the_field(
+    visit: Visit, amsterdam: Server, target: str
+) -> None:
+    page = visit(amsterdam, f"?command=ping&target={target}")
+    with page.expect_response("**/lookingglass/ping") as response:
+        page.click("#run")
+    page.wait_for_selector("[name=target][aria-invalid=true]")
+    assert page.inner_text("#fault") == response.value.json()["detail"][0]["msg"]
+    assert "fault" in (page.get_attribute("[name=target]", "aria-describedby") or "")
+    assert page.evaluate("document.activeElement.name") == "target"
+    assert page.locator(".card").count() == 0
+    page.keyboard.type("8")
+    assert page.inner_text("#fault") == ""
+
+
+def test_beyond_the_limit_the_button_counts_down_and_works_again(visit: Visit, serve_in_hops: Start) -> None:
+    tools = dict.fromkeys(("ping", "mtr"), QUICK_PING)
+    page = visit(serve_in_hops(tools=tools, RATE_LIMIT_DIAGNOSTICS="1/6second"))
+    page.click("#run")
+    assert ended(page).startswith("finished")
+    page.click("#run")
+    until(lambda: page.inner_text("#fault") == "Rate limit exceeded: 1 per 6 second")
+    assert page.locator(".bars i").count() == 3  # what was there before is still there
+    assert re.fullmatch(r"Wait [1-6] s", page.inner_text("#run"))
+    assert page.is_disabled("#run")
+    page.click("label:has(> [value=mtr])")
+    assert page.is_enabled("#run")  # the limit is of each command
+    page.click("label:has(> [value=ping])")
+    assert page.is_disabled("#run")
+    page.wait_for_selector("#run:enabled")
+    page.click("#run")
+    until(lambda: page.inner_text("#fault") == "")
+    assert ended(page).startswith("finished")
+
+
+def test_a_server_without_a_free_slot_is_tried_again(visit: Visit, serve_in_hops: Start) -> None:
+    server = serve_in_hops(tools={"ping": SLOW_PING}, MAX_DIAGNOSTICS="1")
+    first, second = visit(server), visit(server)
+    first.click("#run")
+    first.wait_for_selector(".bars i")
+    second.click("#run")
+    until(lambda: second.inner_text("#fault") == "The server has 1 commands running: try again soon")
+    first.keyboard.press("Escape")
+    until(server.idle)
+    second.wait_for_selector("#run:enabled")
+    assert second.inner_text("#run") == "Try again"
+    second.click("#run")
+    second.wait_for_selector(".bars i")
+    second.keyboard.press("Escape")
+
+
+def test_a_connection_that_is_lost_is_said_and_tried_again(visit: Visit, serve_in_hops: Start) -> None:
+    server = serve_in_hops(tools={"ping": SLOW_PING})
+    page = visit(server)
+    page.click("#run")
+    page.wait_for_selector(".bars i >> nth=2")
+    group = group_of("127.0.0.1")
+    server.process.kill()
+    server.process.wait()
+    os.killpg(group, signal.SIGKILL)
+    assert ended(page) == "The connection was lost."
+    assert page.locator(".bars i").count() == 3
+    page.click(".card >> text=Try again")
+    until(lambda: "No answer from Amsterdam" in ended(page))
+    serve_in_hops(tools={"ping": QUICK_PING}, PORT=str(server.port))
+    page.click(".card >> text=Try again")
+    until(lambda: ended(page).startswith("finished"))
+
+
+def test_a_tool_that_is_not_there_is_said_before_the_click(
+    visit: Visit, serve_in_hops: Start, tmp_path: Path
+) -> None:
+    command = ("env", f"PATH={tmp_path}/0/bin", sys.executable, "lg.py")
+    page = visit(serve_in_hops(tools={"ping": ECHO}, command=command), "?command=mtr")
+    said = "Amsterdam has no mtr installed: choose another command."
+    until(lambda: page.inner_text("#about") == said)
+    assert page.is_disabled("#run")
+    disabled = page.locator("[name=command]:disabled").all()
+    assert [each.get_attribute("value") for each in disabled] == ["mtr", "mtr6"]
+    page.click("label:has(> [value=ping])")
+    assert page.inner_text("#about").startswith("Runs ping -4")
+    assert page.is_enabled("#run")
+
+
+def test_a_place_without_an_address_of_a_version_says_so_before_the_click(
+    visit: Visit, amsterdam: Server
+) -> None:
+    page = visit(amsterdam, "?command=ping6&target=target.lg.example&at=Frankfurt")
+    said = "Frankfurt gives no IPv6 address of its own: ping6 may fail there."
+    until(lambda: page.inner_text("#about") == said)
+    assert page.is_enabled("#run")
+
+
+# 6. For everyone
+
+
+@pytest.fixture(scope="session")
+def axe(npm_packages: Path) -> str:
+    return (npm_packages / AXE / "axe.min.js").read_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(visit: Visit, amsterdam: Server, axe: str, scheme: str) -> None:
+    found: list[str] = []
+    page = visit(amsterdam, color_scheme=scheme)
+
+    def look(state: str) -> None:
+        page.evaluate(axe)
+        violations = page.evaluate("axe.run()")["violations"]
+        found.extend(f"{state}: {each['id']}: {each['nodes'][0]['html']}" for each in violations)
+
+    until(lambda: "Sydney (down)" in page.inner_text("[name=at]"))
+    look("at first")
+    page.click("summary")
+    look("speed test")
+    for command in ("ping", "mtr", "traceroute"):
+        page.fill("[name=target]", "target.lg.example")
+        page.click(f"label:has(> [value={command}])")
+        page.click("#run")
+        page.wait_for_selector("td" if command != "ping" else ".bars i >> nth=1")
+        look(f"{command} runs")
+        page.keyboard.press("Escape")
+        ended(page)
+        page.click(".card label:has-text('text')")
+        look(f"{command} as text")
+    page.click("#all")
+    page.wait_for_selector(".card .fault")
+    page.wait_for_selector(".card .busy", state="detached")
+    look("all places")
+    page.fill("[name=target]", "127.1")
+    page.click("#run")
+    page.wait_for_selector("[aria-invalid=true]")
+    look("an invalid target")
+    assert found == []
+
+
+@pytest.mark.parametrize("width", [320, 1024, 3840])
+def test_nothing_shifts_while_results_arrive(visit: Visit, serve_in_hops: Start, width: int) -> None:
+    answer = 'echo "64 bytes from 127.0.0.1: icmp_seq=$n ttl=60 time=$((n * n)) ms"; sleep 0.2'
+    hop = 'echo " $n  router$n.example.com (198.51.100.$n)  $n.000 ms  2.000 ms !N  *"; sleep 0.2'
+    loop = "#!/bin/sh\nsleep 0.6\nfor n in 1 2 3 4 5 6 7; do {}; done\n"
+    tools = {"ping": loop.format(answer), "traceroute": loop.format(hop), "mtr": BAD_HOP}
+    page = visit(serve_in_hops(tools=tools), viewport={"width": width, "height": 1000})
+    for command in tools:
+        page.click(f"label:has(> [value={command}])")
+        page.click("#run")
+        assert ended(page).startswith("finished")
+        assert page.evaluate("shifts") == []
+
+
+@pytest.mark.parametrize("width", [320, 1024, 3840])
+def test_nothing_is_wider_than_the_screen(visit: Visit, amsterdam: Server, width: int) -> None:
+    page = visit(amsterdam, f"?command=mtr6&target={TARGET6}", viewport={"width": width, "height": 800})
+    widths = []
+    page.click("summary")
+    for button in ("#run", "#all"):
+        page.click(button)
+        page.wait_for_selector("tbody tr:nth-child(5) .spread")
+        page.keyboard.press("Escape")
+        widths.append(page.evaluate("document.documentElement.scrollWidth"))
+        if button == "#run":
+            page.click(".card label:has-text('text')")
+            widths.append(page.evaluate("document.documentElement.scrollWidth"))
+    assert max(widths) <= width
+
+
+def test_the_keyboard_is_enough(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam)
+    page.keyboard.press("Control+A")
+    page.keyboard.type("target.lg.example")
+    for _ in range(3):  # the buttons, then the commands
+        page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.input_value("[name=command]:checked") == "traceroute"
+    page.keyboard.press("Enter")
+    assert ended(page).startswith("finished")
+    for _ in range(2):  # the speed test, then the tabs
+        page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    assert page.is_visible("pre")
+    outlines = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        outlines.append(page.evaluate("getComputedStyle(document.activeElement).outlineStyle"))
+    assert set(outlines) <= {"solid", "none"}
+
+
+@pytest.mark.parametrize(("motion", "animation"), [("reduce", "none"), ("no-preference", "pulse")])
+def test_nothing_moves_unless_it_is_wanted(
+    visit: Visit, serve_in_hops: Start, motion: str, animation: str
+) -> None:
+    page = visit(serve_in_hops(tools={"ping": SLOW_PING}), reduced_motion=motion)
+    page.click("#run")
+    page.wait_for_selector(".bars i")
+    moving = """['', '::before', '::after'].flatMap((part) =>
+      [...document.querySelectorAll('*')].map((each) => getComputedStyle(each, part)))
+      .map(({ animationName, transitionDuration }) => [animationName, transitionDuration])"""
+    assert {name for name, _ in page.evaluate(moving)} == {"none", animation}
+    assert {duration for _, duration in page.evaluate(moving)} == {"0s"}
+    page.keyboard.press("Escape")
+
+
+def test_without_javascript_the_form_works_and_shows_the_text(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam, "?command=mtr&target=127.0.0.1", java_script_enabled=False)
+    assert page.inner_text("h1") == "Amsterdam"
+    assert page.is_hidden("#run")
+    assert page.is_hidden("fieldset")
+    page.fill("[name=target]", "target.lg.example")
+    page.click("button:has-text('traceroute') >> nth=0")
+    page.wait_for_url("**/lookingglass/traceroute")
+    assert "\ntraceroute to 198.51.100.254" in page.inner_text("body")
+    page.go_back()
+    page.click("summary")
+    assert page.get_attribute("a:has-text('100M')", "href") == "speedtest/100M"
+
+
+# 7. Safe
+
+
+def test_the_policy_lets_nothing_run_but_the_pages_own_script(echo: Server) -> None:
+    answer = echo.http.get("/?command=ping&target=x", headers={"Accept": "text/html"})
+    policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
+    script, style = (re.search(rf"<{tag}>(.*?)</{tag}>", answer.text, re.S)[1] for tag in ("script", "style"))  # type: ignore[index]
+    assert policy == {
+        "default-src": "'none'",
+        "script-src": lg.hash_of(script),
+        "style-src": lg.hash_of(style),
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "form-action": "'self'",
+        "base-uri": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert not re.search(r"\s(on\w+|style|src)\s*=", answer.text.replace(script, "").replace(style, ""))
+    assert not re.search(r"innerHTML|insertAdjacent|document\.write|eval\(", script)
+
+
+def test_nothing_is_loaded_from_elsewhere(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.reload()
+    until(lambda: "Sydney (down)" in page.inner_text("[name=at]"))
+    own = [url for url in asked if url.startswith(f"http://127.0.0.1:{amsterdam.port}/")]
+    others = {url.rpartition(":")[2].partition("/")[2] for url in asked if url not in own}
+    assert {url.rpartition(f":{amsterdam.port}")[2] for url in own} == {"/", "/health", "/network/info"}
+    assert others == {"health", "network/info"}
+
+
+HOSTILE_NAME = """<img/src="x"/onerror="document.title='owned'">"""
+
+
+def test_a_routers_name_is_text_whatever_it_is(visit: Visit, amsterdam: Server) -> None:
+    hosts = Path("/etc/netns/hops0/hosts")
+    before = hosts.read_text()
+    page = visit(amsterdam, "?command=traceroute6&target=target.lg.example")
+    try:
+        hosts.write_text(f"2001:db8:0:2::2 {HOSTILE_NAME}\n{before}")  # the PTR record of the second hop
+        page.click("#run")
+        assert ended(page).startswith("finished")
+    finally:
+        hosts.write_text(before)
+    assert HOSTILE_NAME in page.inner_text("tbody tr:nth-child(2)")
+    assert HOSTILE_NAME in (page.text_content("pre") or "")
+    assert page.locator("img").count() == 0
+    assert page.title() == "Looking glass: Amsterdam"
+
+
+def test_markup_is_text_wherever_it_comes_from(visit: Visit, serve_in_hops: Start) -> None:
+    markup = "</title></script><img src=x onerror=\"document.title='owned'\">{0}&amp;"
+    hop = f"#!/bin/sh\ncat <<'END'\n 1  {markup} (198.51.100.1)  1.000 ms\n{markup}\nEND\n"
+    tools = {"ping": f"#!/bin/sh\ncat <<'END'\n{markup}\nEND\n", "traceroute": hop}
+    elsewhere = serve_in_hops(
+        NETWORK_LOCATION=markup, NETWORK_FACILITY=markup, NETWORK_FACILITY_URL="javascript:alert(1)"
+    )
+    places = json.dumps([{"name": markup, "url": f"http://127.0.0.1:{elsewhere.port}"}])
+    server = serve_in_hops(tools=tools, NETWORK_LOCATION=markup, NETWORK_IPV4=markup, LOCATIONS=places)
+    page = visit(server, "?command=ping&target=" + quote(markup))
+    assert page.title() == f"Looking glass: {markup}"
+    assert page.inner_text("h1") == markup
+    assert page.input_value("[name=target]") == markup
+    page.click("#run")
+    page.wait_for_selector("[aria-invalid=true]")
+    page.fill("[name=target]", "127.0.0.1")
+    for command in tools:
+        page.click(f"label:has(> [value={command}])")
+        page.click("#run")
+        ended(page)
+        assert markup in page.inner_text(".card .live")
+    page.select_option("[name=at]", index=1)
+    until(lambda: page.inner_text("[data-info=facility]") == markup)
+    assert page.get_attribute("[data-info=facility]", "href") is None
+    page.click("#all")
+    page.wait_for_selector(".card .busy", state="detached")
+    assert page.locator("img").count() == 0
+    assert page.title() == f"Looking glass: {markup}"
+
+
+def test_a_setting_says_who_may_frame_the_page(serve: Start) -> None:
+    server = serve(FRAME_ANCESTORS="https://www.example.com, http://portal.example:8080")
+    policy = server.http.get("/", headers={"Accept": "text/html"}).headers["Content-Security-Policy"]
+    assert "frame-ancestors https://www.example.com http://portal.example:8080;" in policy
+
+
+# 8. Small
+
+
+def test_the_page_is_small(echo: Server) -> None:
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    plain = echo.http.get("/", headers={**browser, "Accept-Encoding": "identity"})
+    assert (plain.headers.get("Content-Encoding"), len(plain.content) < 30_000) == (None, True)
+    packed = echo.http.get("/", headers={**browser, "Accept-Encoding": "gzip"})
+    assert packed.headers["Content-Encoding"] == "gzip"
+    assert int(packed.headers["Content-Length"]) < 12_000
+    assert packed.text == plain.text
+
+
+def test_who_is_no_browser_gets_the_usage(echo: Server) -> None:
+    for accept in ("*/*", "application/json", "text/plain"):
+        answer = echo.http.get("/", headers={"Accept": accept})
+        assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+        assert "Accept" in answer.headers["Vary"].split(", ")
+    assert (
+        echo.http.head("/", headers={"Accept": "text/html"}).headers["Content-Type"]
+        == "text/html; charset=utf-8"
+    )
+
+
 # ---- settings ----------------------------------------------------------------------------------------------
 
 
@@ -1594,6 +2421,10 @@ def start_and_fail(**environment: str) -> str:
         ("LOCATIONS", "{}"),
         ("LOCATIONS", "Amsterdam"),
         ("LOCATIONS", '[{"name": "Amsterdam"}]'),
+        ("LOCATIONS", '[{"name": "Amsterdam", "url": "ams.example.com"}]'),
+        ("LOCATIONS", '[{"name": "Amsterdam", "url": "https://ams.example.com; script-src *"}]'),
+        ("FRAME_ANCESTORS", "www.example.com"),
+        ("FRAME_ANCESTORS", "https://a.example; script-src *"),
     ],
 )
 def test_a_setting_that_cannot_be_used_stops_the_start_with_one_line(name: str, value: str) -> None:
