@@ -1342,7 +1342,6 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
     "X-Content-Type-Options": "nosniff",
     "Vary": "Accept",
-    "Connection": "close",  # browsers read on for seconds, for the sake of the connection, when a page stops
 }
 
 
@@ -1351,6 +1350,8 @@ async def diagnostic(name: str, request: Request) -> Response:
     check_version(target, name)
     structured = EVENTS_TYPE in request.headers.get("accept", "").lower()
     headers = STREAM_HEADERS | {"Content-Type": EVENTS_TYPE if structured else TEXT_TYPE}
+    if structured:  # when a page stops, browsers may read on for 5 s, to use the connection again
+        headers["Connection"] = "close"
     return Stream(detached(diagnose(name, target, client_of(request), structured)), headers)
 
 
@@ -1810,7 +1811,7 @@ button:disabled { color: var(--dim); border-style: dashed; cursor: default; }
 .row label { display: grid; min-width: 0; }
 .row > .target { flex: 1 1 15rem; }
 #where { width: 11rem; }
-.choice { display: grid; grid: auto-flow / repeat(2, 6rem); gap: .3rem; }
+.choice { display: grid; grid: auto-flow / repeat(2, 4.5rem); gap: .3rem; }
 .choice label { padding: .4rem .2rem; border: 1px solid var(--edge); border-radius: .4rem;
   text-align: center; }
 .choice input { position: absolute; opacity: 0; min-height: 0; }
@@ -2100,7 +2101,7 @@ async function start(where) {
   $("results").replaceChildren(...cards.map(({ node }) => node));
   $("results").scrollIntoView({ block: "nearest" });
   await launch(cards);
-  if (card.begun || (cards.length > 1 && !card.invalid)) return;
+  if (cards.some(({ begun }) => begun) || (cards.length > 1 && !card.invalid)) return;
   // What was there is worth more than the card of a refusal.
   $("results").replaceChildren(...before);
   complain(card.failed ?? "", card.invalid);
@@ -2132,7 +2133,6 @@ function newCard(place, radio, target) {
   const title = make("h2", `${place.name}: ${command} to ${target}`);
   const node = make("section.card", title, about, state, make("div.row", tabs, button, again), body);
   const card = { place, command, target, limit, view, node };
-
   let drawing = 0;
 
   card.take = (event) => {
@@ -2346,7 +2346,7 @@ async function sample(id, { place, signal }, goesOn) {
       figure(
         id,
         `${ms(sorted[times.length >> 1])} ms`,
-        `jitter ${ms(mean(steps))} ms, median of ${times.length} requests`,
+        `median of ${times.length}, jitter ${ms(mean(steps))} ms`,
       );
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
@@ -2461,10 +2461,10 @@ for (const button of document.querySelectorAll("header .copy"))
 for (const option of at.options)
   option.selected = option.text === new URLSearchParams(location.search).get("at");
 if (places.length < 2) $("where").hidden = $("all").hidden = true;
-target.select();
 advise(chosen());
-places.forEach(look);
 setInterval(refresh, 1000);
+// What costs layout and requests waits until something is painted.
+requestAnimationFrame(() => setTimeout(() => (target.focus(), places.forEach(look))));
 """
 
 PAGE = """\
@@ -2500,7 +2500,7 @@ PAGE = """\
 <div class="row">
 <label id="where" class="script"{alone}><small>From</small><select name="at">{places}</select></label>
 <label class="target"><small>To: a host name or an address</small>
-<input name="target" value="{target}" list="mine" required autofocus maxlength="255" spellcheck="false"
+<input name="target" value="{target}" list="mine" required maxlength="255" spellcheck="false"
 autocapitalize="none" autocomplete="off" enterkeyhint="go" aria-describedby="fault hint"></label>
 <datalist id="mine"><option>{your_ip}</option></datalist>
 <button id="run" class="script" data-says="Run"></button>
@@ -2546,13 +2546,9 @@ requests.</span></p>
 </html>
 """
 
-
-def lean(source: str) -> str:
-    """Style or script as it is sent: without indentation, empty lines and lines of comment."""
-    return re.sub(r"^\s*(?://.*\n)?", "", source, flags=re.MULTILINE)
-
-
-LEAN_STYLE, LEAN_SCRIPT = re.sub(r"(?<=[:;,{}])\s+|\s+(?=[{}])", "", STYLE), lean(SCRIPT)
+# As they are sent: without what makes them readable.
+LEAN_STYLE = re.sub(r"(?<=[:;,{}])\s+|\s+(?=[{}])", "", STYLE)
+LEAN_SCRIPT = re.sub(r"^\s*(?://.*\n)?", "", SCRIPT, flags=re.MULTILINE)
 POLICY = {
     "default-src": ("'none'",),
     "script-src": (hash_of(LEAN_SCRIPT),),

@@ -44,7 +44,7 @@ import limits
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 import lg
 
@@ -1197,22 +1197,24 @@ def test_the_description_states_the_limits_as_they_are_configured(serve: Start) 
 # In a real browser; what the pages take from the CDN comes from the npm packages of the same versions.
 
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+
+
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Browser]]:
     """Starts Chromium, by a prefix where it shall stand elsewhere."""
     if os.environ.get("LG_TEST_BROWSER") == "off":
         pytest.skip("LG_TEST_BROWSER is off")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not chromium:
+    if not CHROMIUM:
         lacking("Chromium")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
     with sync_playwright() as playwright:
 
         def start(*prefix: str) -> Browser:
             program = tmp_path_factory.mktemp("chromium") / "chromium"
-            program.write_text(f'#!/bin/sh\nexec {shlex.join([*prefix, chromium])} "$@"\n')
+            program.write_text(f'#!/bin/sh\nexec {shlex.join([*prefix, str(CHROMIUM)])} "$@"\n')
             program.chmod(0o755)
-            return playwright.chromium.launch(executable_path=program, args=flags)
+            return playwright.chromium.launch(executable_path=program, args=CHROMIUM_FLAGS)
 
         yield start
 
@@ -1721,7 +1723,8 @@ def test_the_field_offers_the_visitors_own_address(
     page = visit(amsterdam, host=host)
     assert page.input_value("[name=target]") == host.strip("[]")
     assert page.text_content("#mine option") == host.strip("[]")
-    assert page.evaluate("document.activeElement.name") == "target"
+    until(lambda: page.evaluate("document.activeElement.name") == "target")
+    assert page.evaluate("getSelection().toString()") == host.strip("[]")  # typing replaces it
     assert page.input_value("[name=command]:checked") == command
 
 
@@ -1766,6 +1769,18 @@ def test_what_was_started_with_enter_is_stopped_with_its_process(
         assert ended(page) == "stopped"
         assert page.inner_text("#run") == "Run"
     until(lambda: not members(group))
+
+
+def test_a_double_click_is_one(visit: Visit, serve_in_hops: Start) -> None:
+    server = serve_in_hops(tools={"ping": SLOW_PING})
+    page = visit(server)
+    page.dblclick("#run")
+    page.wait_for_selector(".bars i >> nth=2")
+    assert page.inner_text("#run") == "Stop"
+    page.dblclick("#run")
+    assert ended(page) == "stopped"
+    until(server.idle)
+    assert page.inner_text("#run") == "Run"
 
 
 def test_an_address_chooses_the_version_of_the_command(visit: Visit, amsterdam: Server) -> None:
@@ -2028,6 +2043,23 @@ def test_all_places_are_asked_side_by_side(visit: Visit, amsterdam: Server) -> N
     assert len({card.evaluate("(card) => card.offsetLeft") for card in cards.all()}) == 1
 
 
+def test_a_target_that_no_place_takes_is_said_at_the_field(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam, "?command=ping&target=127.1")
+    page.click("#all")
+    page.wait_for_selector("[name=target][aria-invalid=true]")
+    assert page.inner_text("#fault").startswith("Not a target")
+    assert page.locator(".card").count() == 0
+
+
+def test_what_was_wrong_at_a_place_is_not_said_of_another(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam, "?command=ping&target=127.0.0.1&at=Sydney")
+    page.click("#run")
+    until(lambda: page.inner_text("#fault") == "No answer from Sydney: it is down, or cannot be reached.")
+    assert page.inner_text("#run") == "Try again"
+    page.select_option("[name=at]", label="Frankfurt")
+    assert (page.inner_text("#fault"), page.inner_text("#run")) == ("", "Run")
+
+
 def test_alone_a_server_offers_no_other_place(visit: Visit, serve_in_hops: Start) -> None:
     page = visit(serve_in_hops())
     assert page.is_hidden("#where")
@@ -2206,7 +2238,7 @@ def test_nothing_is_wider_than_the_screen(visit: Visit, amsterdam: Server, width
 
 def test_the_keyboard_is_enough(visit: Visit, amsterdam: Server) -> None:
     page = visit(amsterdam)
-    page.keyboard.press("Control+A")
+    until(lambda: page.evaluate("document.activeElement.name") == "target")
     page.keyboard.type("target.lg.example")
     for _ in range(3):  # the buttons, then the commands
         page.keyboard.press("Tab")
@@ -2340,6 +2372,41 @@ def test_markup_is_text_wherever_it_comes_from(visit: Visit, serve_in_hops: Star
     assert page.title() == f"Looking glass: {markup}"
 
 
+HOSTILE_EVENTS = [
+    {"event": "note", "text": {"textContent": "owned", "style": "position: fixed"}},
+    {
+        "event": "hop",
+        "hop": 1,
+        "address": {"innerHTML": "<img>"},
+        "hostname": {"hidden": True},
+        "timings": [],
+    },
+    {"event": "hop", "hop": 1e999, "address": None, "hostname": None, "timings": []},
+    {"event": "reply", "seq": "1'] *", "rtt": {"style": ""}},
+    [],
+    None,
+]
+
+
+def answering(body: str) -> Callable[[Route], None]:
+    return lambda route: route.fulfill(body=body)
+
+
+def test_what_another_place_sends_cannot_change_the_page(visit: Visit, serve_in_hops: Start) -> None:
+    page = visit(serve_in_hops())
+    start = {"event": "start", "address": "127.0.0.1", "time": "2026-11-22T19:58:41Z"}
+    for command in ("ping", "traceroute"):
+        for event in HOSTILE_EVENTS:
+            body = f"{json.dumps(start)}\n{json.dumps(event)}\n".replace("Infinity", "1e999")
+            page.unroute_all()
+            page.route("**/lookingglass/*", answering(body))
+            page.click(f"label:has(> [value={command}])")
+            page.click("#run")
+            assert ended(page) == "The connection was lost."
+            assert page.locator("main [style*=fixed], main img, .live [hidden]").count() == 0
+            assert "owned" not in page.inner_text(".live")
+
+
 def test_a_setting_says_who_may_frame_the_page(serve: Start) -> None:
     server = serve(FRAME_ANCESTORS="https://www.example.com, http://portal.example:8080")
     policy = server.http.get("/", headers={"Accept": "text/html"}).headers["Content-Security-Policy"]
@@ -2423,6 +2490,8 @@ def start_and_fail(**environment: str) -> str:
         ("LOCATIONS", '[{"name": "Amsterdam"}]'),
         ("LOCATIONS", '[{"name": "Amsterdam", "url": "ams.example.com"}]'),
         ("LOCATIONS", '[{"name": "Amsterdam", "url": "https://ams.example.com; script-src *"}]'),
+        ("LOCATIONS", '[{"name": "Amsterdam", "url": "https://[2001:db8::1]"}]'),
+        ("LOCATIONS", '[{"name": "\\ud800", "url": "https://ams.example.com"}]'),
         ("FRAME_ANCESTORS", "www.example.com"),
         ("FRAME_ANCESTORS", "https://a.example; script-src *"),
     ],
@@ -3667,6 +3736,23 @@ uvicorn.run(app, port=int(sys.argv[1]), log_level="error", access_log=False)
 """
 
 
+BARE_PAGE = """
+import http.server, sys
+
+class Page(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>A page</title><p>Hello")
+
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Page).serve_forever()
+"""
+
+
 def python(script: str, *arguments: object) -> float:
     line = [sys.executable, "-c", script, *map(str, arguments)]
     return float(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
@@ -3815,6 +3901,29 @@ def bench_start(folder: Path) -> Iterator[Row]:
     yield "from start to listening", ours, "s", bare, "a bare Starlette app"
 
 
+def bench_page(server: Server) -> Iterator[Row]:
+    if not CHROMIUM:
+        return
+    with sync_playwright() as playwright, background(BARE_PAGE, port := free_port()):
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+
+        def painted(port: int) -> tuple[float, float]:
+            with browser.new_context() as context:
+                page = context.new_page()
+                first, again = (load(page, f"http://127.0.0.1:{port}/") for _ in range(2))
+                return first, again
+
+        def load(page: Page, url: str) -> float:
+            page.goto(url)
+            paint = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+            return float(until(lambda: page.evaluate(paint)))
+
+        ours, bare = zip(*((painted(server.port), painted(port)) for _ in range(20)), strict=True)
+        for number, when in enumerate(("in a new tab", "loaded again")):
+            times = [median(each[number] for each in tabs) for tabs in (ours, bare)]
+            yield f"first paint of the page, {when}", times[0], "ms", times[1], "a page of one line"
+
+
 def bench_limits() -> Iterator[Row]:
     costs = {}
     for clients in (10, 10_000, 100_000):
@@ -3876,6 +3985,7 @@ def bench() -> None:
             bench_start(Path(name)),
             bench_first_byte(server),
             bench_requests(server),
+            bench_page(server),
             bench_transfers(server),
         )
         more = (bench_lines_under_load(server), bench_stalled(server), bench_limits())
