@@ -2423,48 +2423,53 @@ async function transfer(move, largest) {
   refresh();
 }
 
-$("form").onsubmit = (event) => {
-  event.preventDefault();
-  if (!running.size) start([chosen()]);
-};
-$("run").onclick = (event) => {
-  // The second click of a double one was not meant.
-  if (event.detail > 1 || running.size) event.preventDefault();
-  if (event.detail < 2) stop(...running);
-};
-$("form").onchange = () => {
-  remember();
-  complain("");
+function begin() {
+  $("form").onsubmit = (event) => {
+    event.preventDefault();
+    if (!running.size) start([chosen()]);
+  };
+  $("run").onclick = (event) => {
+    // The second click of a double one was not meant.
+    if (event.detail > 1 || running.size) event.preventDefault();
+    if (event.detail < 2) stop(...running);
+  };
+  $("form").onchange = () => {
+    remember();
+    complain("");
+    advise(chosen());
+  };
+  $("all").onclick = () => target.reportValidity() && start(places);
+  at.onchange = () => {
+    show(chosen());
+    look(chosen());
+  };
+  at.onfocus = () => places.forEach(look);
+  target.onfocus = () => target.select();
+  target.oninput = () => {
+    complain("");
+    fit(target.value);
+  };
+  $("size").onchange = refresh;
+  $("download").onclick = () => transfer(download, Infinity);
+  $("upload").onclick = () => transfer(upload, 100 * 2 ** 20);
+  $("cancel").onclick = () => stop(transferring);
+  document.onkeydown = (event) => {
+    if (event.key === "Escape") stop(...running, transferring);
+    if (event.key === "Enter" && event.repeat) event.preventDefault();
+  };
+  for (const button of document.querySelectorAll("header .copy"))
+    button.onclick = () => copy(button.textContent, button);
+  for (const option of at.options)
+    option.selected = option.text === new URLSearchParams(location.search).get("at");
+  if (places.length < 2) $("where").hidden = $("all").hidden = true;
   advise(chosen());
-};
-$("all").onclick = () => target.reportValidity() && start(places);
-at.onchange = () => {
-  show(chosen());
-  look(chosen());
-};
-at.onfocus = () => places.forEach(look);
-target.onfocus = () => target.select();
-target.oninput = () => {
-  complain("");
-  fit(target.value);
-};
-$("size").onchange = refresh;
-$("download").onclick = () => transfer(download, Infinity);
-$("upload").onclick = () => transfer(upload, 100 * 2 ** 20);
-$("cancel").onclick = () => stop(transferring);
-document.onkeydown = (event) => {
-  if (event.key === "Escape") stop(...running, transferring);
-  if (event.key === "Enter" && event.repeat) event.preventDefault();
-};
-for (const button of document.querySelectorAll("header .copy"))
-  button.onclick = () => copy(button.textContent, button);
-for (const option of at.options)
-  option.selected = option.text === new URLSearchParams(location.search).get("at");
-if (places.length < 2) $("where").hidden = $("all").hidden = true;
-advise(chosen());
-setInterval(refresh, 1000);
-// What costs layout and requests waits until something is painted.
-requestAnimationFrame(() => setTimeout(() => (target.focus(), places.forEach(look))));
+  target.focus();
+  places.forEach(look);
+  setInterval(refresh, 1000);
+}
+
+// After the first paint.
+requestAnimationFrame(() => setTimeout(begin));
 """
 
 PAGE = """\
@@ -2503,7 +2508,7 @@ PAGE = """\
 <input name="target" value="{target}" list="mine" required maxlength="255" spellcheck="false"
 autocapitalize="none" autocomplete="off" enterkeyhint="go" aria-describedby="fault hint"></label>
 <datalist id="mine"><option>{your_ip}</option></datalist>
-<button id="run" class="script" data-says="Run"></button>
+<button id="run" class="script" data-says="Run">Run</button>
 <button id="all" class="script" type="button"{alone}>From all places</button>
 <noscript>{buttons}</noscript>
 </div>
@@ -2514,21 +2519,20 @@ autocapitalize="none" autocomplete="off" enterkeyhint="go" aria-describedby="fau
 <legend>Command</legend>
 <div class="choice commands">
 {commands}</div>
-<p id="about" class="says dim"></p>
+<p id="about" class="says dim">Runs {argv} ADDRESS</p>
 </fieldset>
 </form>
 <details>
 <summary>Speed test</summary>
 <div class="row script">
 <label><small>Size</small><select id="size">{sizes}</select></label>
-<button id="download" data-says="Download"></button>
-<button id="upload" data-says="Upload 100M"></button>
+<button id="download" data-says="Download">Download</button>
+<button id="upload" data-says="Upload 100M">Upload 100M</button>
 <button id="cancel" disabled>Cancel</button>
 </div>
 <noscript>{downloads}</noscript>
 <p class="says"><span id="trouble" class="fault" role="alert"></span>
-<span class="dim">Between you and this place: megabits a second of payload, and the latency of small HTTP
-requests.</span></p>
+<span class="dim">Megabits a second of payload, and the latency of small HTTP requests.</span></p>
 <progress id="progress" value="0" aria-label="How much has come"></progress>
 <div id="plot" class="plot"><svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">
 <polyline id="curve" vector-effect="non-scaling-stroke"/></svg></div>
@@ -2585,6 +2589,7 @@ def page(about: Mapping[str, str], command: str, target: str) -> str:
         style=LEAN_STYLE,
         script=LEAN_SCRIPT,
         command=command,
+        argv=" ".join(COMMANDS[command].argv),
         target=escape(target),
         alone="" if SETTINGS.LOCATIONS else " hidden",
         places="".join(

@@ -1641,6 +1641,8 @@ def visit(browser_in_hops: Browser) -> Iterator[Visit]:
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda said: faults.append(said.text) if "olicy" in said.text else None)
         page.goto(f"http://{host}:{server.port}/{query}")
+        if options.get("java_script_enabled", True):  # the script begins after the first paint
+            until(lambda: page.evaluate("document.activeElement.name") == "target")
         return page
 
     yield open_page
@@ -1723,7 +1725,6 @@ def test_the_field_offers_the_visitors_own_address(
     page = visit(amsterdam, host=host)
     assert page.input_value("[name=target]") == host.strip("[]")
     assert page.text_content("#mine option") == host.strip("[]")
-    until(lambda: page.evaluate("document.activeElement.name") == "target")
     assert page.evaluate("getSelection().toString()") == host.strip("[]")  # typing replaces it
     assert page.input_value("[name=command]:checked") == command
 
@@ -1947,7 +1948,7 @@ def test_a_download_shows_its_speed_as_it_runs_and_latency_before_and_during(
     page.wait_for_selector("#cancel:disabled")
     assert re.fullmatch(r"[\d.]+ Mbit/s\naverage of 1024 MiB in [\d.]+ s", page.inner_text("#downloaded"))
     for part in ("before", "during"):
-        said = r"[\d.]+ ms\njitter [\d.]+ ms, median of \d+ requests"
+        said = r"[\d.]+ ms\nmedian of \d+, jitter [\d.]+ ms"
         assert re.fullmatch(said, page.inner_text(f"#{part}"))
     assert page.evaluate("progress.value") == 1
     assert len(page.get_attribute("#curve", "points").split()) > 2  # type: ignore[union-attr]
@@ -2238,7 +2239,6 @@ def test_nothing_is_wider_than_the_screen(visit: Visit, amsterdam: Server, width
 
 def test_the_keyboard_is_enough(visit: Visit, amsterdam: Server) -> None:
     page = visit(amsterdam)
-    until(lambda: page.evaluate("document.activeElement.name") == "target")
     page.keyboard.type("target.lg.example")
     for _ in range(3):  # the buttons, then the commands
         page.keyboard.press("Tab")
