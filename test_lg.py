@@ -3747,7 +3747,7 @@ class Page(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
-        self.wfile.write(b"<!doctype html><title>A page</title><p>Hello")
+        self.wfile.write(b"<!doctype html><link rel=icon href=data:,><p>Hello")
 
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Page).serve_forever()
 """
