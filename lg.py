@@ -1937,6 +1937,7 @@ async function copy(text, button) {
 
 // Places, and what can be known of them before the click.
 
+// A place that takes 5 s for a small answer is as good as down.
 async function ask(place, path) {
   const answer = await fetch(locate(place, path), { cache: "no-store", signal: AbortSignal.timeout(5000) });
   if (!answer.ok) throw new Error(answer.status);
@@ -1960,7 +1961,7 @@ function show(place) {
     const { info: key, link, label } = element.dataset;
     element.textContent = info[key] && (label ?? info[key]);
     element.closest("[data-part]").hidden = !info[key];
-    if (/^https?:/.test(info[link])) element.href = info[link];
+    if (/^https?:/i.test(info[link])) element.href = info[link];
     else element.removeAttribute("href");
   }
   advise(place);
@@ -2054,6 +2055,7 @@ async function* events({ place, command, target, limit }, signal) {
     const lines = (rest + chunk).split("\n");
     rest = lines.pop();
     for (const line of lines) yield JSON.parse(line);
+    // The longest line that a server sends has 1 MiB of output in it, at most six times as long in JSON.
     if (rest.length > 2 ** 23) throw new Error("endless");
   }
 }
@@ -2195,6 +2197,7 @@ function pingView(argv) {
 
   function draw(seq, rtt) {
     const bar = (bars[seq] ??= plot.appendChild(make("i")));
+    // Room for the number above the highest bar.
     top = Math.max(top, rtt * 1.2);
     bar.className = rtt == null ? "lost" : "";
     bar.title = `${seq}: ${rtt == null ? "no answer" : `${ms(rtt)} ms`}`;
@@ -2282,6 +2285,7 @@ function hopView(columns) {
   function take({ event, hop, text, result, ...found }) {
     if (event === "note")
       body.append(make("tr", make("th"), set(make("td", text), { colSpan: columns.length + 1 })));
+    // No packet makes more hops; a number beyond fails in draw.
     while (rows.length < Math.min(hop, 255)) add();
     if (hop) draw(rows[hop - 1], found);
     // mtr looks beyond the target.
@@ -2363,10 +2367,12 @@ function newMeter(id, length) {
   function tick() {
     const time = performance.now(),
       mbps = ((bytes - last.bytes) * 8e-3) / (time - last.time);
+    // The rate of a few ms is chance.
     if (time - last.time < 50) return;
     last = { time, bytes };
     top = Math.max(top, mbps);
     points.push([(100 * bytes) / length, mbps]);
+    // In percent of the plot, the width of the line and a little below its edges.
     $("curve").setAttribute("points", points.map(([x, y]) => `${x},${99 - (95 * y) / top}`).join(" "));
     $("plot").dataset.top = rate(top);
     figure(id, rate(mbps), `now, ${size(bytes)} of ${size(length)}`);
@@ -2406,6 +2412,7 @@ async function transfer(move, largest) {
   $("curve").setAttribute("points", "");
   refresh();
   try {
+    // Ten, and the one that opens the connection.
     await sample("before", test, (count) => count < 11);
     meter = newMeter(id, test.length);
     sample("during", test, () => going).catch(() => {});
@@ -2451,6 +2458,7 @@ function begin() {
   };
   $("size").onchange = refresh;
   $("download").onclick = () => transfer(download, Infinity);
+  // A browser keeps the whole of an upload, on a phone too.
   $("upload").onclick = () => transfer(upload, 100 * 2 ** 20);
   $("cancel").onclick = () => stop(transferring);
   document.onkeydown = (event) => {
@@ -2583,7 +2591,7 @@ def page(about: Mapping[str, str], command: str, target: str) -> str:
         for name in ("facility_url", "map_url")
     }
     hidden = {f"{name}_hidden": "" if text else " hidden" for name, text in said.items()}
-    places = [{"name": about["location"], "url": ""}, *SETTINGS.LOCATIONS]
+    choices = [{"name": about["location"], "url": ""}, *SETTINGS.LOCATIONS]
     return PAGE.format(
         **said | links | hidden,
         style=LEAN_STYLE,
@@ -2593,7 +2601,7 @@ def page(about: Mapping[str, str], command: str, target: str) -> str:
         target=escape(target),
         alone="" if SETTINGS.LOCATIONS else " hidden",
         places="".join(
-            f'<option value="{escape(place["url"])}">{escape(place["name"])}</option>' for place in places
+            f'<option value="{escape(place["url"])}">{escape(place["name"])}</option>' for place in choices
         ),
         commands="".join(
             f'<label><input type="radio" name="command" value="{name}" data-argv="{" ".join(each.argv)}"'
