@@ -49,7 +49,7 @@ from playwright.sync_api import Browser, Page, Route, sync_playwright
 import lg
 
 HERE = Path(__file__).parent
-HOPS = HERE / ".ci" / "hops"
+HOPS, HOPS_NAME = HERE / ".ci" / "hops", f"test{os.getpid()}-"
 TARGET4, TARGET6 = "198.51.100.254", "2001:db8::254"
 PATIENCE = 30.0  # how long a test waits for what must come; these machines can be slow
 
@@ -426,18 +426,19 @@ def test_a_status_other_than_0_is_a_fault_of_the_other_tools(serve: Start) -> No
 
 @pytest.fixture(scope="session")
 def hops() -> Iterator[tuple[str, ...]]:
-    """The prefix that runs a command on the first host of .ci/hops."""
+    """The prefix that runs a command on the first host of a small internet of this run's own."""
     if os.geteuid() != 0:
         lacking("root, for network namespaces")
     for tool in ("ip", "nft", "ping", "traceroute", "mtr"):
         if not shutil.which(tool):
             lacking(f"the command {tool}")
-    mine = not Path("/run/netns/hops0").exists()
-    if mine and subprocess.run([HOPS, "up"], capture_output=True, check=False).returncode:
-        lacking("the right to make network namespaces")
-    yield (str(HOPS), "exec")
-    if mine:
-        subprocess.run([HOPS, "down"], check=True)
+    prefix = ("env", f"HOPS={HOPS_NAME}", str(HOPS))
+    made = subprocess.run([*prefix, "up"], capture_output=True, text=True, check=False)
+    if made.returncode:
+        subprocess.run([*prefix, "down"], check=False)
+        lacking(f"the right to make network namespaces: {made.stderr}")
+    yield (*prefix, "exec")
+    subprocess.run([*prefix, "down"], check=True)
 
 
 @pytest.fixture(scope="session")
@@ -2326,7 +2327,7 @@ HOSTILE_NAME = """<img/src="x"/onerror="document.title='owned'">"""
 
 
 def test_a_routers_name_is_text_whatever_it_is(visit: Visit, amsterdam: Server) -> None:
-    hosts = Path("/etc/netns/hops0/hosts")
+    hosts = Path(f"/etc/netns/{HOPS_NAME}0/hosts")
     before = hosts.read_text()
     page = visit(amsterdam, "?command=traceroute6&target=target.lg.example")
     try:
