@@ -1998,6 +1998,19 @@ def test_a_speed_test_beyond_the_limit_counts_down(visit: Visit, serve_in_hops: 
     assert page.inner_text(f"#{kind}") == {"download": "Download", "upload": "Upload 100M"}[kind]
 
 
+def test_a_transfer_whose_connection_is_lost_says_so(visit: Visit, serve_in_hops: Start) -> None:
+    server = serve_in_hops()
+    page = visit(server)
+    page.click("summary")
+    page.select_option("#size", "10G")
+    page.click("#download")
+    until(lambda: re.search(r"now, [1-9]", page.inner_text("#downloaded")))
+    server.process.kill()
+    page.wait_for_selector("#cancel:disabled")
+    assert page.inner_text("#trouble") == "The connection to Amsterdam was lost: try again."
+    assert page.is_enabled("#download")
+
+
 # 4. Many places
 
 
@@ -2042,6 +2055,22 @@ def test_all_places_are_asked_side_by_side(visit: Visit, amsterdam: Server) -> N
     assert len(page.evaluate("announced")) == 2
     page.set_viewport_size({"width": 360, "height": 740})
     assert len({card.evaluate("(card) => card.offsetLeft") for card in cards.all()}) == 1
+
+
+def test_a_place_beyond_its_limit_counts_down_in_its_card(visit: Visit, serve_in_hops: Start) -> None:
+    tools = {"ping": QUICK_PING}
+    strict = serve_in_hops(tools=tools, RATE_LIMIT_DIAGNOSTICS="1/6second")
+    places = json.dumps([{"name": "Strict", "url": f"http://127.0.0.1:{strict.port}"}])
+    page = visit(serve_in_hops(tools=tools, LOCATIONS=places))
+    for _ in range(2):
+        page.click("#all")
+        page.wait_for_selector(".card .busy", state="detached")
+    assert page.inner_text(".card:nth-child(2) .fault") == "Rate limit exceeded: 1 per 6 second"
+    assert re.fullmatch(r"Wait [1-6] s", page.inner_text(".card:nth-child(2) .again"))
+    page.click(".card:nth-child(2) .again")  # waits until it can be clicked
+    page.wait_for_selector(".card:nth-child(2) .bars i >> nth=2")
+    page.wait_for_selector(".card .busy", state="detached")
+    assert page.locator(".card .fault").count() == 0
 
 
 def test_a_target_that_no_place_takes_is_said_at_the_field(visit: Visit, amsterdam: Server) -> None:
