@@ -1794,6 +1794,7 @@ small, dt, legend, th, .dim { color: var(--dim); font-size: .85rem; font-weight:
 form, details, .card { margin-top: 1rem; padding: clamp(.75rem, 1.5vw, 1.25rem); background: var(--card);
   border: 1px solid var(--line); border-radius: .6rem; }
 dl { display: flex; flex-wrap: wrap; gap: .4rem 1.5rem; }
+form { display: grid; gap: .6rem 2rem; }
 fieldset, legend { border: 0; padding: 0; min-width: 0; }
 button, input, select { font: inherit; color: inherit; min-height: 2.6rem; max-width: 100%;
   padding: .3rem .8rem; background: var(--card); border: 1px solid var(--edge); border-radius: .4rem; }
@@ -1825,7 +1826,8 @@ button:disabled { color: var(--dim); border-style: dashed; cursor: default; }
 summary { font-weight: 600; }
 summary ~ *, .card > * + * { margin-top: .6rem; }
 progress { width: 100%; accent-color: var(--accent); }
-details dl, .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); }
+details dl, .figures { display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(var(--least, 7rem), 1fr)); }
 details dd > * { display: block; }
 details dd small { min-height: 2.9em; }
 .plot { position: relative; height: 9rem; padding-left: 4.4rem; border-block: 1px solid var(--line); }
@@ -1841,13 +1843,15 @@ svg { display: block; width: 100%; height: 100%; fill: none; stroke: var(--accen
 .bars .lost { background: var(--tint); color: var(--bad); font-weight: 700; }
 .bars .lost::before { content: "×"; font-size: 1rem; }
 #results { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-.figures { margin-bottom: .6rem; }
+.figures { --least: 5.5rem; margin-bottom: .6rem; }
 .card { container-type: inline-size; min-width: 0; }
 .body { overflow: auto; }
 .card:not(:only-child) .body { height: 22rem; }
 #results:has(.card + .card) { margin-inline: min(0px, 50% - 50vw + 2rem); }
 .card .row { align-items: center; }
-.card > p { min-height: 1.45em; font-size: .85rem; }
+.card p { min-height: 1.45em; font-size: .85rem; }
+.state { display: flex; gap: .6rem; align-items: center; }
+.again { flex: none; min-height: 1.7rem; padding-block: 0; }
 .row:has([value=text]:checked) + .body .live, .row:has([value=graph]:checked) + .body pre { display: none; }
 pre { font-size: .85rem; }
 table { width: 100%; table-layout: fixed; border-collapse: collapse; }
@@ -1870,12 +1874,12 @@ thead .spread { width: 24%; text-align: start; }
 .hush { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @container (max-width: 46rem) { .wide, .bars i:not(.lost)::before { display: none; } }
 @container (max-width: 30rem) { .card > p { min-height: 2.9em; }
-  tr { display: grid; grid: minmax(1.5rem, auto) auto / 2.2rem repeat(4, 1fr); height: auto; padding: .3rem 0;
+  tr { display: grid; grid: auto auto / 2.2rem repeat(4, 1fr); height: auto; padding: .3rem 0;
     border-bottom: 1px solid var(--line); }
   tr > * { grid-row: 2; width: auto !important; padding-block: 0; border: 0; } tbody th { grid-row: 1 / 3; }
   td:nth-child(2) { grid-area: 1 / 2 / auto / -1; } th:nth-child(2) { display: none; }
   tbody tr { min-height: 3.7rem; } }
-@media (min-width: 64rem) { form { display: grid; grid-template-columns: 1fr 28rem; gap: 2rem; } }
+@media (min-width: 64rem) and (scripting) { form { grid-template-columns: 28rem 1fr; } }
 @media (prefers-reduced-motion: no-preference) { .busy::before { content: "● " / ""; color: var(--accent);
   animation: pulse 1s infinite alternate; } @keyframes pulse { to { opacity: .2; } } }
 @media (forced-colors: active) { .bars, .spread, .loss, .choice :has(:checked) {
@@ -2034,11 +2038,18 @@ async function refusal(answer, limit) {
   return set(new Error(message), { refused: true, invalid: answer.status === 422 });
 }
 
-// What comes of an answer's body; Safari has no asynchronous iteration of streams.
+// What comes of an answer's body, and an error after a minute without anything: a command has no more in all,
+// and nothing else tells of a network that is gone. Safari has no asynchronous iteration of streams.
 async function* chunks(stream) {
   const reader = stream.getReader();
+  let timer, silent;
+  const read = () => {
+    timer = setTimeout(() => reader.cancel((silent = true)), 6e4);
+    return reader.read().finally(() => clearTimeout(timer));
+  };
   try {
-    for (let chunk; !(chunk = await reader.read()).done;) yield chunk.value;
+    for (let chunk; !(chunk = await read()).done;) yield chunk.value;
+    if (silent) throw new Error("silent");
   } finally {
     reader.cancel().catch(() => {});
   }
@@ -2133,7 +2144,8 @@ function newCard(place, radio, target) {
     ariaLabel: `Result from ${place.name}`,
   });
   const title = make("h2", `${place.name}: ${command} to ${target}`);
-  const node = make("section.card", title, about, state, make("div.row", tabs, button, again), body);
+  const rows = [make("div.state", state, again), make("div.row", tabs, button)];
+  const node = make("section.card", title, about, ...rows, body);
   const card = { place, command, target, limit, view, node };
   let drawing = 0;
 
@@ -2286,10 +2298,13 @@ function hopView(columns) {
     if (event === "note")
       body.append(make("tr", make("th"), set(make("td", text), { colSpan: columns.length + 1 })));
     // No packet makes more hops; a number beyond fails in draw.
-    while (rows.length < Math.min(hop, 255)) add();
+    while (rows.length < Math.min(hop ?? result?.hops.length, 255)) add();
     if (hop) draw(rows[hop - 1], found);
-    // mtr looks beyond the target.
+    // At the end mtr has looked beyond the target, and what became of the last probes is known.
     while (rows.length > result?.hops.length) rows.pop().remove();
+    result?.hops.forEach(({ resolvedAddress: address, resolvedHostname: hostname, ...known }, i) =>
+      draw(rows[i], { address, hostname, ...known }),
+    );
   }
   const line = ({ cells }) =>
     [...cells].map(({ childNodes }) => [...childNodes].map((each) => each.textContent).join(" ")).join("  ");
@@ -2360,7 +2375,7 @@ async function sample(id, { place, signal }, goesOn) {
 function newMeter(id, length) {
   const begun = performance.now(),
     points = [],
-    timer = setInterval(tick, 250);
+    timer = setInterval(tick, 100);
   let bytes = 0,
     top = 1e-9,
     last = { time: begun, bytes };
@@ -2368,7 +2383,7 @@ function newMeter(id, length) {
     const time = performance.now(),
       mbps = ((bytes - last.bytes) * 8e-3) / (time - last.time);
     // The rate of a few ms is chance.
-    if (time - last.time < 50) return;
+    if (!bytes || time - last.time < 50) return;
     last = { time, bytes };
     top = Math.max(top, mbps);
     points.push([(100 * bytes) / length, mbps]);
@@ -2509,6 +2524,12 @@ PAGE = """\
 </header>
 <main>
 <form id="form" method="post" action="lookingglass/{command}">
+<fieldset class="script" aria-describedby="about">
+<legend>Command</legend>
+<div class="choice commands">
+{commands}</div>
+<p id="about" class="says dim">Runs {argv} ADDRESS</p>
+</fieldset>
 <div>
 <div class="row">
 <label id="where" class="script"{alone}><small>From</small><select name="at">{places}</select></label>
@@ -2523,12 +2544,6 @@ autocapitalize="none" autocomplete="off" enterkeyhint="go" aria-describedby="fau
 <p class="says"><span id="fault" class="fault" role="alert"></span>
 <span id="hint" class="dim script">Enter runs, Escape stops.</span></p>
 </div>
-<fieldset class="script" aria-describedby="about">
-<legend>Command</legend>
-<div class="choice commands">
-{commands}</div>
-<p id="about" class="says dim">Runs {argv} ADDRESS</p>
-</fieldset>
 </form>
 <details>
 <summary>Speed test</summary>
@@ -2559,8 +2574,9 @@ autocapitalize="none" autocomplete="off" enterkeyhint="go" aria-describedby="fau
 """
 
 # As they are sent: without what makes them readable.
-LEAN_STYLE = re.sub(r"(?<=[:;,{}])\s+|\s+(?=[{}])", "", STYLE)
+LEAN_STYLE = re.sub(r"(?<=[:;,{}])\s+|;?\s+(?=[{}])", "", STYLE)
 LEAN_SCRIPT = re.sub(r"^\s*(?://.*\n)?", "", SCRIPT, flags=re.MULTILINE)
+LEAN_SCRIPT = re.sub(r"(?<=[;,{(])\n|[;,]?\n(?=[})])", "", LEAN_SCRIPT)
 POLICY = {
     "default-src": ("'none'",),
     "script-src": (hash_of(LEAN_SCRIPT),),

@@ -1684,7 +1684,7 @@ def text(page: Page, selector: str) -> str:
 def ended(page: Page) -> str:
     """How the run that the page shows has ended, once it has."""
     page.wait_for_selector(".card .busy", state="detached")
-    return page.inner_text(".card > p:nth-of-type(2)")
+    return page.inner_text(".state p")
 
 
 # 1. First look
@@ -1893,7 +1893,7 @@ def test_mtr_redraws_its_table_in_place_and_shows_the_bad_hop(visit: Visit, serv
     rows = [text(page, f"tbody tr:nth-child({n})").split("\t") for n in range(1, 5)]
     assert [" ".join(row).split() for row in rows] == [
         ["1", "198.51.100.1", "0", "%", "5", "10.0", "10.0", "10.0", "0.00"],
-        ["2", "no", "answer", "100", "%", "4", "–", "–", "–", "–"],
+        ["2", "no", "answer", "100", "%", "5", "–", "–", "–", "–"],
         ["3", "198.51.100.3", "40", "%", "5", "36.7", "30.0", "46.0", "8.33"],
         ["4", "198.51.100.254", "0", "%", "5", "40.0", "40.0", "40.0", "0.00"],
     ]
@@ -2045,7 +2045,7 @@ def test_all_places_are_asked_side_by_side(visit: Visit, amsterdam: Server) -> N
     assert cards.count() == 3
     assert len({card.evaluate("(card) => card.offsetTop") for card in cards.all()}) == 1
     page.wait_for_selector(".card .busy", state="detached")
-    states = page.locator(".card > p:nth-of-type(2)").all_inner_texts()
+    states = page.locator(".state p").all_inner_texts()
     assert states[0].startswith("finished")
     assert states[1].startswith("finished")
     assert states[2] == "No answer from Sydney: it is down, or cannot be reached."
@@ -2169,6 +2169,30 @@ def test_a_connection_that_is_lost_is_said_and_tried_again(visit: Visit, serve_i
     until(lambda: ended(page).startswith("finished"))
 
 
+def test_a_connection_that_dies_in_silence_is_given_up(visit: Visit, serve_in_hops: Start) -> None:
+    server = serve_in_hops(tools={"ping": SLOW_PING})
+    page = visit(server)
+    page.clock.install()
+    page.click("summary")
+    page.select_option("#size", "10G")
+    page.click("#run")
+    page.wait_for_selector(".bars i >> nth=2")
+    page.click("#download")
+    until(lambda: re.search(r"now, [1-9]", page.inner_text("#downloaded")))
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        until(lambda: page.inner_text("#downloaded").startswith("0.00"))  # what was on its way has come
+        page.clock.fast_forward(30_000)
+        assert page.inner_text(".card .busy") == "running"
+        page.clock.fast_forward(60_000)
+        assert ended(page) == "The connection was lost."
+        page.wait_for_selector("#cancel:disabled")
+        assert page.inner_text("#trouble") == "The connection to Amsterdam was lost: try again."
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    until(server.idle)
+
+
 def test_a_tool_that_is_not_there_is_said_before_the_click(
     visit: Visit, serve_in_hops: Start, tmp_path: Path
 ) -> None:
@@ -2269,14 +2293,14 @@ def test_nothing_is_wider_than_the_screen(visit: Visit, amsterdam: Server, width
 def test_the_keyboard_is_enough(visit: Visit, amsterdam: Server) -> None:
     page = visit(amsterdam)
     page.keyboard.type("target.lg.example")
-    for _ in range(3):  # the buttons, then the commands
-        page.keyboard.press("Tab")
+    for _ in range(2):  # the places, then the commands
+        page.keyboard.press("Shift+Tab")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     assert page.input_value("[name=command]:checked") == "traceroute"
     page.keyboard.press("Enter")
     assert ended(page).startswith("finished")
-    for _ in range(2):  # the speed test, then the tabs
+    for _ in range(6):  # the places, the target, the buttons, the speed test, then the tabs
         page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")
     assert page.is_visible("pre")
