@@ -677,8 +677,6 @@ class Traceroute(Reader):
                 hop["resolvedHostname"] = None if probe[2].partition("%")[0] == probe[3] else probe[2]
             elif probe[4]:
                 hop["timings"].append({"rtt": float(probe[4])})
-        if remark or match[2][end:].strip():  # !H and its like, a second address
-            yield {"event": "note", "text": line}
         self.hops.append(hop)
         yield {
             "event": "hop",
@@ -687,6 +685,8 @@ class Traceroute(Reader):
             "hostname": hop["resolvedHostname"],
             "timings": hop["timings"],
         }
+        if remark or match[2][end:].strip():  # !H and its like, a second address
+            yield {"event": "note", "text": line}
 
     def result(self) -> Event:
         names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
@@ -1783,7 +1783,7 @@ STYLE = """\
 [hidden] { display: none !important; }
 body { max-width: 100rem; margin: auto; padding: clamp(.75rem, 2vw, 2rem); background: var(--page);
   color: var(--text); }
-header, .row, noscript { display: flex; flex-wrap: wrap; gap: .6rem 1.5rem; }
+header, dl, .row, noscript { display: flex; flex-wrap: wrap; gap: .6rem 1.5rem; }
 .row, noscript { gap: .6rem; align-items: end; }
 header { align-items: end; justify-content: space-between; }
 h1, h2, dd, p, td:nth-child(2) { overflow-wrap: anywhere; }
@@ -1793,7 +1793,6 @@ h2 { font-size: 1.1rem; }
 small, dt, legend, th, .dim { color: var(--dim); font-size: .85rem; font-weight: 400; }
 form, details, .card { margin-top: 1rem; padding: clamp(.75rem, 1.5vw, 1.25rem); background: var(--card);
   border: 1px solid var(--line); border-radius: .6rem; }
-dl { display: flex; flex-wrap: wrap; gap: .4rem 1.5rem; }
 form { display: grid; gap: .6rem 2rem; }
 fieldset, legend { border: 0; padding: 0; min-width: 0; }
 button, input, select { font: inherit; color: inherit; min-height: 2.6rem; max-width: 100%;
@@ -1891,7 +1890,8 @@ SCRIPT = r"""
 const $ = (id) => document.getElementById(id);
 const { at, command: commands, target } = $("form").elements;
 const here = new URL(".", location).href;
-for (const option of [...at.options]) if (`${option.value}/` === here) option.remove();
+for (const option of [...at.options].slice(1))
+  if (new URL(`${option.value}/`).href === here) option.remove();
 const places = [...at.options].map((option) => ({
   option,
   name: option.text,
@@ -1939,11 +1939,22 @@ async function copy(text, button) {
   say("Copied");
 }
 
+// An error instead of what does not come for 70 s: a command has 60 in all, and nothing else tells of a
+// network that is gone.
+function patiently(promise) {
+  let timer;
+  const silence = new Promise((_, reject) => (timer = setTimeout(reject, 7e4)));
+  return Promise.race([promise, silence]).finally(() => clearTimeout(timer));
+}
+
+const reach = (place, path, options) =>
+  patiently(fetch(locate(place, path), { cache: "no-store", ...options }));
+
 // Places, and what can be known of them before the click.
 
 // A place that takes 5 s for a small answer is as good as down.
-async function ask(place, path) {
-  const answer = await fetch(locate(place, path), { cache: "no-store", signal: AbortSignal.timeout(5000) });
+async function ask(place, path, signal = AbortSignal.timeout(5000)) {
+  const answer = await reach(place, path, { signal });
   if (!answer.ok) throw new Error(answer.status);
   return answer.json();
 }
@@ -1990,7 +2001,7 @@ function advise({ name, info = {}, missing, down }) {
 
 // An address says which version of the command it takes.
 function fit(text) {
-  const version = text.includes(":") ? " -6 " : /^[\d.]+$/.test(text) ? " -4 " : " ";
+  const version = /^\[?[\da-f]*:/i.test(text) ? " -6 " : /^\d+(\.\d+){3}$/.test(text) ? " -4 " : " ";
   const fits = (each) => toolOf(each) === toolOf(choice()) && each.dataset.argv.includes(version);
   if (!fits(choice())) [...commands].find(fits).checked = true;
   advise(chosen());
@@ -2010,7 +2021,7 @@ function refresh() {
   }
   for (const id of ["download", "upload"]) $(id).disabled ||= transferring;
   $("cancel").disabled = !transferring;
-  $("all").disabled = busy || choice().disabled;
+  $("all").disabled = busy;
   $("run").disabled ||= choice().disabled;
   if (busy) set($("run"), { textContent: "Stop", disabled: false });
   // Enter starts, and never stops.
@@ -2034,22 +2045,15 @@ async function refusal(answer, limit) {
   const { detail, error } = (await answer.json().catch(() => {})) ?? {};
   const wait = answer.headers.get("Retry-After");
   if (wait) allowed.set(limit, Date.now() + wait * 1000);
-  const message = error ?? detail?.[0]?.msg ?? `The server answered with ${answer.status}`;
+  const message = error ?? detail?.[0]?.msg ?? detail ?? `The server answered with ${answer.status}`;
   return set(new Error(message), { refused: true, invalid: answer.status === 422 });
 }
 
-// What comes of an answer's body, and an error after a minute without anything: a command has no more in all,
-// and nothing else tells of a network that is gone. Safari has no asynchronous iteration of streams.
+// What comes of an answer's body; Safari has no asynchronous iteration of streams.
 async function* chunks(stream) {
   const reader = stream.getReader();
-  let timer, silent;
-  const read = () => {
-    timer = setTimeout(() => reader.cancel((silent = true)), 6e4);
-    return reader.read().finally(() => clearTimeout(timer));
-  };
   try {
-    for (let chunk; !(chunk = await read()).done;) yield chunk.value;
-    if (silent) throw new Error("silent");
+    for (let chunk; !(chunk = await patiently(reader.read())).done;) yield chunk.value;
   } finally {
     reader.cancel().catch(() => {});
   }
@@ -2059,7 +2063,7 @@ async function* events({ place, command, target, limit }, signal) {
   const body = new URLSearchParams({ target }),
     headers = { Accept: "application/x-ndjson" };
   const options = { method: "POST", headers, body, signal };
-  const answer = await fetch(locate(place, `lookingglass/${command}`), options);
+  const answer = await reach(place, `lookingglass/${command}`, options);
   if (!answer.ok) throw await refusal(answer, limit);
   let rest = "";
   for await (const chunk of chunks(answer.body.pipeThrough(new TextDecoderStream()))) {
@@ -2073,14 +2077,17 @@ async function* events({ place, command, target, limit }, signal) {
 
 async function follow(card, signal) {
   try {
-    for await (const event of events(card, signal)) card.take(event);
-    if (!card.outcome) throw new Error("cut off");
+    for await (const event of events(card, signal)) {
+      card.take(event);
+      if (card.outcome) return;
+    }
+    throw new Error("cut off");
   } catch (error) {
     const lost = card.begun
       ? "The connection was lost."
       : `No answer from ${card.place.name}: it is down, or cannot be reached.`;
     if (signal.aborted) card.end("stopped");
-    else card.fail(error.refused ? error.message : lost, error.invalid);
+    else card.fail(error?.refused ? error.message : lost, error?.invalid);
   }
 }
 
@@ -2093,6 +2100,7 @@ async function launch(cards) {
   refresh();
   await Promise.all(cards.map((each) => follow(each, controller.signal)));
   running.delete(controller);
+  stop(controller);
   refresh();
   const ending = card.begun ? `${card.command} ${card.outcome}: ${card.view.summary()}` : "";
   say(cards.length > 1 ? `${card.command} has ended at all places` : ending);
@@ -2113,8 +2121,11 @@ async function start(where) {
   complain("");
   $("results").replaceChildren(...cards.map(({ node }) => node));
   $("results").scrollIntoView({ block: "nearest" });
+  where.forEach(look);
   await launch(cards);
-  if (cards.some(({ begun }) => begun) || (cards.length > 1 && !card.invalid)) return;
+  // A card that is no longer there was tried again.
+  if (cards.some(({ begun, node }) => begun || !node.isConnected)) return;
+  if (cards.length > 1 && !card.invalid) return;
   // What was there is worth more than the card of a refusal.
   $("results").replaceChildren(...before);
   complain(card.failed ?? "", card.invalid);
@@ -2175,19 +2186,13 @@ function newCard(place, radio, target) {
   }
   function ticket() {
     const when = `at ${card.begun ?? new Date().toISOString()}, ${state.textContent}`;
-    return [
-      `${command} ${target}`,
-      `from ${place.name}, ${place.url || here}`,
-      when,
-      "",
-      text.textContent,
-    ].join("\n");
+    return `${command} ${target}\nfrom ${place.name}, ${place.url || here}\n${when}\n\n${text.textContent}`;
   }
   function repeat() {
     const next = newCard(place, radio, target);
     node.replaceWith(next.node);
     next.node.lastChild.focus();
-    launch([next]);
+    launch([next]).then(() => next.begun || say(next.outcome));
   }
   return card;
 }
@@ -2243,10 +2248,8 @@ function pingView(argv) {
   }
   const summary = () =>
     `${stats.rcv} of ${stats.total} answers, ${percent(stats.loss)} lost, average ${ms(stats.avg)} ms`;
-  const lines = () =>
-    Object.values(bars)
-      .map(({ title }) => `icmp_seq=${title}`)
-      .join("\n");
+  const line = ({ title, textContent }) => textContent || `icmp_seq=${title}`;
+  const lines = () => [...node.querySelectorAll("i, p")].map(line).join("\n");
   return { node, take, summary, lines };
 }
 
@@ -2256,11 +2259,7 @@ const stat =
     ms(stats[name]);
 // Title, text, class.
 const COLUMNS = {
-  traceroute: ["1st", "2nd", "3rd"].map((title, i) => [
-    `${title} ms`,
-    ({ timings }) => (timings[i] ? ms(timings[i].rtt) : "*"),
-    "",
-  ]),
+  traceroute: [0, 1, 2].map((i) => ["ms", ({ timings }) => (timings[i] ? ms(timings[i].rtt) : "*"), ""]),
   mtr: [
     ["Loss", ({ stats }) => percent(stats.loss), "loss"],
     ["Sent", ({ stats }) => stats.total, "wide"],
@@ -2288,15 +2287,15 @@ function hopView(columns) {
     row.className = !address ? "silent" : loss ? "lossy" : "";
     row.replaceChildren(row.cells[0], make("td", ...host), ...cells);
     for (const [name, value] of Object.entries({ min, avg, max, loss }))
-      row.style.setProperty(`--${name}`, value);
+      row.style.setProperty(`--${name}`, value ?? null);
     node.style.setProperty("--top", (top = Math.max(top, max ?? 0)));
   }
   function add() {
     rows.push(body.appendChild(make("tr.silent", set(make("th", rows.length + 1), { scope: "row" }))));
   }
   function take({ event, hop, text, result, ...found }) {
-    if (event === "note")
-      body.append(make("tr", make("th"), set(make("td", text), { colSpan: columns.length + 1 })));
+    // Over as many columns as there are on the narrowest screen.
+    if (event === "note") body.append(make("tr", make("td"), set(make("td", text), { colSpan: 4 })));
     // No packet makes more hops; a number beyond fails in draw.
     while (rows.length < Math.min(hop ?? result?.hops.length, 255)) add();
     if (hop) draw(rows[hop - 1], found);
@@ -2309,7 +2308,7 @@ function hopView(columns) {
   const line = ({ cells }) =>
     [...cells].map(({ childNodes }) => [...childNodes].map((each) => each.textContent).join(" ")).join("  ");
   const lines = () => [...node.rows].map(line).join("\n");
-  const summary = () => `${rows.length} hops, the last ${rows.length && line(rows.at(-1))}`;
+  const summary = () => `${rows.length} hops` + (rows.length ? `, the last ${line(rows.at(-1))}` : "");
   return { node, take, summary, lines };
 }
 
@@ -2326,7 +2325,7 @@ const size = (bytes) => `${Math.round(bytes / 2 ** 20)} MiB`;
 const figure = (id, value, says) => $(id).replaceChildren(make("b", value), " ", make("small", says));
 
 async function download({ place, name, signal, limit }, meter) {
-  const answer = await fetch(locate(place, `speedtest/${name}`), { cache: "no-store", signal });
+  const answer = await reach(place, `speedtest/${name}`, { signal });
   if (!answer.ok) throw await refusal(answer, limit);
   for await (const chunk of chunks(answer.body)) meter.add(chunk.length);
 }
@@ -2353,11 +2352,11 @@ function upload({ place, length, signal, limit }, meter) {
 }
 
 // How long small requests take, one after the other, but for the first: it opens the connection.
-async function sample(id, { place, signal }, goesOn) {
+async function sample(id, { place, signal }, most) {
   const times = [];
-  for (let count = 0; goesOn(count); count++) {
+  for (let count = 0; count < most; count++) {
     const begun = performance.now();
-    await fetch(locate(place, "health"), { cache: "no-store", signal });
+    await ask(place, "health", signal);
     if (count) times.push(performance.now() - begun);
     const steps = times.slice(1).map((time, i) => Math.abs(time - times[i])),
       sorted = [...times].sort((a, b) => a - b);
@@ -2372,7 +2371,7 @@ async function sample(id, { place, signal }, goesOn) {
 }
 
 // Counts bytes, and shows how many come in a second as they do.
-function newMeter(id, length) {
+function newMeter(id, { place, length }) {
   const begun = performance.now(),
     points = [],
     timer = setInterval(tick, 100);
@@ -2405,7 +2404,7 @@ function newMeter(id, length) {
     figure(
       id,
       rate(counted?.mbps ?? (bytes * 8e-6) / seconds),
-      `average of ${size(bytes)} in ${seconds.toFixed(1)} s${by}`,
+      `${place.name}: average of ${size(bytes)} in ${seconds.toFixed(1)} s${by}`,
     );
   }
   return { add, end };
@@ -2420,17 +2419,19 @@ async function transfer(move, largest) {
     { signal } = (transferring = new AbortController());
   const test = { place, name, length: Math.min(dataset.bytes, largest), signal, limit };
   let meter,
-    trouble = "",
-    going = true;
+    trouble = "";
   $("trouble").textContent = "";
   $("progress").value = 0;
   $("curve").setAttribute("points", "");
+  figure("during", "–", "");
   refresh();
+  // Firefox leaves a button that is disabled the focus, and gives it no keys: not Escape either.
+  $("cancel").focus();
   try {
     // Ten, and the one that opens the connection.
-    await sample("before", test, (count) => count < 11);
-    meter = newMeter(id, test.length);
-    sample("during", test, () => going).catch(() => {});
+    await sample("before", test, 11);
+    meter = newMeter(id, test);
+    sample("during", test, Infinity).catch(() => {});
     meter.end(await move(test, meter));
   } catch (error) {
     const lost = `The connection to ${place.name} was lost: try again.`,
@@ -2438,11 +2439,13 @@ async function transfer(move, largest) {
     trouble = signal.aborted ? "Cancelled" : refused ? error.message : lost;
     meter?.end(undefined, refused);
   }
-  going = false;
+  stop(transferring);
   transferring = undefined;
   $("trouble").textContent = trouble;
   if (!trouble) say(`${kind}: ${$(id).textContent}`);
+  const next = document.activeElement === $("cancel") && $(kind);
   refresh();
+  if (next) next.focus();
 }
 
 function begin() {
@@ -2452,20 +2455,23 @@ function begin() {
   };
   $("run").onclick = (event) => {
     // The second click of a double one was not meant.
-    if (event.detail > 1 || running.size) event.preventDefault();
-    if (event.detail < 2) stop(...running);
+    if (event.detail === 2 || running.size) event.preventDefault();
+    if (event.detail !== 2) stop(...running);
   };
   $("form").onchange = () => {
     remember();
     complain("");
     advise(chosen());
   };
-  $("all").onclick = () => target.reportValidity() && start(places);
+  $("all").onclick = () => {
+    if (!target.reportValidity()) return;
+    $("run").focus();
+    start(places);
+  };
   at.onchange = () => {
     show(chosen());
     look(chosen());
   };
-  at.onfocus = () => places.forEach(look);
   target.onfocus = () => target.select();
   target.oninput = () => {
     complain("");
@@ -2576,7 +2582,7 @@ autocapitalize="none" autocomplete="off" enterkeyhint="go" aria-describedby="fau
 # As they are sent: without what makes them readable.
 LEAN_STYLE = re.sub(r"(?<=[:;,{}])\s+|;?\s+(?=[{}])", "", STYLE)
 LEAN_SCRIPT = re.sub(r"^\s*(?://.*\n)?", "", SCRIPT, flags=re.MULTILINE)
-LEAN_SCRIPT = re.sub(r"(?<=[;,{(])\n|[;,]?\n(?=[})])", "", LEAN_SCRIPT)
+LEAN_SCRIPT = re.sub(r"(?<=[;,{(])\n|[;,]?\n(?=[})])|(?<=\{) | (?=\})| (?==>)|(?<==>)\s", "", LEAN_SCRIPT)
 POLICY = {
     "default-src": ("'none'",),
     "script-src": (hash_of(LEAN_SCRIPT),),
@@ -2607,7 +2613,8 @@ def page(about: Mapping[str, str], command: str, target: str) -> str:
         for name in ("facility_url", "map_url")
     }
     hidden = {f"{name}_hidden": "" if text else " hidden" for name, text in said.items()}
-    choices = [{"name": about["location"], "url": ""}, *SETTINGS.LOCATIONS]
+    others = (place for place in SETTINGS.LOCATIONS if place["name"] != about["location"])
+    choices = [{"name": about["location"], "url": ""}, *others]
     return PAGE.format(
         **said | links | hidden,
         style=LEAN_STYLE,
