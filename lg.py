@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from hashlib import sha256
 from html import escape
 from itertools import pairwise
@@ -137,9 +137,8 @@ LIST = Kind("a list, separated by commas", texts)
 ORIGINS = Kind("origins such as https://www.example.com, separated by commas", origins)
 CIDRS = Kind("addresses and networks in CIDR notation, separated by commas", networks)
 PROXIES = Kind(CIDRS.expected + "; not *, which would believe what any client says of itself", networks)
-BOOLEAN = Kind(
-    "true or false", lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-)
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+BOOLEAN = Kind("true or false", lambda text: BOOLEANS[text.lower()])
 RATES = Kind("rates such as 2/minute;30/hour, or off", rates)
 PLACES = Kind('JSON like [{"name": "Amsterdam", "url": "https://ams.example.com"}]', places)
 COUNT = whole(1, 10000)
@@ -401,6 +400,7 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
 STORE_SECONDS = 2  # what a shared store may take for an answer
 STORE_REST_SECONDS = 30  # how long it is left alone after it failed
 BUSY_SECONDS = 5  # Retry-After where no slot is free: commands take about 15 s, and end at different times
+LATER = {"Retry-After": str(BUSY_SECONDS)}
 RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 
 STOPPING = asyncio.Event()  # set when the server is about to end: nothing is begun any more
@@ -413,8 +413,7 @@ def limited_as(client: IPAddress) -> str:
 
 def stopping() -> Refusal:
     """The answer to what would begin, or has not yet begun, when the server is about to end."""
-    later = {"Retry-After": str(BUSY_SECONDS)}
-    return Refusal(503, {"error": "The server is being stopped: try again in a moment"}, later)
+    return Refusal(503, {"error": "The server is being stopped: try again in a moment"}, LATER)
 
 
 class Slots:
@@ -427,15 +426,14 @@ class Slots:
     @contextmanager
     def take(self, client: str) -> Iterator[None]:
         """Hold a slot; raises Refusal where there is none."""
-        later = {"Retry-After": str(BUSY_SECONDS)}
         if STOPPING.is_set():
             raise stopping()
         if self.taken[client] >= self.per_client:
             mine = f"You have {self.per_client} {self.what} running: wait until one has ended"
-            raise Refusal(429, {"error": mine}, later)
+            raise Refusal(429, {"error": mine}, LATER)
         if self.taken.total() >= self.total:
             all_taken = f"The server has {self.total} {self.what} running: try again soon"
-            raise Refusal(503, {"error": all_taken}, later)
+            raise Refusal(503, {"error": all_taken}, LATER)
         self.taken[client] += 1
         try:
             yield
@@ -449,27 +447,22 @@ DIAGNOSTICS = Slots("commands", SETTINGS.MAX_DIAGNOSTICS, SETTINGS.MAX_DIAGNOSTI
 SPEEDTESTS = Slots("speed tests", SETTINGS.MAX_SPEEDTESTS, SETTINGS.MAX_SPEEDTESTS_PER_CLIENT)
 
 
-class Allowance(NamedTuple):
-    """What a client has left of the tightest of its rates; `exceeded` where that was not enough."""
+def hit(limiter: MovingWindowRateLimiter, rates: Rates, *key: str) -> dict[str, str] | Refusal:
+    """Use up one of each rate, or nothing where one is exhausted: the headers that say so, or the refusal.
 
-    exceeded: bool
-    rate: limits.RateLimitItem
-    remaining: int
-    reset: float  # epoch seconds
-
-    def headers(self) -> dict[str, str]:
-        values = (self.rate.amount, self.remaining, math.ceil(self.reset))
-        return dict(zip(RATE_HEADERS, map(str, values), strict=True))
-
-
-def hit(limiter: MovingWindowRateLimiter, rates: Rates, *key: str) -> Allowance:
-    """Use up one of each rate, or nothing where one of them is exhausted."""
+    They are of the tightest rate.
+    """
     exhausted = [rate for rate in rates if not limiter.test(rate, *key)]
     if not exhausted:  # so each hit succeeds, but where another server is faster
         exhausted = [rate for rate in rates if not limiter.hit(rate, *key)]
     stand = [(rate, limiter.get_window_stats(rate, *key)) for rate in exhausted or rates]
     rate, stats = min(stand, key=lambda each: (each[1].remaining, -each[1].reset_time))
-    return Allowance(bool(exhausted), rate, max(0, stats.remaining), stats.reset_time)
+    values = (rate.amount, max(0, stats.remaining), math.ceil(stats.reset_time))
+    headers = dict(zip(RATE_HEADERS, map(str, values), strict=True))
+    if not exhausted:
+        return headers
+    retry = {"Retry-After": str(max(1, math.ceil(stats.reset_time - time.time())))}
+    return Refusal(429, {"error": f"Rate limit exceeded: {rate}"}, retry | headers)
 
 
 class Limits:
@@ -487,9 +480,8 @@ class Limits:
             return
         names = ("socket_timeout", "socket_connect_timeout") if uri.startswith("redis") else ()
         try:
-            self.shared = MovingWindowRateLimiter(
-                storage_from_string(uri, **dict.fromkeys(names, STORE_SECONDS))
-            )
+            store = storage_from_string(uri, **dict.fromkeys(names, STORE_SECONDS))
+            self.shared = MovingWindowRateLimiter(store)
         except Exception as error:  # each client library has its own
             raise unusable(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
 
@@ -502,20 +494,17 @@ class Limits:
             self.now < before - STORE_SECONDS
         ):  # the clock was set back, and hits of the future would count for long
             self.memory.storage.reset()
-        allowance = await self.hit_shared(rates, *key) or hit(self.memory, rates, *key)
-        if allowance.exceeded:
-            retry = {"Retry-After": str(max(1, math.ceil(allowance.reset - time.time())))}
-            raise Refusal(
-                429, {"error": f"Rate limit exceeded: {allowance.rate}"}, retry | allowance.headers()
-            )
-        return allowance.headers()
+        answer = await self.hit_shared(rates, *key) or hit(self.memory, rates, *key)
+        if isinstance(answer, Refusal):
+            raise answer
+        return answer
 
-    async def hit_shared(self, rates: Rates, *key: str) -> Allowance | None:
+    async def hit_shared(self, rates: Rates, *key: str) -> dict[str, str] | Refusal | None:
         """None where there is no shared store, or where it fails."""
         if self.shared is None or time.monotonic() < self.asleep_until:
             return None
         try:
-            allowance = await in_thread(partial(hit, self.shared, rates, *key), STORE_SECONDS)
+            answer = await in_thread(partial(hit, self.shared, rates, *key), STORE_SECONDS)
         except Exception as error:  # each client library has its own
             self.asleep_until = time.monotonic() + STORE_REST_SECONDS
             if not self.failing:
@@ -525,7 +514,7 @@ class Limits:
         if self.failing:
             log.warning("The rate-limit store answers again")
         self.failing = False
-        return allowance
+        return answer
 
 
 LIMITS = Limits(SETTINGS.RATE_LIMIT_STORAGE_URI)
@@ -576,25 +565,18 @@ class Reader:
         raise NotImplementedError
 
 
-def number(text: str) -> float | None:
-    """The number that a tool printed, if it is one."""
-    with suppress(ValueError):
-        return float(text)
-    return None
-
-
 class Ping(Reader):
     """iputils' ping."""
 
-    REPLY = re.compile(
-        r"\d+ bytes from \S+: icmp_seq=(\d{1,6}) ttl=(\d{1,3}) time=(\d{1,9}(?:\.\d{1,3})?) ms"
-    )
+    TIME = r"(\d{1,9}(?:\.\d{1,3})?)"
+    REPLY = re.compile(rf"\d+ bytes from \S+: icmp_seq=(\d{{1,6}}) ttl=(\d{{1,3}}) time={TIME} ms")
     UNANSWERED = re.compile(r"no answer yet for icmp_seq=(\d{1,6})")
     ERROR = re.compile(r"From \S+ icmp_seq=(\d{1,6}) (?!Redirect).+")
+    LOSS = r"(\d{1,3}(?:\.\d{1,6})?)"
     SUMMARY = re.compile(
-        r"(\d{1,6}) packets transmitted, (\d{1,6}) received, .*?([\d.]{1,9})% packet loss, .+"
+        rf"(\d{{1,6}}) packets transmitted, (\d{{1,6}}) received, .*?{LOSS}% packet loss, .+"
     )
-    TIMES = re.compile(r"rtt min/avg/max/mdev = ([\d.]{1,20})/([\d.]{1,20})/([\d.]{1,20})/[\d.]+ ms.*")
+    TIMES = re.compile(rf"rtt min/avg/max/mdev = {TIME}/{TIME}/{TIME}/[\d.]+ ms.*")
     CARRIED = re.compile(r"|PING .+ data bytes|PING .+ bytes of data\.|--- .+ ping statistics ---")
 
     def __init__(self, address: IPAddress) -> None:
@@ -603,8 +585,8 @@ class Ping(Reader):
         self.sent = 0  # as far as was said
         self.received: set[int] = set()
         self.lost: set[int] = set()
-        self.summary: tuple[int, int, float | None] | None = None
-        self.times: list[float | None] = []
+        self.summary: tuple[int, int, float] | None = None
+        self.times: list[float] = []
 
     def line(self, line: str) -> Iterator[Event]:
         if match := self.REPLY.fullmatch(line):
@@ -619,11 +601,11 @@ class Ping(Reader):
             yield {"event": "note", "text": line}
             yield from self.lose(int(match[1]))
         elif match := self.SUMMARY.fullmatch(line):
-            self.summary = int(match[1]), int(match[2]), number(match[3])
+            self.summary = int(match[1]), int(match[2]), float(match[3])
             for seq in range(1, min(self.summary[0], PROBES) + 1):
                 yield from self.lose(seq)
         elif match := self.TIMES.fullmatch(line):
-            self.times = [number(text) for text in match.groups()]
+            self.times = [float(text) for text in match.groups()]
         elif not self.CARRIED.fullmatch(line):
             yield {"event": "note", "text": line}
 
@@ -636,17 +618,12 @@ class Ping(Reader):
     def result(self) -> Event:
         rtts = [cast(float, timing["rtt"]) for timing in self.timings]
         computed = [min(rtts), round(sum(rtts) / len(rtts), 3), max(rtts)] if rtts else [None] * 3
-        total, received, loss = self.summary or (self.sent, len(self.received), None)
-        if loss is None:
-            loss = round(100 * (total - received) / total, 2) if total else 0
+        known = round(100 - 100 * len(self.received) / self.sent, 2) if self.sent else 0
+        total, received, loss = self.summary or (self.sent, len(self.received), known)
         stats = dict(zip(("min", "avg", "max"), self.times or computed, strict=True))
         stats |= {"total": total, "rcv": received, "drop": total - received, "loss": loss}
-        return {
-            "resolvedAddress": self.address,
-            "resolvedHostname": None,
-            "timings": self.timings,
-            "stats": stats,
-        }
+        about: Event = {"resolvedAddress": self.address, "resolvedHostname": None}
+        return about | {"timings": self.timings, "stats": stats}
 
 
 class Traceroute(Reader):
@@ -717,11 +694,12 @@ class Hop:
         known = self.sent - self.waiting
         return int(1000 * (100 - 100.0 * len(self.times) / known)) / 1000 if known else 0.0
 
-    def columns(self) -> list[str]:
-        """Loss%, Snt, Last, Avg, Best, Wrst, StDev as `mtr --report` prints them."""
+    def columns(self) -> str:
+        """Loss%, Snt, Last, Avg, Best, Wrst, StDev as `mtr --report` prints them; too wide ones are cut."""
         last, best, worst = (self.times[-1], min(self.times), max(self.times)) if self.times else (0, 0, 0)
-        times = (last, self.average, best, worst, self.deviation())
-        return [f" {self.loss():4.1f}%", f" {self.sent:5d}", " ", *(f" {each / 1000:5.1f}" for each in times)]
+        times = [f" {each / 1000:5.1f}" for each in (last, self.average, best, worst, self.deviation())]
+        loss, sent, *cut = (each[:6] for each in (f" {self.loss():4.1f}%", f" {self.sent:5d}", *times[:-1]))
+        return f"{loss}{sent} {''.join(cut)}{times[-1]}"
 
     def stats(self) -> Event:
         known, received = self.sent - self.waiting, len(self.times)
@@ -732,6 +710,11 @@ class Hop:
             jitter = (min(jitters), sum(jitters) / len(jitters), max(jitters))
             times = dict(zip(times, (round(each / 1000, 3) for each in spread + jitter), strict=True))
         return times | {"total": known, "rcv": received, "drop": known - received, "loss": self.loss()}
+
+    def result(self) -> Event:
+        timings = [{"rtt": time / 1000} for time in self.times]
+        about: Event = {"resolvedAddress": self.address, "resolvedHostname": None, "asn": []}
+        return about | {"timings": timings, "stats": self.stats()}
 
 
 class Mtr(Reader):
@@ -746,14 +729,13 @@ class Mtr(Reader):
         r"|h (?P<host>\d{1,2}) (?P<address>[0-9A-Fa-f:.]+)"
         r"|p (?P<hop>\d{1,2}) (?P<time>\d{1,9}) \d{1,9}"
     )
-    WIDTHS = (6, 6, 1, 6, 6, 6, 6, 6)
-    TITLES = (" Loss%", "   Snt", " ", "  Last", "   Avg", "  Best", "  Wrst", " StDev")
+    TITLES = " Loss%   Snt   Last   Avg  Best  Wrst StDev"
     HOPS = 30
 
     def __init__(self, address: IPAddress) -> None:
         super().__init__(address)
         self.hops: dict[int, Hop] = {}
-        self.shown: set[object] = set()
+        self.answered: set[object] = set()
         self.start = time.strftime("Start: %Y-%m-%dT%H:%M:%S%z\n").encode()
 
     def line(self, line: str) -> Iterator[Event]:
@@ -782,13 +764,16 @@ class Mtr(Reader):
         reached = (position for position in known if self.hops[position].address == self.address)
         return next(reached, min(known[-1] + 1, self.HOPS - 1) if known else -1) + 1
 
+    def shown(self) -> list[Hop]:
+        return [self.hops.get(position) or Hop() for position in range(self.length())]
+
     def text(self, chunk: bytes, events: list[Event]) -> bytes:
         lines, self.start = [self.start], b""
         for event in events:
             if event["event"] == "note":
                 lines.append(f"{event['text']}\n".encode())
-            elif event["address"] and event["hop"] not in self.shown:
-                self.shown.add(event["hop"])
+            elif event["address"] and event["hop"] not in self.answered:
+                self.answered.add(event["hop"])
                 lines.append(f" {event['hop']:2d}.|-- {event['address']}\n".encode())
         return b"".join(lines)
 
@@ -796,37 +781,19 @@ class Mtr(Reader):
         text, events = super().end(complete)
         for hop in self.hops.values():
             hop.waiting &= not complete
-        hops = [self.hops.get(position) or Hop() for position in range(self.length())]
         if self.hops:
-            host = socket.gethostname()
+            host, hops = socket.gethostname(), self.shown()
             width = max(map(len, [host, *(hop.address or "???" for hop in hops)]))
-            text += self.row(f"HOST: {host:{width}}", self.TITLES)
+            text += f"HOST: {host:{width}}{self.TITLES}\n".encode()
             for number, hop in enumerate(hops, 1):
-                text += self.row(f" {number:2d}.|-- {hop.address or '???':{width}}", hop.columns())
+                text += f" {number:2d}.|-- {hop.address or '???':{width}}{hop.columns()}\n".encode()
         return text, events
 
-    def row(self, label: str, columns: Sequence[str]) -> bytes:
-        """A line as mtr composes it: a column that is too wide is overwritten by the next."""
-        line, width = label, len(label)
-        for column, step in zip(columns, self.WIDTHS, strict=True):
-            line, width = line[:width] + column, width + step
-        return line.encode() + b"\n"
-
     def result(self) -> Event:
-        hops = [self.hops.get(position) or Hop() for position in range(self.length())]
         return {
             "resolvedAddress": self.address,
             "resolvedHostname": None,
-            "hops": [
-                {
-                    "resolvedAddress": hop.address,
-                    "resolvedHostname": None,
-                    "asn": [],
-                    "timings": [{"rtt": time / 1000} for time in hop.times],
-                    "stats": hop.stats(),
-                }
-                for hop in hops
-            ],
+            "hops": [hop.result() for hop in self.shown()],
         }
 
 
@@ -870,6 +837,10 @@ def check_version(target: IPAddress | str, name: str) -> None:
 
 def missing_tools() -> list[str]:
     return [tool for tool in PACKAGES if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
+
+
+def install_hint(tools: Sequence[str]) -> str:
+    return "apt-get install " + " ".join(PACKAGES[tool] for tool in tools)
 
 
 # ---- running a command -------------------------------------------------------------------------------------
@@ -984,8 +955,7 @@ async def started(command: Command, address: IPAddress) -> AsyncIterator[Process
         raise Refusal(503, {"error": f"{tool} is not installed on this server, or may not run"}) from None
     except OSError as error:
         log.error("%s cannot be started: %s", tool, error)
-        later = {"Retry-After": str(BUSY_SECONDS)}
-        raise Refusal(503, {"error": f"The server cannot start {tool} now: try again soon"}, later) from None
+        raise Refusal(503, {"error": f"The server cannot start {tool} now: try again soon"}, LATER) from None
     try:
         yield process
     finally:
@@ -1012,14 +982,10 @@ class Account:
         version = self.address.version
         kind = "address" if version == 4 else "IPv6 address"
         text = f"{self.target} has {kind} {self.address}\n" if isinstance(self.target, str) else ""
-        about = {
-            "command": self.name,
-            "target": str(self.target),
-            "address": str(self.address),
-            "family": version,
-        }
+        about: Event = {"event": "start", "command": self.name, "target": str(self.target)}
+        about |= {"address": str(self.address), "family": version}
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return self.say(text.encode(), [{"event": "start", **about, "time": now}])
+        return self.say(text.encode(), [about | {"time": now}])
 
     def end(self, fault: str, status: int | None) -> bytes:
         """The end, with what was wrong in `fault`, and the tool's exit status where it has one."""
@@ -1027,9 +993,8 @@ class Account:
         if fault:
             line = "" if self.raw.endswith(b"\n") or not self.raw else "\n"
             said += self.say(f"{line}--- {self.name}: {fault} ---\n".encode(), [])
-        outcome: Event = (
-            {"status": "failed", "error": f"{self.name}: {fault}"} if fault else {"status": "finished"}
-        )
+        outcome: Event = {"status": "failed" if fault else "finished"}
+        outcome |= {"error": f"{self.name}: {fault}"} if fault else {}
         outcome |= {"exit_status": status, "duration": round(time.monotonic() - self.begun, 3)}
         result = self.reader.result() | {"rawOutput": self.raw.decode("utf-8", "replace")}
         return said + self.say(b"", [{"event": "end", **outcome, "result": result}])
@@ -1297,7 +1262,6 @@ async def read_body(request: Request) -> bytes:
     raise Refusal(413, {"detail": f"The body is larger than {BODY_BYTES} bytes: send the target alone"})
 
 
-@lru_cache(1000)
 def ip_address(text: str) -> IPAddress | None:
     """The address that is written here, IPv6 without its zone, IPv4 where it is mapped into IPv6."""
     try:
@@ -1307,7 +1271,6 @@ def ip_address(text: str) -> IPAddress | None:
     return (address.version == 6 and address.ipv4_mapped) or address
 
 
-@lru_cache(1000)
 def is_believed(peer: IPAddress | None) -> bool:
     return peer is not None and any(peer in network for network in SETTINGS.FORWARDED_ALLOW_IPS)
 
@@ -1402,13 +1365,7 @@ Looking glass: {location}, {facility}
 
 Measure the network from here, with a host name or an address as the target:
 
-    curl -N -d target=example.com {base}/lookingglass/ping
-    curl -N -d target=example.com {base}/lookingglass/ping6
-    curl -N -d target=example.com {base}/lookingglass/traceroute
-    curl -N -d target=example.com {base}/lookingglass/traceroute6
-    curl -N -d target=example.com {base}/lookingglass/mtr
-    curl -N -d target=example.com {base}/lookingglass/mtr6
-
+{commands}
 The same for programs, a JSON object a line:
 
     curl -N -H "Accept: application/x-ndjson" -d target=example.com {base}/lookingglass/mtr
@@ -1431,12 +1388,8 @@ def describe(items: Rates) -> str:
 
 
 def limits_text() -> str:
-    rates = (
-        SETTINGS.RATE_LIMIT_DIAGNOSTICS,
-        SETTINGS.RATE_LIMIT_SPEEDTEST,
-        SETTINGS.RATE_LIMIT_SPEEDTEST_10G,
-    )
-    return "{} of each command, {} of each speed test, {} of 10G".format(*map(describe, rates))
+    each, test = describe(SETTINGS.RATE_LIMIT_DIAGNOSTICS), describe(SETTINGS.RATE_LIMIT_SPEEDTEST)
+    return f"{each} of each command, {test} of each speed test, {describe(SIZES['10G'].rates)} of 10G"
 
 
 async def usage(request: Request) -> Response:
@@ -1444,10 +1397,10 @@ async def usage(request: Request) -> Response:
     if not HOST.fullmatch(host):  # it is printed into lines that people paste into a shell
         host = f"localhost:{SETTINGS.PORT}"
     base = f"{'https' if request.url.scheme in ('https', 'wss') else 'http'}://{host}"
+    commands = "".join(f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in COMMANDS)
     about = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
-    return PlainTextResponse(
-        USAGE.format(base=base, limits=limits_text(), **about), headers={"Vary": "Accept"}
-    )
+    text = USAGE.format(base=base, commands=commands, limits=limits_text(), **about)
+    return PlainTextResponse(text, headers={"Vary": "Accept"})
 
 
 async def answer_refusal(request: Request, refusal: Exception) -> Response:
@@ -1456,9 +1409,8 @@ async def answer_refusal(request: Request, refusal: Exception) -> Response:
         return JSONResponse(refusal.body, refusal.status, refusal.headers)
     except (ValueError, RecursionError):  # what the client sent, to be echoed, cannot be written as JSON
         detail = cast(list[dict[str, object]], refusal.body["detail"])
-        return JSONResponse(
-            {"detail": [{**each, "input": None} for each in detail]}, refusal.status, refusal.headers
-        )
+        body = {"detail": [{**each, "input": None} for each in detail]}
+        return JSONResponse(body, refusal.status, refusal.headers)
 
 
 async def answer_http(request: Request, error: Exception) -> Response:
@@ -1491,9 +1443,7 @@ def array(items: Schema) -> Schema:
 def record(**properties: Schema) -> Schema:
     """An object with these properties and no others; those whose schema says `optional` need not be there."""
     required = [name for name, schema in properties.items() if "optional" not in schema]
-    shown = {
-        name: {k: v for k, v in schema.items() if k != "optional"} for name, schema in properties.items()
-    }
+    shown = {name: {k: schema[k] for k in schema if k != "optional"} for name, schema in properties.items()}
     return {"type": "object", "properties": shown, "required": required, "additionalProperties": False}
 
 
@@ -1575,22 +1525,19 @@ EVENTS = {
         result={"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in RESULTS]},
     ),
 }
+DETAIL, ERROR = record(detail=STRING), record(error=STRING)
 FAULT = record(type=STRING, loc=array(STRING), msg=STRING, input={})
 REFUSALS = {  # status: when, and the body's schema
-    404: ("No such address.", record(detail=STRING)),
-    405: ("Not with this method; `Allow` names those that are.", record(detail=STRING)),
-    408: (f"The body did not come within {BODY_SECONDS} s, or an upload stalled.", record(detail=STRING)),
-    413: (
-        f"The body is larger than {BODY_BYTES} bytes, or {UPLOAD_BYTES} of an upload.",
-        record(detail=STRING),
-    ),
+    404: ("No such address.", DETAIL),
+    405: ("Not with this method; `Allow` names those that are.", DETAIL),
+    408: (f"The body did not come within {BODY_SECONDS} s, or an upload stalled.", DETAIL),
+    413: (f"The body is larger than {BODY_BYTES} bytes, or {UPLOAD_BYTES} of an upload.", DETAIL),
     422: ("No target, or none that can or may be measured: `msg` says why.", record(detail=array(FAULT))),
-    429: ("Over the rate limit, or with all the slots of a client in use.", record(error=STRING)),
-    503: ("No free slot, or a tool that is not installed or may not run.", record(error=STRING)),
+    429: ("Over the rate limit, or with all the slots of a client in use.", ERROR),
+    503: ("No free slot, or a tool that is not installed or may not run.", ERROR),
 }
-RATED = dict(
-    zip(RATE_HEADERS, ("Its requests.", "Those left.", "When one more is free, epoch seconds."), strict=True)
-)
+MEANINGS = ("Its requests.", "Those left.", "When one more is free, epoch seconds.")
+RATED = dict(zip(RATE_HEADERS, MEANINGS, strict=True))
 HEADERS = {"Retry-After": "Seconds after which it is worth another try."} | RATED
 
 
@@ -1629,11 +1576,10 @@ def command_operation(name: str) -> Schema:
     examples = {event: {"summary": about, "value": value} for event, (about, _, value) in EVENTS.items()}
     lines = {"schema": {"oneOf": [reference(event) for event in EVENTS]}, "examples": examples}
     stream: dict[str, Schema] = {TEXT_TYPE: {"schema": STRING}, EVENTS_TYPE: lines}
+    what = "What the tool writes, as it writes it: text, or with `Accept` an event a line."
     return operation(
         f"{command.argv[0]} over IPv{command.version}",
-        answer(
-            "What the tool writes, as it writes it: text, or with `Accept` an event a line.", stream, RATED
-        ),
+        answer(what, stream, RATED),
         (408, 413, 422, 429, 503),
         description=f"Runs `{' '.join(command.argv)} ADDRESS`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "
         f"Limit: {describe(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}.",
@@ -1652,12 +1598,10 @@ def speedtest_operations(name: str) -> dict[str, Schema]:
 
 
 def upload_operation() -> Schema:
-    measured = record(bytes=INTEGER, seconds=NUMBER, mbps=NULLABLE_NUMBER)
+    measured = {"schema": record(bytes=INTEGER, seconds=NUMBER, mbps=NULLABLE_NUMBER)}
     return operation(
         "Takes bytes, keeps nothing, says how fast they came",
-        answer(
-            "The speed, from the first byte to the last.", {"application/json": {"schema": measured}}, RATED
-        ),
+        answer("The speed, from the first byte to the last.", {"application/json": measured}, RATED),
         (408, 413, 429, 503),
         description=f"Limit: {describe(SETTINGS.RATE_LIMIT_SPEEDTEST)}.",
         operationId="speedtest_upload",
@@ -1667,9 +1611,9 @@ def upload_operation() -> Schema:
 
 def openapi() -> Schema:
     """The description of this API, OpenAPI 3.1, from the tables that make it work."""
-    info = dict.fromkeys(("location", "map_url", "facility", "facility_url"), STRING)
-    info |= dict.fromkeys(("looking_glass_ipv4", "looking_glass_ipv6", "your_ip"), STRING)
-    status, missing = enum("ok", "degraded"), array(enum(*PACKAGES)) | {"optional": True}
+    info = dict.fromkeys(about_here(ipaddress.IPv4Address(0)), STRING)
+    missing = array(enum(*PACKAGES)) | {"optional": True}
+    health = json_answer("It.", status=enum("ok", "degraded"), missing=missing)
     page = {"text/html; charset=utf-8": {"schema": STRING}}
     front = answer("How to use it, or with `Accept` the page.", {TEXT_TYPE: {"schema": STRING}, **page})
     return {
@@ -1686,11 +1630,7 @@ def openapi() -> Schema:
             **{f"/speedtest/{name}": speedtest_operations(name) for name in SIZES},
             "/speedtest/upload": {"post": upload_operation()},
             "/network/info": {"get": operation("Where this is, and who you are", json_answer("It.", **info))},
-            "/health": {
-                "get": operation(
-                    "Whether the tools are there", json_answer("It.", status=status, missing=missing)
-                )
-            },
+            "/health": {"get": operation("Whether the tools are there", health)},
             "/": {"get": operation("This server, for people", front)},
             "/openapi.json": {"get": operation("This description", json_answer("OpenAPI 3.1."))},
             "/docs": {"get": operation("This description in Swagger UI", answer("A page.", page))},
@@ -1733,12 +1673,10 @@ def hash_of(script: str) -> str:
     return f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'"
 
 
-def viewer(name: str) -> Response:
+async def viewer(name: str, request: Request) -> Response:
     """A page that shows the description with files from a CDN, and can load and run nothing else."""
     call, files = VIEWERS[name]
-    tags = "".join(
-        LOAD[path.rpartition(".")[2]].format(CDN + path, integrity) for path, integrity in files.items()
-    )
+    tags = "".join(LOAD[path.rpartition(".")[2]].format(CDN + path, files[path]) for path in files)
     run = f"addEventListener('DOMContentLoaded', () => {call});"
     sources = " ".join(CDN + path for path in files)
     policy = f"default-src 'none'; script-src {hash_of(run)} {sources}; style-src 'unsafe-inline' {sources}; "
@@ -1761,10 +1699,6 @@ def viewer(name: str) -> Response:
 
 async def describe_api(request: Request) -> Response:
     return JSONResponse(openapi())
-
-
-async def show_api(name: str, request: Request) -> Response:
-    return viewer(name)
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
@@ -2657,34 +2591,22 @@ SPARE_CONNECTIONS = 100  # beyond, which are told that there are too many
 STOP_SECONDS = 3  # what uvicorn waits for answers that are not taken when the server ends
 
 
-class Peer:
-    """Keeps who is connected, before ProxyHeadersMiddleware writes over it."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope["peer"] = (scope.get("client") or ("",))[0]
-        await self.app(scope, receive, send)
-
-
 FRAMING = {b"content-length", b"transfer-encoding"}
 
 
-class CloseUnread:
-    """Closes the connection after an answer that did not wait for the whole body of its request."""
+class Edge:
+    """Keeps who is connected, before ProxyHeadersMiddleware writes over it, and closes the connection after
+    an answer that did not wait for the whole body of its request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["peer"] = (scope.get("client") or ("",))[0]
         framing = {name for name, _ in scope.get("headers", ()) if name in FRAMING}
         if framing == FRAMING:  # proxies differ on which of them counts
-            refusal = JSONResponse(
-                {"detail": "Content-Length and Transfer-Encoding"}, 400, {"Connection": "close"}
-            )
-            return await refusal(scope, receive, send)
+            both = {"detail": "Content-Length and Transfer-Encoding"}
+            return await JSONResponse(both, 400, {"Connection": "close"})(scope, receive, send)
         unread = bool(framing)
 
         async def watch() -> Message:
@@ -2701,10 +2623,6 @@ class CloseUnread:
         return await (self.app(scope, watch, close) if unread else self.app(scope, receive, send))
 
 
-def install_hint(tools: Sequence[str]) -> str:
-    return "apt-get install " + " ".join(PACKAGES[tool] for tool in tools)
-
-
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Says at the start what an operator has to know."""
@@ -2718,7 +2636,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         log.warning("Missing: %s. Their commands answer 503 until you install them: %s", tools, hint)
     if SETTINGS.CORS_CREDENTIALS and "*" in SETTINGS.CORS_ORIGINS:
         log.warning(
-            "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: name the origins to allow credentials"
+            "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: name the origins that may have it"
         )
     yield
 
@@ -2729,7 +2647,7 @@ app = Starlette(
         Route("/health", health),
         Route("/network/info", network_info),
         Route("/openapi.json", describe_api),
-        *(Route(f"/{name}", partial(show_api, name), name=name) for name in VIEWERS),
+        *(Route(f"/{name}", partial(viewer, name), name=name) for name in VIEWERS),
         *(
             Route(f"/lookingglass/{name}", partial(diagnostic, name), methods=["POST"], name=name)
             for name in COMMANDS
@@ -2738,10 +2656,8 @@ app = Starlette(
         Route("/speedtest/upload", upload, methods=["POST"]),
     ],
     middleware=[
-        Middleware(Peer),
-        Middleware(
-            ProxyHeadersMiddleware, trusted_hosts=[str(each) for each in SETTINGS.FORWARDED_ALLOW_IPS]
-        ),
+        Middleware(Edge),
+        Middleware(ProxyHeadersMiddleware, trusted_hosts=[*map(str, SETTINGS.FORWARDED_ALLOW_IPS)]),
         Middleware(
             CORSMiddleware,
             allow_origins=SETTINGS.CORS_ORIGINS,
@@ -2750,7 +2666,6 @@ app = Starlette(
             allow_credentials=SETTINGS.CORS_CREDENTIALS and "*" not in SETTINGS.CORS_ORIGINS,
             expose_headers=["Retry-After", *RATE_HEADERS],
         ),
-        Middleware(CloseUnread),
     ],
     exception_handlers={
         Refusal: answer_refusal,
@@ -2805,10 +2720,8 @@ def max_connections() -> int:
 
 
 async def crowded(scope: Scope, receive: Receive, send: Send) -> None:
-    later = {"Retry-After": str(BUSY_SECONDS), "Connection": "close"}
-    await JSONResponse({"error": "The server has too many connections: try again soon"}, 503, later)(
-        scope, receive, send
-    )
+    full = {"error": "The server has too many connections: try again soon"}
+    await JSONResponse(full, 503, LATER | {"Connection": "close"})(scope, receive, send)
 
 
 class Server(uvicorn.Server):
@@ -2901,14 +2814,10 @@ def serve() -> None:
 def ask_health() -> None:
     """Print what /health of the server with these settings answers; raises SystemExit where none does."""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(SETTINGS.HOST, SETTINGS.HOST)  # noqa: S104
-    connection: http.client.HTTPConnection
-    if SETTINGS.SSL_CERTFILE:
-        unverified = ssl._create_unverified_context()  # noqa: S323 - the certificate is for the public name
-        connection = http.client.HTTPSConnection(
-            host, SETTINGS.PORT, timeout=BUSY_SECONDS, context=unverified
-        )
-    else:
-        connection = http.client.HTTPConnection(host, SETTINGS.PORT, timeout=BUSY_SECONDS)
+    connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+    if SETTINGS.SSL_CERTFILE:  # which is for the public name
+        connect = partial(http.client.HTTPSConnection, context=ssl._create_unverified_context())  # noqa: S323
+    connection = connect(host, SETTINGS.PORT, timeout=BUSY_SECONDS)
     try:
         connection.request("GET", "/health")
         print(connection.getresponse().read().decode())
