@@ -42,7 +42,7 @@ import idna
 import limits
 import uvicorn
 from dotenv import dotenv_values
-from limits.storage import storage_from_string
+from limits.storage import MemoryStorage, storage_from_string
 from limits.strategies import MovingWindowRateLimiter
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -221,7 +221,9 @@ SETTINGS = load_settings({**read_env_file(Path(__file__).with_name(".env")), **o
 # ---- targets -----------------------------------------------------------------------------------------------
 
 RESOLVE_SECONDS = 5
-THREADS = 100  # with lookups that nobody waits for any more: a resolver may take its time to give up
+# With calls that nobody waits for any more: a resolver may take its time to give up. Slow names leave room
+# for the shared store.
+LOOKUP_THREADS, STORE_THREADS = 100, 200
 
 IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}", re.ASCII)
 IPV6 = re.compile(r"\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Fa-f:.]{2,45}")
@@ -348,14 +350,14 @@ def is_allowed(address: IPAddress) -> bool:
     return is_public(address) or any(address in network for network in SETTINGS.TARGET_ALLOW)
 
 
-async def in_thread(function: Callable[[], T], seconds: float) -> T:
-    """Call a function that blocks, in a thread of its own.
+async def in_thread(function: Callable[[], T], seconds: float, threads: int) -> T:
+    """Call a function that blocks, in a thread of its own, where there are no more than so many.
 
-    Raises TimeoutError when it is late, RuntimeError where there are too many. asyncio's pool has few,
+    Raises TimeoutError when it is late, RuntimeError where there are more. asyncio's pool has few,
     which slow names or a dead store would hold while others wait, and the server's end waits for it. A thread
     that is late here is left to itself.
     """
-    if threading.active_count() > THREADS:
+    if threading.active_count() > threads:
         raise RuntimeError("too many threads")
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()
@@ -380,7 +382,7 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
     family = socket.AF_INET if version == 4 else socket.AF_INET6
     ask = partial(socket.getaddrinfo, target.encode("ascii"), None, family, socket.SOCK_STREAM)
     try:
-        found = await in_thread(ask, RESOLVE_SECONDS)
+        found = await in_thread(ask, RESOLVE_SECONDS, LOOKUP_THREADS)
     except TimeoutError:
         late = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or an address"
         raise invalid(late, target) from None
@@ -399,6 +401,7 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
 
 STORE_SECONDS = 2  # what a shared store may take for an answer
 STORE_REST_SECONDS = 30  # how long it is left alone after it failed
+SWEEP_SECONDS = 60  # how long clients without a hit may be kept in memory
 BUSY_SECONDS = 5  # Retry-After where no slot is free: commands take about 15 s, and end at different times
 LATER = {"Retry-After": str(BUSY_SECONDS)}
 RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
@@ -473,9 +476,11 @@ class Limits:
 
     def __init__(self, uri: str) -> None:
         """Raises SystemExit for a URI that cannot be used."""
-        self.memory = MovingWindowRateLimiter(storage_from_string("memory://"))
+        self.entries = MemoryStorage()
+        self.memory = MovingWindowRateLimiter(self.entries)
         self.shared: MovingWindowRateLimiter | None = None
-        self.failing, self.asleep_until, self.now = False, 0.0, 0.0
+        self.failing, self.asleep_until = False, 0.0
+        self.now, self.swept = 0.0, 0.0
         if uri.startswith("memory:"):
             return
         names = ("socket_timeout", "socket_connect_timeout") if uri.startswith("redis") else ()
@@ -489,22 +494,30 @@ class Limits:
         """The headers of an answer within its rates; raises Refusal beyond them."""
         if not rates:
             return {}
-        before, self.now = self.now, time.time()
-        if (
-            self.now < before - STORE_SECONDS
-        ):  # the clock was set back, and hits of the future would count for long
-            self.memory.storage.reset()
+        self.sweep()
         answer = await self.hit_shared(rates, *key) or hit(self.memory, rates, *key)
         if isinstance(answer, Refusal):
             raise answer
         return answer
+
+    def sweep(self) -> None:
+        """Let go of clients without a hit, which `limits` keeps, and of all when the clock was set back."""
+        before, self.now = self.now, time.time()
+        if self.now < before:  # hits of the future would count for long
+            self.entries.reset()
+            self.swept = self.now
+        if self.now > self.swept + SWEEP_SECONDS:
+            for key in [key for key, hits in self.entries.events.items() if not hits]:
+                self.entries.clear(key)
+            self.swept = self.now
 
     async def hit_shared(self, rates: Rates, *key: str) -> dict[str, str] | Refusal | None:
         """None where there is no shared store, or where it fails."""
         if self.shared is None or time.monotonic() < self.asleep_until:
             return None
         try:
-            answer = await in_thread(partial(hit, self.shared, rates, *key), STORE_SECONDS)
+            ask = partial(hit, self.shared, rates, *key)
+            answer = await in_thread(ask, STORE_SECONDS, STORE_THREADS)
         except Exception as error:  # each client library has its own
             self.asleep_until = time.monotonic() + STORE_REST_SECONDS
             if not self.failing:
@@ -1134,7 +1147,8 @@ class Sink(asyncio.BufferedProtocol):
                     raise ClientDisconnect
                 yield before - self.left
         finally:
-            self.transport.set_protocol(self.http)
+            if not self.transport.is_closing():  # one of TLS has let go of its protocols then
+                self.transport.set_protocol(self.http)
 
 
 async def arrivals(request: Request) -> AsyncGenerator[int]:
@@ -1226,8 +1240,8 @@ class Stream(Response):
             await asyncio.wait((sending, *leaving))
         if not sending.cancelled():
             sending.result()
-        elif STOPPING.is_set() and not self.begun:
-            raise stopping()
+        elif not self.begun:  # uvicorn, where it has not noticed, would send 500 for saying nothing
+            raise stopping() if STOPPING.is_set() else ClientDisconnect
 
 
 async def disconnected(receive: Receive) -> None:
@@ -2714,9 +2728,9 @@ class Protocol(HTTPProtocol):
 
 @cache
 def max_connections() -> int:
-    """As many as there may be files, less those that commands and the rest need."""
+    """As many as there may be files, less those that commands, lookups and the rest need."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(8, min(MAX_CONNECTIONS, files - 4 * DIAGNOSTICS.total - 100))
+    return max(8, min(MAX_CONNECTIONS, files - SPARE_CONNECTIONS - 4 * DIAGNOSTICS.total - LOOKUP_THREADS))
 
 
 async def crowded(scope: Scope, receive: Receive, send: Send) -> None:

@@ -2673,30 +2673,49 @@ def test_at_the_start_the_log_says_where_it_listens_and_which_limits_are_on(serv
     assert "At once: 7 commands, 4 for a client; 20 speed tests, 4 for a client" in server.log
 
 
-def test_https_is_served_directly_and_health_asks_it_over_https(serve: Start, tmp_path: Path) -> None:
+@pytest.fixture
+def https(tmp_path: Path) -> Iterator[tuple[dict[str, str], ssl.SSLContext, Path]]:
+    """A server with a certificate of its own: its settings, what trusts it, its log."""
     if not shutil.which("openssl"):
         lacking("the command openssl")
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    key, certificate, log = (tmp_path / name for name in ("key.pem", "certificate.pem", "log"))
     line = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
     line += f" -keyout {key} -out {certificate}"
     subprocess.run(line.split(), check=True, capture_output=True)
-    port = free_port()
-    environment = {"SSL_CERTFILE": str(certificate), "SSL_KEYFILE": str(key), "PORT": str(port)}
-    folder = tmp_path / "server"
-    folder.mkdir()
-    process = subprocess.Popen([sys.executable, "lg.py"], cwd=HERE, env={**os.environ, **environment})
-    try:
-        asked = until(
-            lambda: ask_health(**environment) if ask_health(**environment).returncode == 0 else None
+    environment = {"SSL_CERTFILE": str(certificate), "SSL_KEYFILE": str(key), "PORT": str(free_port())}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "lg.py"], cwd=HERE, env={**os.environ, **environment}, stderr=output
         )
-        assert json.loads(asked.stdout)["status"] in ("ok", "degraded")
-        context = ssl.create_default_context(cafile=certificate)
-        assert (
-            httpx.get(f"https://localhost:{port}/health", verify=context, trust_env=False).status_code == 200
-        )
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
+    until(lambda: "startup complete" in log.read_text())
+    yield environment, ssl.create_default_context(cafile=certificate), log
+    process.terminate()
+    process.wait(PATIENCE)
+
+
+def test_https_is_served_directly_and_health_asks_it_over_https(
+    https: tuple[dict[str, str], ssl.SSLContext, Path],
+) -> None:
+    environment, context, _ = https
+    asked = ask_health(**environment)
+    assert json.loads(asked.stdout)["status"] in ("ok", "degraded")
+    url = f"https://localhost:{environment['PORT']}/health"
+    assert httpx.get(url, verify=context, trust_env=False).status_code == 200
+
+
+def test_an_upload_over_https_that_breaks_off_is_no_error(
+    https: tuple[dict[str, str], ssl.SSLContext, Path],
+) -> None:
+    environment, context, log = https
+    with socket.create_connection(("localhost", int(environment["PORT"]))) as plain:
+        connection = context.wrap_socket(plain, server_hostname="localhost")
+        head = b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nContent-Length: 99999999\r\n\r\n"
+        connection.sendall(head + bytes(100_000))
+        connection.sendall(bytes(900_000))
+        connection.unwrap()
+    until(lambda: "outcome='broken off'" in log.read_text())
+    assert ask_health(**environment).returncode == 0
+    assert "Traceback" not in log.read_text()
 
 
 def ask_health(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -3604,6 +3623,17 @@ def test_a_connection_without_a_complete_request_is_closed_after_10_s(echo: Serv
     assert 5 < time.monotonic() - begun < 20
 
 
+def test_who_sends_more_than_a_request_and_hangs_up_before_the_answer_makes_no_error(serve: Start) -> None:
+    server = serve(names={"slow.example": "hang"})
+    connection = server.begin(target="slow.example")
+    until(lambda: server.lookups)
+    connection.sendall(b"and more")
+    connection.shutdown(socket.SHUT_WR)
+    assert not left(connection).startswith(b"HTTP/1.1 500")
+    until(lambda: "outcome='client gone'" in server.log)
+    assert "ERROR" not in server.log
+
+
 def test_a_thousand_idle_connections_leave_the_service_answering(serve: Start) -> None:
     server = serve(tools={"ping": ECHO})
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3723,6 +3753,21 @@ def test_when_no_descriptor_is_left_the_answer_is_503_and_later_it_works(serve: 
 def test_a_full_disk_under_the_log_does_not_stop_the_service(serve: Start) -> None:
     server = serve(command=("sh", "-c", f"exec {sys.executable} lg.py 2>/dev/full"), tools={"ping": ECHO})
     assert [server.run("ping").status_code for _ in range(3)] == [200, 200, 200]
+
+
+def test_clients_whose_hits_are_over_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lg, "SWEEP_SECONDS", 0)
+    counted, rates = lg.Limits("memory://"), tuple(limits.parse_many("1000/second"))
+
+    def clients() -> int:
+        counted.sweep()
+        lg.hit(counted.memory, rates, "ping", "127.0.0.1")
+        return len(counted.entries.events)
+
+    for number in range(50):
+        lg.hit(counted.memory, rates, "ping", str(number))
+    assert clients() == 51
+    until(lambda: clients() == 1)
 
 
 def test_a_clock_that_is_set_back_an_hour_locks_nobody_out(serve: Start) -> None:
