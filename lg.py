@@ -140,9 +140,9 @@ PROXIES = Kind(CIDRS.expected + "; not *, which would believe what any client sa
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 BOOLEAN = Kind("true or false", lambda text: BOOLEANS[text.lower()])
 RATES = Kind("rates such as 2/minute;30/hour, or off", rates)
-PLACES = Kind('JSON like [{"name": "Amsterdam", "url": "https://ams.example.com"}]', places)
+PLACES = Kind('JSON like [{"name": "Amsterdam", "url": "https://ams.example.com"}], no IPv6 address', places)
 COUNT = whole(1, 10000)
-URI = Kind("the URI of a storage", lambda text: text)
+URI = Kind("the URI of a storage", lambda text: text)  # not str: empty is the default
 
 
 @dataclass(frozen=True)
@@ -975,7 +975,7 @@ async def started(command: Command, address: IPAddress) -> AsyncIterator[Process
         await process.end()
 
 
-class Account:
+class Transcript:
     """What a client is told of a run as it goes on: text, or a JSON object a line for each event."""
 
     def __init__(self, name: str, target: IPAddress | str, address: IPAddress, structured: bool) -> None:
@@ -1027,12 +1027,12 @@ async def diagnose(
         try:
             address = await resolve(target, command.version)
             async with started(command, address) as process:
-                account = Account(name, target, address, structured)
+                transcript = Transcript(name, target, address, structured)
                 yield head
-                yield account.start()
+                yield transcript.start()
                 async with aclosing(process.output()) as chunks:
                     async for chunk in chunks:
-                        yield account.say(*account.reader.feed(chunk))
+                        yield transcript.say(*transcript.reader.feed(chunk))
             outcome = process.fault or "finished"
         except Refusal as refusal:
             outcome = "refused"
@@ -1042,7 +1042,7 @@ async def diagnose(
             about = (name, target, address, client, outcome, time.monotonic() - begun)
             log.info("%s target=%s address=%s client=%s outcome=%r seconds=%.1f", *about)
     status = process.tool.returncode
-    yield account.end(process.fault, status if status >= 0 else None)
+    yield transcript.end(process.fault, status if status >= 0 else None)
 
 
 async def detached(items: AsyncGenerator[T]) -> AsyncGenerator[T]:
