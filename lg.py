@@ -1727,7 +1727,7 @@ STYLE = """\
   --bad: light-dark(#a81a13, #ffa79f); --tint: light-dark(#fcd9d5, #5c231f);
   font: clamp(1rem, .8rem + .35vw, 1.6rem)/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
 }
-* { box-sizing: border-box; margin: 0; }
+* { box-sizing: border-box; margin: 0; print-color-adjust: exact; }
 [hidden] { display: none !important; }
 body { max-width: 100rem; margin: auto; padding: clamp(.75rem, 2vw, 2rem); background: var(--page);
   color: var(--text); }
@@ -1756,7 +1756,7 @@ button:disabled { color: var(--dim); border-style: dashed; cursor: default; }
   border: 1px solid; border-radius: 1px; color: var(--edge);
   box-shadow: .2em -.2em 0 -1px var(--card), .2em -.2em; }
 .copy.done::after { content: "✓" / ""; border: 0; box-shadow: none; color: var(--accent); }
-.row label { display: grid; min-width: 0; }
+.row label { display: grid; grid: auto / minmax(0, 1fr); min-width: 0; }
 .row > .target { flex: 1 1 15rem; }
 #where { width: 11rem; }
 .choice { display: grid; grid: auto-flow / repeat(2, 4.5rem); gap: .3rem; }
@@ -1797,30 +1797,30 @@ svg { display: block; width: 100%; height: 100%; fill: none; stroke: var(--accen
 #results:has(.card + .card) { margin-inline: min(0px, 50% - 50vw + 2rem); }
 .card .row { align-items: center; }
 .card p { min-height: 1.45em; font-size: .85rem; }
-.state { display: flex; gap: .6rem; align-items: center; }
+.state { min-height: 2.5rem; margin-top: 0; display: flex; gap: .6rem; align-items: center; }
 .again { flex: none; min-height: 1.7rem; padding-block: 0; }
 .row:has([value=text]:checked) + .body .live, .row:has([value=graph]:checked) + .body pre { display: none; }
 pre { font-size: .85rem; }
 table { width: 100%; table-layout: fixed; border-collapse: collapse; }
 tr { height: 2.1rem; }
 th, td { padding: .25rem .35rem; border-bottom: 1px solid var(--line); text-align: end; }
-thead th { width: 4.6rem; }
+thead th { width: 4rem; }
 th:first-child { width: 2.2rem; }
 th:nth-child(2), td:nth-child(2) { width: auto; text-align: start; }
 td small { display: block; }
 .silent td { color: var(--dim); }
 .lossy .loss { background: linear-gradient(var(--tint) 0 0) no-repeat 0 / calc(var(--loss) * 1%) 100%;
   color: var(--bad); font-weight: 600; }
-thead .spread { width: 24%; text-align: start; }
-.again:not([data-limit]) { visibility: hidden; }
+thead .spread { width: 16%; text-align: start; }
+.again:not([data-limit]) { display: none; }
 :not(.silent) > td.spread { --reach: calc(97% / var(--top)); --at: calc(var(--avg) * var(--reach));
   --from: calc(var(--min) * var(--reach)); --to: calc(var(--max) * var(--reach) + 3px); background:
     linear-gradient(90deg, #0000 var(--at), var(--accent) 0 calc(var(--at) + 3px), #0000 0) 0 / 100% 1rem
     no-repeat,
     linear-gradient(90deg, #0000 var(--from), var(--edge) 0 var(--to), #0000 0) 0 / 100% .6rem no-repeat; }
-.hush { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.hush { position: fixed; top: 0; clip-path: inset(50%); }
 @container (max-width: 46rem) { .wide, .bars i:not(.lost)::before { display: none; } }
-@container (max-width: 30rem) { .card > p { min-height: 2.9em; }
+@container (max-width: 28rem) { .card > p { min-height: 2.9em; }
   tr { display: grid; grid: auto auto / 2.2rem repeat(4, 1fr); height: auto; padding: .3rem 0;
     border-bottom: 1px solid var(--line); }
   tr > * { grid-row: 2; width: auto !important; padding-block: 0; border: 0; } tbody th { grid-row: 1 / 3; }
@@ -1831,7 +1831,7 @@ thead .spread { width: 24%; text-align: start; }
   animation: pulse 1s infinite alternate; } @keyframes pulse { to { opacity: .2; } } }
 @media (forced-colors: active) { .bars, .spread, .loss, .choice :has(:checked) {
   forced-color-adjust: none; } }
-@media (scripting: none) { .script, progress, .plot, details dl { display: none; } }
+@media (scripting: none) { .script, progress, .plot, details dl, .copy::after { display: none !important; } }
 """
 
 SCRIPT = r"""
@@ -1849,6 +1849,8 @@ const places = [...at.options].map((option) => ({
 // An AbortController for each run, and that of a speed test.
 const running = new Set();
 let transferring;
+// Which tab a card opens with.
+let tab = "graph";
 // When what was limited may be asked for again, epoch ms.
 const allowed = new Map();
 
@@ -1920,6 +1922,7 @@ async function look(place) {
 
 function show(place) {
   const info = place.info ?? { location: place.name };
+  document.title = `Looking glass: ${info.location}`;
   for (const element of document.querySelectorAll("[data-info]")) {
     const { info: key, link, label } = element.dataset;
     element.textContent = info[key] && (label ?? info[key]);
@@ -2008,10 +2011,12 @@ async function* chunks(stream) {
 }
 
 async function* events({ place, command, target, limit }, signal) {
-  const body = new URLSearchParams({ target }),
-    headers = { Accept: "application/x-ndjson" };
-  const options = { method: "POST", headers, body, signal };
-  const answer = await reach(place, `lookingglass/${command}`, options);
+  const answer = await reach(place, `lookingglass/${command}`, {
+    method: "POST",
+    headers: { Accept: "application/x-ndjson" },
+    body: new URLSearchParams({ target }),
+    signal,
+  });
   if (!answer.ok) throw await refusal(answer, limit);
   let rest = "";
   for await (const chunk of chunks(answer.body.pipeThrough(new TextDecoderStream()))) {
@@ -2046,12 +2051,12 @@ async function launch(cards) {
   running.add(controller);
   say(`${card.command} is running`);
   refresh();
-  await Promise.all(cards.map((each) => follow(each, controller.signal)));
+  await Promise.allSettled(cards.map((each) => follow(each, controller.signal)));
   running.delete(controller);
   stop(controller);
   refresh();
-  const ending = card.begun ? `${card.command} ${card.outcome}: ${card.view.summary()}` : "";
-  say(cards.length > 1 ? `${card.command} has ended at all places` : ending);
+  if (cards.length > 1) say(`${card.command} has ended at all places`);
+  else say(card.begun ? `${card.command} ${card.outcome}: ${card.view.summary()}` : "");
 }
 
 function complain(message, invalid = false) {
@@ -2077,8 +2082,8 @@ async function start(where) {
   // What was there is worth more than the card of a refusal.
   $("results").replaceChildren(...before);
   complain(card.failed ?? "", card.invalid);
-  if (card.invalid) target.focus();
   refresh();
+  if (card.failed) target.focus();
 }
 
 // A run at a place: its node, which shows it, and what happens to it.
@@ -2094,30 +2099,43 @@ function newCard(place, radio, target) {
     type: "button",
     onclick: () => copy(ticket(), button),
   });
-  const tab = (value, checked) =>
-    make("label", set(make("input"), { type: "radio", name: limit, value, checked }), value);
-  const tabs = set(make("fieldset.choice", tab("graph", true), tab("text", false)), { ariaLabel: "Show" });
+  const radios = ["graph", "text"].map((value) =>
+    make("label", set(make("input"), { type: "radio", name: limit, value, checked: value === tab }), value),
+  );
+  const tabs = set(make("fieldset.choice", ...radios), {
+    ariaLabel: "Show",
+    onchange: (event) => (tab = event.target.value),
+  });
   const body = set(make("div.body", make("div.live", view.node), text), {
     tabIndex: 0,
     role: "group",
     ariaLabel: `Result from ${place.name}`,
   });
-  const title = make("h2", `${place.name}: ${command} to ${target}`);
-  const rows = [make("div.state", state, again), make("div.row", tabs, button)];
-  const node = make("section.card", title, about, ...rows, body);
+  const node = make(
+    "section.card",
+    make("h2", `${place.name}: ${command} to ${target}`),
+    about,
+    make("div.state", state, again),
+    make("div.row", tabs, button),
+    body,
+  );
   const card = { place, command, target, limit, view, node };
   let drawing = 0;
 
   card.take = (event) => {
+    const seen = node.getBoundingClientRect().bottom < innerHeight + 2;
     if (event.event === "start") {
       card.begun = event.time;
       about.textContent = `to ${event.address}, ${event.time.replace("T", " ").replace("Z", " UTC")}`;
     }
     view.take(event);
+    if (seen) node.scrollIntoView({ block: "nearest" });
     card.raw = event.result?.rawOutput;
     drawing ||= requestAnimationFrame(write);
-    if (event.event === "end")
-      card.end(event.error ?? `finished in ${event.duration.toFixed(1)} s`, event.error);
+    if (event.event === "end") {
+      const finished = `finished in ${event.duration.toFixed(1)} s`;
+      card.end(event.error?.replace(`${command}: `, "") ?? finished, event.error);
+    }
   };
   card.end = (outcome, faulty) => {
     card.outcome = state.textContent = outcome;
@@ -2133,14 +2151,19 @@ function newCard(place, radio, target) {
     drawing = 0;
   }
   function ticket() {
-    const when = `at ${card.begun ?? new Date().toISOString()}, ${state.textContent}`;
-    return `${command} ${target}\nfrom ${place.name}, ${place.url || here}\n${when}\n\n${text.textContent}`;
+    const head = `${command} ${target}\nfrom ${place.name}, ${place.url || here}\nat `;
+    return `${head}${card.begun ?? new Date().toISOString()}, ${state.textContent}\n\n${text.textContent}`;
   }
   function repeat() {
     const next = newCard(place, radio, target);
     node.replaceWith(next.node);
     next.node.lastChild.focus();
-    launch([next]).then(() => next.begun || say(next.outcome));
+    launch([next]).then(() => {
+      if (next.begun) return;
+      // What had come is worth more than another refusal.
+      next.node.replaceWith(node);
+      say((state.textContent = next.outcome));
+    });
   }
   return card;
 }
@@ -2170,7 +2193,7 @@ function pingView(argv) {
     bar.style.gridColumn = seq;
     bar.style.setProperty("--rtt", rtt);
     plot.style.setProperty("--top", top);
-    plot.dataset.top = `${ms(top)} ms`;
+    if (rtt) plot.dataset.top = `${ms(top)} ms`;
   }
   function reckon() {
     const known = Object.values(rtts),
@@ -2307,13 +2330,9 @@ async function sample(id, { place, signal }, most) {
     await ask(place, "health", signal);
     if (count) times.push(performance.now() - begun);
     const steps = times.slice(1).map((time, i) => Math.abs(time - times[i])),
-      sorted = [...times].sort((a, b) => a - b);
+      median = times.toSorted((a, b) => a - b)[times.length >> 1];
     if (count > 1)
-      figure(
-        id,
-        `${ms(sorted[times.length >> 1])} ms`,
-        `median of ${times.length}, jitter ${ms(mean(steps))} ms`,
-      );
+      figure(id, `${ms(median)} ms`, `median of ${times.length}, jitter ${ms(mean(steps))} ms`);
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
 }
@@ -2346,13 +2365,14 @@ function newMeter(id, { place, length }) {
   function end(counted, refused) {
     clearInterval(timer);
     tick();
-    if (!bytes || refused) return figure(id, "–", "");
+    if (!bytes) return;
+    if (refused) return figure(id, "–", "");
     const seconds = counted?.seconds ?? (performance.now() - begun) / 1000,
-      by = counted ? ", counted by the server" : "";
+      says = `${place.name}: average of ${size(bytes)} in ${seconds.toFixed(1)} s`;
     figure(
       id,
       rate(counted?.mbps ?? (bytes * 8e-6) / seconds),
-      `${place.name}: average of ${size(bytes)} in ${seconds.toFixed(1)} s${by}`,
+      says + (counted ? ", counted by the server" : ""),
     );
   }
   return { add, end };
@@ -2369,8 +2389,6 @@ async function transfer(move, largest) {
   let meter,
     trouble = "";
   $("trouble").textContent = "";
-  $("progress").value = 0;
-  $("curve").setAttribute("points", "");
   figure("during", "–", "");
   refresh();
   // Firefox leaves a button that is disabled the focus, and gives it no keys: not Escape either.
@@ -2382,9 +2400,10 @@ async function transfer(move, largest) {
     sample("during", test, Infinity).catch(() => {});
     meter.end(await move(test, meter));
   } catch (error) {
-    const lost = `The connection to ${place.name} was lost: try again.`,
-      refused = error?.refused;
-    trouble = signal.aborted ? "Cancelled" : refused ? error.message : lost;
+    const refused = error?.refused && error.message;
+    trouble = signal.aborted
+      ? "Cancelled"
+      : refused || `The connection to ${place.name} was lost: try again.`;
     meter?.end(undefined, refused);
   }
   stop(transferring);
@@ -2440,7 +2459,7 @@ function begin() {
     option.selected = option.text === new URLSearchParams(location.search).get("at");
   if (places.length < 2) $("where").hidden = $("all").hidden = true;
   advise(chosen());
-  target.focus();
+  target.focus({ preventScroll: true });
   places.forEach(look);
   setInterval(refresh, 1000);
 }
@@ -2527,10 +2546,11 @@ autocapitalize="none" autocomplete="off" enterkeyhint="go" aria-describedby="fau
 </html>
 """
 
-# As they are sent: without what makes them readable.
+# As they are sent: without what makes them readable. No text has spaces around an operator.
 LEAN_STYLE = re.sub(r"(?<=[:;,{}])\s+|;?\s+(?=[{}])", "", STYLE)
 LEAN_SCRIPT = re.sub(r"^\s*(?://.*\n)?", "", SCRIPT, flags=re.MULTILINE)
-LEAN_SCRIPT = re.sub(r"(?<=[;,{(])\n|[;,]?\n(?=[})])|(?<=\{) | (?=\})| (?==>)|(?<==>)\s", "", LEAN_SCRIPT)
+LEAN_SCRIPT = re.sub(r"(?<=[;,{(])\n|[;,]?\n(?=[})])|(?<=\{) | (?=\})", "", LEAN_SCRIPT)
+LEAN_SCRIPT = re.sub(r" (=>|===?|&&|\|\||\?\?|[-+*<>=])\s", r"\1", LEAN_SCRIPT)
 POLICY = {
     "default-src": ("'none'",),
     "script-src": (hash_of(LEAN_SCRIPT),),

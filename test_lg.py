@@ -1929,6 +1929,10 @@ def test_the_text_is_behind_a_tab_and_is_copied_for_a_ticket(visit: Visit, amste
     assert page.is_hidden(".card table")
     raw = page.inner_text("pre")
     assert raw.startswith("target.lg.example has address 198.51.100.254\ntraceroute to 198.51.100.254")
+    page.click("#run")
+    ended(page)
+    assert page.is_visible("pre")  # the tab is remembered
+    raw = page.inner_text("pre")
     page.click(".card .copy")
     until(lambda: page.inner_text("#status") == "Copied")
     head, _, rest = page.evaluate("navigator.clipboard.readText()").partition("\n\n")
@@ -2000,6 +2004,8 @@ def test_a_speed_test_beyond_the_limit_counts_down(visit: Visit, serve_in_hops: 
         page.wait_for_selector("#cancel:enabled")
         page.wait_for_selector("#cancel:disabled")
     assert page.inner_text("#trouble") == "Rate limit exceeded: 1 per 8 second"
+    if kind == "download":  # of an upload, bytes had left before the refusal
+        assert "average of 100 MiB" in page.inner_text("#downloaded")
     assert re.fullmatch(r"Wait \d+ s", page.inner_text(f"#{kind}"))
     assert page.is_disabled(f"#{kind}")
     page.wait_for_selector(f"#{kind}:enabled")
@@ -2035,6 +2041,7 @@ def test_another_place_keeps_command_and_target_and_is_asked_itself(visit: Visit
     assert asked == [f"{frankfurt}/lookingglass/traceroute"]
     assert f":{amsterdam.port}" not in frankfurt
     assert page.inner_text("h2") == "Frankfurt: traceroute to target.lg.example"
+    assert page.title() == "Looking glass: Frankfurt am Main"
 
 
 def test_a_place_that_is_down_is_shown_as_down(visit: Visit, amsterdam: Server) -> None:
@@ -2192,6 +2199,7 @@ def test_a_connection_that_is_lost_is_said_and_tried_again(visit: Visit, serve_i
     assert page.locator(".bars i").count() == 3
     page.click(".card >> text=Try again")
     until(lambda: "No answer from Amsterdam" in ended(page))
+    assert page.locator(".bars i").count() == 3  # what had come is still there
     serve_in_hops(tools={"ping": QUICK_PING}, PORT=str(server.port))
     page.click(".card >> text=Try again")
     until(lambda: ended(page).startswith("finished"))
@@ -2281,6 +2289,7 @@ def test_axe_finds_nothing(visit: Visit, amsterdam: Server, axe: str, scheme: st
         ended(page)
         page.click(".card label:has-text('text')")
         look(f"{command} as text")
+        page.click(".card label:has-text('graph')")
     page.click("#all")
     page.wait_for_selector(".card .fault")
     page.wait_for_selector(".card .busy", state="detached")
@@ -2306,6 +2315,25 @@ def test_nothing_shifts_while_results_arrive(visit: Visit, serve_in_hops: Start,
         assert shifts(page) == []
 
 
+def test_results_stay_in_sight_while_they_grow(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam, f"?command=mtr&target={TARGET4}", viewport={"width": 360, "height": 740})
+    page.click("#run")
+    ended(page)
+    bottom = page.eval_on_selector("tbody tr:last-child", "(row) => row.getBoundingClientRect().bottom")
+    assert 0 < bottom <= 740
+
+
+@pytest.mark.parametrize("width", [320, 800, 1280])
+def test_a_long_name_of_a_place_stays_in_its_field(visit: Visit, serve_in_hops: Start, width: int) -> None:
+    places = [{"name": "Amsterdam Science Park, building 2", "url": "https://two.example"}]
+    page = visit(serve_in_hops(LOCATIONS=json.dumps(places)), viewport={"width": width, "height": 800})
+    where, field = (page.locator(each).bounding_box() for each in ("[name=at]", "[name=target]"))
+    assert where
+    assert field
+    assert where["x"] + where["width"] <= min(width, field["x"] if where["y"] == field["y"] else width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 @pytest.mark.parametrize("width", [320, 1024, 3840])
 def test_nothing_is_wider_than_the_screen(visit: Visit, amsterdam: Server, width: int) -> None:
     page = visit(amsterdam, f"?command=mtr6&target={TARGET6}", viewport={"width": width, "height": 800})
@@ -2319,6 +2347,7 @@ def test_nothing_is_wider_than_the_screen(visit: Visit, amsterdam: Server, width
         if button == "#run":
             page.click(".card label:has-text('text')")
             widths.append(page.evaluate("document.documentElement.scrollWidth"))
+            page.click(".card label:has-text('graph')")
     assert max(widths) <= width
 
 
@@ -2370,6 +2399,7 @@ def test_without_javascript_the_form_works_and_shows_the_text(visit: Visit, amst
     page.wait_for_url("**/lookingglass/traceroute")
     assert "\ntraceroute to 198.51.100.254" in page.inner_text("body")
     page.go_back()
+    assert page.is_hidden("[name=at]")  # without the script it could not choose
     page.click("summary")
     assert page.get_attribute("a:has-text('100M')", "href") == "speedtest/100M"
 
@@ -2494,6 +2524,11 @@ def test_what_another_place_sends_cannot_change_the_page(visit: Visit, serve_in_
             assert ended(page) == "The connection was lost."
             assert page.locator("main [style*=fixed], main img, .live [hidden]").count() == 0
             assert "owned" not in page.inner_text(".live")
+    body = f'{json.dumps(start)}\n{{"event":"end","duration":1,"result":{{"rawOutput":{{"toString":1}}}}}}\n'
+    page.unroute_all()
+    page.route("**/lookingglass/*", answering(body))
+    page.click("#run")
+    until(lambda: page.inner_text("#run") == "Run")
 
 
 def test_a_setting_says_who_may_frame_the_page(serve: Start) -> None:
@@ -2513,6 +2548,12 @@ def test_the_page_is_small(echo: Server) -> None:
     assert packed.headers["Content-Encoding"] == "gzip"
     assert int(packed.headers["Content-Length"]) < 12_000
     assert packed.text == plain.text
+
+
+def test_what_is_left_out_of_the_script_as_it_is_sent_is_in_no_text() -> None:
+    texts = re.findall(r'"[^"\n]*"', re.sub(r"^\s*//.*", "", lg.SCRIPT, flags=re.MULTILINE))
+    assert len(texts) > 150
+    assert [text for text in texts if text not in lg.LEAN_SCRIPT] == []
 
 
 def test_who_is_no_browser_gets_the_usage(echo: Server) -> None:
