@@ -432,10 +432,10 @@ class Slots:
         if STOPPING.is_set():
             raise stopping()
         if self.taken[client] >= self.per_client:
-            mine = f"You have {self.per_client} {self.what} running: wait until one has ended"
+            mine = f"You may run {self.per_client} {self.what} at once: wait until one has ended"
             raise Refusal(429, {"error": mine}, LATER)
         if self.taken.total() >= self.total:
-            all_taken = f"The server has {self.total} {self.what} running: try again soon"
+            all_taken = f"The server is full, with {self.total} {self.what} at once: try again soon"
             raise Refusal(503, {"error": all_taken}, LATER)
         self.taken[client] += 1
         try:
@@ -961,6 +961,8 @@ class Process:
 async def started(command: Command, address: IPAddress) -> AsyncIterator[Process]:
     """The command's tool, running towards an address; gone when the context is left. Raises Refusal."""
     tool = command.argv[0]
+    if STOPPING.is_set():
+        raise stopping()
     try:
         process = Process([*command.argv, str(address)], command.results, SETTINGS.DIAGNOSTIC_TIMEOUT)
     except (FileNotFoundError, PermissionError):
@@ -1793,7 +1795,7 @@ svg { display: block; width: 100%; height: 100%; fill: none; stroke: var(--accen
 .figures { --least: 5.5rem; margin-bottom: .6rem; }
 .card { container-type: inline-size; min-width: 0; }
 .body { overflow: auto; }
-.card:not(:only-child) .body { height: 22rem; }
+@media not print { .card:not(:only-child) .body { height: 22rem; } }
 #results:has(.card + .card) { margin-inline: min(0px, 50% - 50vw + 2rem); }
 .card .row { align-items: center; }
 .card p { min-height: 1.45em; font-size: .85rem; }
@@ -2120,16 +2122,16 @@ function newCard(place, radio, target) {
     body,
   );
   const card = { place, command, target, limit, view, node };
-  let drawing = 0;
+  let drawing = 0,
+    seen;
 
   card.take = (event) => {
-    const seen = node.getBoundingClientRect().bottom < innerHeight + 2;
+    if (!drawing) seen = node.getBoundingClientRect().bottom < innerHeight + 2;
     if (event.event === "start") {
       card.begun = event.time;
       about.textContent = `to ${event.address}, ${event.time.replace("T", " ").replace("Z", " UTC")}`;
     }
     view.take(event);
-    if (seen) node.scrollIntoView({ block: "nearest" });
     card.raw = event.result?.rawOutput;
     drawing ||= requestAnimationFrame(write);
     if (event.event === "end") {
@@ -2146,9 +2148,11 @@ function newCard(place, radio, target) {
     set(card, { failed, invalid }).end(failed, true);
     set(again.dataset, { limit, says: "Try again" });
   };
+  // Once a frame; what was in sight to its end stays so as it grows.
   function write() {
     text.textContent = card.raw ?? view.lines();
     drawing = 0;
+    if (seen) node.scrollIntoView({ block: "nearest" });
   }
   function ticket() {
     const head = `${command} ${target}\nfrom ${place.name}, ${place.url || here}\nat `;
@@ -2444,7 +2448,10 @@ function begin() {
     complain("");
     fit(target.value);
   };
-  $("size").onchange = refresh;
+  $("size").onchange = () => {
+    $("trouble").textContent = "";
+    refresh();
+  };
   $("download").onclick = () => transfer(download, Infinity);
   // A browser keeps the whole of an upload, on a phone too.
   $("upload").onclick = () => transfer(upload, 100 * 2 ** 20);

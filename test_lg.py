@@ -83,6 +83,10 @@ def getaddrinfo(host, port, family=0, *rest, **more):
     answer = names.get(host.decode().rstrip(".").lower(), names.get("*", []))
     if answer == "hang":
         time.sleep(3600)
+    while answer == "wait" and not os.path.exists(faults + "/go-on"):
+        time.sleep(0.01)
+    if answer == "wait":
+        answer = ["127.0.0.1"]
     if answer == "fail":
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
     found = [a for a in answer if (":" in a) == (family == socket.AF_INET6)]
@@ -2176,7 +2180,9 @@ def test_a_server_without_a_free_slot_is_tried_again(visit: Visit, serve_in_hops
     first.click("#run")
     first.wait_for_selector(".bars i")
     second.click("#run")
-    until(lambda: second.inner_text("#fault") == "The server has 1 commands running: try again soon")
+    until(
+        lambda: second.inner_text("#fault") == "The server is full, with 1 commands at once: try again soon"
+    )
     first.keyboard.press("Escape")
     until(server.idle)
     second.wait_for_selector("#run:enabled")
@@ -3634,6 +3640,17 @@ def test_sigterm_refuses_what_has_not_begun_and_drops_what_does_not_come(serve: 
     assert b"\r\nretry-after: " in answer
     left(half)
     assert "ERROR" not in server.log
+
+
+def test_a_name_that_is_found_when_the_server_ends_starts_nothing(serve: Start) -> None:
+    server = serve(tools={"ping": STUBBORN}, names={"slow.example": "wait"})
+    waiting = server.begin("ping", "slow.example")
+    until(lambda: server.lookups)
+    server.process.terminate()
+    until(lambda: server.run("traceroute").status_code == 503)  # it has taken notice
+    (server.folder / "go-on").touch()
+    assert left(waiting).startswith(b"HTTP/1.1 503 ")
+    assert server.process.wait(PATIENCE) in (0, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
