@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from hashlib import sha256
 from html import escape
 from itertools import pairwise
@@ -1202,6 +1202,7 @@ ESTABLISHED = b"\1"  # the first byte of Linux' struct tcp_info is the connectio
 LOOK_SECONDS = 0.5  # how often it is looked at
 BODY_BYTES = 4096
 BODY_SECONDS = 10
+ADDRESS_CHARS = 64  # more than one with its zone has: of what is longer, no more is kept in a cache
 
 
 class Stream(Response):
@@ -1278,6 +1279,7 @@ async def read_body(request: Request) -> bytes:
     raise Refusal(413, {"detail": f"The body is larger than {BODY_BYTES} bytes: send the target alone"})
 
 
+@lru_cache(1000)
 def ip_address(text: str) -> IPAddress | None:
     """The address that is written here, IPv6 without its zone, IPv4 where it is mapped into IPv6."""
     try:
@@ -1287,6 +1289,7 @@ def ip_address(text: str) -> IPAddress | None:
     return (address.version == 6 and address.ipv4_mapped) or address
 
 
+@lru_cache(1000)
 def is_believed(peer: IPAddress | None) -> bool:
     return peer is not None and any(peer in network for network in SETTINGS.FORWARDED_ALLOW_IPS)
 
@@ -1303,9 +1306,10 @@ def warn_of_proxy() -> None:
 def client_of(request: Request) -> IPAddress:
     """Who is limited, logged and shown as `your_ip`: the peer, or whom a believed peer forwards for."""
     peer = ip_address(request.scope["peer"])
-    named = request.headers.get("x-real-ip", "")
+    named = request.headers.get("x-real-ip", "")[:ADDRESS_CHARS]
     if is_believed(peer):
-        forwarded = ip_address(request.client.host) if request.client else None  # by ProxyHeadersMiddleware
+        # By ProxyHeadersMiddleware.
+        forwarded = ip_address(request.client.host[:ADDRESS_CHARS]) if request.client else None
         if forwarded and not is_believed(forwarded):
             return forwarded
         peer = ip_address(named) or peer
