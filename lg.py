@@ -1895,8 +1895,8 @@ async function copy(text, button) {
   say("Copied");
 }
 
-// An error instead of what does not come for 70 s: a command has 60 in all, and nothing else tells of a
-// network that is gone.
+// An error instead of what does not come for 70 s: a command has 60 in all, where nobody set it otherwise,
+// and nothing else tells of a network that is gone.
 function patiently(promise) {
   let timer;
   const silence = new Promise((_, reject) => (timer = setTimeout(reject, 7e4)));
@@ -2634,9 +2634,7 @@ HEAD_SECONDS = 10  # for the head of a request, on a new connection and on one t
 MAX_CONNECTIONS = 4000
 SPARE_CONNECTIONS = 100  # beyond, which are told that there are too many
 STOP_SECONDS = 3  # what uvicorn waits for answers that are not taken when the server ends
-
-
-FRAMING = {b"content-length", b"transfer-encoding"}
+FRAMING = {b"content-length", b"transfer-encoding"}  # the headers that say how long a body is
 
 
 class Edge:
