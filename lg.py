@@ -36,7 +36,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qs
 
 import idna
 import limits
@@ -289,18 +289,24 @@ def invalid(message: str, value: object, kind: str = "value_error") -> Refusal:
     return Refusal(422, {"detail": [fault]})
 
 
+def read_form(text: str) -> dict[str, str | list[str]]:
+    """The fields of an URL-encoded form; one that is given several times is a list."""
+    form = parse_qs(text, keep_blank_values=True)
+    return {name: given if len(given) > 1 else given[0] for name, given in form.items()}
+
+
 def read_target(body: bytes) -> str:
     """The `target` of a request's body, JSON object or form; raises Refusal where there is none."""
     example = 'send JSON like {"target": "example.com"} or a form like target=example.com'
     try:
         text = body.decode("utf-8-sig").strip()
-        values = json.loads(text) if text.startswith("{") else dict(parse_qsl(text, keep_blank_values=True))
+        values = json.loads(text) if text.startswith("{") else read_form(text)
     except (ValueError, RecursionError):
         raise invalid(f"The body cannot be read: {example}", None, "json_invalid") from None
     if "target" not in values:
         raise invalid(f"There is no target: {example}", None, "missing")
     if not isinstance(values["target"], str):
-        raise invalid("The target must be a string: an address or a name", values["target"], "string_type")
+        raise invalid("The target must be one string: an address or a name", values["target"], "string_type")
     return values["target"]
 
 
