@@ -2639,8 +2639,18 @@ async def front(request: Request) -> Response:
 HEAD_SECONDS = 10  # for the head of a request, on a new connection and on one that is kept
 MAX_CONNECTIONS = 4000
 SPARE_CONNECTIONS = 100  # beyond, which are told that there are too many
+LINGER_SECONDS = 5
 STOP_SECONDS = 3  # what uvicorn waits for answers that are not taken when the server ends
 FRAMING = {b"content-length", b"transfer-encoding"}  # the headers that say how long a body is
+
+
+async def linger(request: Request) -> None:
+    """Take what still comes of a body after its answer: where a connection is closed before, the client's
+    system may throw the answer away, unread (RFC 9112, 9.6)."""
+    with suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(LINGER_SECONDS), aclosing(arrivals(request)) as lengths:
+            async for _ in lengths:
+                pass
 
 
 class Edge:
@@ -2667,6 +2677,10 @@ class Edge:
         async def close(message: Message) -> None:
             if unread and message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            elif unread and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await linger(Request(scope, receive))
+                message = {"type": "http.response.body"}
             await send(message)
 
         return await (self.app(scope, watch, close) if unread else self.app(scope, receive, send))
@@ -2781,11 +2795,8 @@ class Server(uvicorn.Server):
         for process in Process.running:
             process.stop("stopped, the server is shutting down")
         with suppress(TimeoutError):
-            async with asyncio.timeout(2 * FAREWELL_SECONDS):
-                while DIAGNOSTICS.taken:
-                    await asyncio.sleep(TICK_SECONDS)
-        for sending in Stream.open:
-            sending.cancel()
+            async with asyncio.timeout(2 * FAREWELL_SECONDS):  # downloads, which it cancels then, take longer
+                await asyncio.gather(*Stream.open, return_exceptions=True)
         asyncio.get_running_loop().call_later(FAREWELL_SECONDS, self.drop)
         await super().shutdown(sockets)
 
