@@ -2639,14 +2639,14 @@ async def front(request: Request) -> Response:
 HEAD_SECONDS = 10  # for the head of a request, on a new connection and on one that is kept
 MAX_CONNECTIONS = 4000
 SPARE_CONNECTIONS = 100  # beyond, which are told that there are too many
-LINGER_SECONDS = 5
+LINGER_SECONDS = 5  # for what still comes of a request's body after its answer
 STOP_SECONDS = 3  # what uvicorn waits for answers that are not taken when the server ends
 FRAMING = {b"content-length", b"transfer-encoding"}  # the headers that say how long a body is
 
 
 async def linger(request: Request) -> None:
-    """Take what still comes of a body after its answer: where a connection is closed before, the client's
-    system may throw the answer away, unread (RFC 9112, 9.6)."""
+    """Take the rest of a body after its answer: where the connection is closed before, the client's system
+    may throw the answer away, unread (RFC 9112, 9.6)."""
     with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(LINGER_SECONDS), aclosing(arrivals(request)) as lengths:
             async for _ in lengths:
@@ -2654,8 +2654,8 @@ async def linger(request: Request) -> None:
 
 
 class Edge:
-    """Keeps who is connected, before ProxyHeadersMiddleware writes over it, and closes the connection after
-    an answer that did not wait for the whole body of its request."""
+    """Keeps who is connected, before ProxyHeadersMiddleware writes over it, and closes the connection, though
+    not at once, after an answer that did not wait for the whole body of its request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
