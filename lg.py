@@ -7,6 +7,7 @@ Read it from the top: each chapter uses only what is above it.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import http.client
 import ipaddress
@@ -17,6 +18,7 @@ import os
 import queue
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -39,9 +41,11 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from html import escape
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -53,6 +57,7 @@ import idna
 import limits
 import uvicorn
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from limits.storage import MemoryStorage, storage_from_string
 from limits.strategies import MovingWindowRateLimiter
 from starlette.applications import Starlette
@@ -66,6 +71,8 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+VERSION = "1.0.0"
+
 log = logging.getLogger("lg")
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -76,152 +83,267 @@ T = TypeVar("T")
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
-Rates = tuple[limits.RateLimitItem, ...]
-
-
-class Kind(NamedTuple):
-    """What a setting holds: what is expected of its text, and what reads it (or raises ValueError)."""
-
-    expected: str
-    parse: Callable[[str], Any]
-
-    def __call__(self, default: str) -> Any:
-        """A row of Settings."""
-        return field(metadata={"kind": self, "default": default})
-
-
-def choice(*words: str) -> Kind:
-    return Kind(" or ".join(words), lambda text: words[words.index(text.lower())])
-
-
-def whole(low: int, high: int) -> Kind:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise ValueError
-        return int(text)
-
-    return Kind(f"a whole number from {low} to {high}", parse)
-
-
-def texts(text: str) -> tuple[str, ...]:
-    return tuple(item.strip() for item in text.split(",") if item.strip())
-
-
-def networks(text: str) -> tuple[IPNetwork, ...]:
-    return tuple(ipaddress.ip_network(item) for item in texts(text))
-
-
-def rates(text: str) -> Rates:
-    read = () if text.lower() == "off" else tuple(limits.parse_many(text))
-    if not all(rate.amount for rate in read):
-        raise ValueError
-    return read
-
-
-# As they may stand in a content security policy, which knows no IPv6 addresses.
+BUILT_IN_COMMANDS = ("ping", "ping6", "traceroute", "traceroute6", "mtr", "mtr6")
+LOGO_BYTES = 2**16  # part of each page that is sent
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
+BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
+# As a content security policy takes it, which has no syntax for IPv6 addresses.
 ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
-PLACE = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
+LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
+LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
+CORS_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
+SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)\b", re.DOTALL)
+
+Rates = tuple[limits.RateLimitItem, ...]
+Link = dict[str, str]  # with the keys name and url
+Parser = Callable[[str], T]  # raises ValueError("expected …") for a text that cannot be used
 
 
-def origins(text: str) -> tuple[str, ...]:
-    if not all(ORIGIN.fullmatch(origin) for origin in texts(text)):
-        raise ValueError
-    return texts(text)
+def boolean(value: str) -> bool:
+    if value.lower() not in BOOLEANS:
+        raise ValueError("expected true or false")
+    return BOOLEANS[value.lower()]
 
 
-def places(text: str) -> tuple[dict[str, str], ...]:
-    if not text.startswith("["):
-        raise ValueError
-    found = [(str(place["name"]), PLACE.fullmatch(place["url"])) for place in json.loads(text)]
-    if not all(url and name.encode() for name, url in found):
-        raise ValueError
-    return tuple({"name": name, "url": url[1]} for name, url in found if url)
+def integer(low: int, high: int) -> Parser[int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", value) or not low <= int(value) <= high:
+            raise ValueError(f"expected an integer from {low} to {high}")
+        return int(value)
+
+    return parse
 
 
-TEXT = Kind("a text", str)
-LIST = Kind("a list, separated by commas", texts)
-ORIGINS = Kind("origins such as https://www.example.com, separated by commas", origins)
-CIDRS = Kind("addresses and networks in CIDR notation, separated by commas", networks)
-PROXIES = Kind(CIDRS.expected + "; not *, which would believe what any client says of itself", networks)
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-BOOLEAN = Kind("true or false", lambda text: BOOLEANS[text.lower()])
-RATES = Kind("rates such as 2/minute;30/hour, or off", rates)
-PLACES = Kind('JSON like [{"name": "Amsterdam", "url": "https://ams.example.com"}], no IPv6 address', places)
-COUNT = whole(1, 10000)
-URI = Kind("the URI of a storage", lambda text: text)  # not str: empty is the default
+def choice(*options: str) -> Parser[str]:
+    def parse(value: str) -> str:
+        if value.lower() not in options:
+            raise ValueError(f"expected {', '.join(options[:-1])} or {options[-1]}, not {value!r}")
+        return value.lower()
+
+    return parse
+
+
+def matching(pattern: str | re.Pattern[str], expected: str) -> Parser[str]:
+    def parse(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"expected {expected}, not {value!r}")
+        return value
+
+    return parse
+
+
+def comma_separated(parse_entry: Parser[T]) -> Parser[tuple[T, ...]]:
+    def parse(value: str) -> tuple[T, ...]:
+        return tuple(parse_entry(entry.strip()) for entry in value.split(",") if entry.strip())
+
+    return parse
+
+
+def network(value: str) -> IPNetwork:
+    with suppress(ValueError):
+        return ipaddress.ip_network("" if "%" in value else value)  # a zone matches no client and no target
+    hint = ""
+    with suppress(ValueError):
+        hint = f": did you mean {ipaddress.ip_network(value.partition('%')[0], strict=False)}?"
+    raise ValueError(f"expected an address or a network like 192.0.2.0/24, not {value!r}{hint}")
+
+
+def proxy(value: str) -> IPNetwork:
+    if value == "*":
+        raise ValueError("expected addresses and networks, not '*': any client could forge its address")
+    return network(value)
+
+
+def rates(value: str) -> Rates:
+    with suppress(ValueError):
+        parsed = () if value.lower() == "off" else tuple(limits.parse_many(value))
+        if all(rate.amount for rate in parsed):
+            return parsed
+    raise ValueError("expected rates like 2/minute;30/hour, or off")
+
+
+def json_links(url_pattern: re.Pattern[str], example: str) -> Parser[tuple[Link, ...]]:
+    """A JSON list of objects with `name` and `url`, which is the pattern's group; other keys are ignored."""
+
+    def parse_entry(entry: Any) -> Link:
+        with suppress(LookupError, TypeError, ValueError, AttributeError):
+            if entry["name"].strip().encode() and (url := url_pattern.fullmatch(entry["url"])):
+                return {"name": entry["name"], "url": url[1]}
+        raise ValueError(f"expected entries like {example}, not {json.dumps(entry)}")
+
+    def parse(value: str) -> tuple[Link, ...]:
+        with suppress(json.JSONDecodeError, RecursionError):
+            if isinstance(entries := json.loads(value or "[]"), list):
+                return tuple(map(parse_entry, entries))
+        raise ValueError(f"expected JSON like [{example}]")
+
+    return parse
+
+
+def extra_commands(value: str) -> Mapping[str, tuple[str, ...]]:
+    """The argv of each command by name, split as a shell splits words. NAME takes the name NAME6 too."""
+    pairs = None
+    with suppress(ValueError, RecursionError):
+        pairs = json.loads(value, object_pairs_hook=tuple)
+    if not isinstance(pairs, tuple):
+        raise ValueError('expected JSON like {"bgp": "birdc -r show route for {address} all"}')
+    commands: dict[str, tuple[str, ...]] = {}
+    taken = set(BUILT_IN_COMMANDS)
+    for name, line in pairs:
+        if not re.fullmatch("[a-z0-9-]+", name):
+            raise ValueError(f"expected names of the characters a-z, 0-9 and -, not {name!r}")
+        if taken & {name, f"{name}6"}:
+            raise ValueError(f"expected another name than {name!r}: it or {name}6 is taken")
+        with suppress(AttributeError, ValueError):
+            commands[name] = tuple(shlex.split(line))
+        if not any("{address}" in word for word in commands.get(name, ())[1:]):
+            raise ValueError(f"expected a command line with {{address}} among its arguments for {name!r}")
+        taken |= {name, f"{name}6"}
+    return commands
+
+
+def logo(path: str) -> str:
+    """The SVG or PNG file at `path` as a data: URI."""
+    if not path:
+        return ""
+    try:
+        with Path(path).open("rb") as file:
+            image = file.read(LOGO_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"expected a file that can be read ({error.strerror})") from None
+    kind = "png" if image.startswith(b"\x89PNG\r\n\x1a\n") else "svg+xml" if SVG.match(image) else ""
+    if not kind or len(image) > LOGO_BYTES:
+        raise ValueError(f"expected an SVG or PNG file of at most {LOGO_BYTES // 1024} KiB")
+    return f"data:image/{kind};base64,{b64encode(image).decode()}"
+
+
+def setting(default: str, parse: Parser[T]) -> T:
+    """A row of Settings. Where `parse` takes no empty text, set but empty means the default."""
+    row: T = field(metadata={"default": default, "parse": parse})
+    return row
+
+
+words = comma_separated(str)
+networks = comma_separated(network)
+origins = comma_separated(matching(ORIGIN, "origins like https://www.example.com"))
+cors_origins = comma_separated(matching(CORS_ORIGIN, "* or origins like https://www.example.com"))
+built_in_commands = comma_separated(choice(*BUILT_IN_COMMANDS))
+links = json_links(LINK_URL, '{"name": "Terms", "url": "https://www.example.com/terms"}')
+locations = json_links(LOCATION_URL, '{"name": "Amsterdam", "url": "https://ams-lg.example.com"}')
 
 
 @dataclass(frozen=True)
 class Settings:
     """What an operator chooses, with its default; .env.example says what each does."""
 
-    HOST: str = TEXT("")
-    PORT: int = whole(1, 65535)("8000")
-    LOG_LEVEL: str = choice("critical", "error", "warning", "info", "debug")("info")
-    FORWARDED_ALLOW_IPS: tuple[IPNetwork, ...] = PROXIES("127.0.0.1,::1")
-    NETWORK_LOCATION: str = TEXT("Unknown Location")
-    NETWORK_FACILITY: str = TEXT("Unknown Facility")
-    NETWORK_MAP_URL: str = TEXT("")
-    NETWORK_FACILITY_URL: str = TEXT("")
-    NETWORK_IPV4: str = TEXT("")
-    NETWORK_IPV6: str = TEXT("")
-    CORS_ORIGINS: tuple[str, ...] = LIST("*")
-    CORS_METHODS: tuple[str, ...] = LIST("*")
-    CORS_HEADERS: tuple[str, ...] = LIST("*")
-    CORS_CREDENTIALS: bool = BOOLEAN("false")
-    RATE_LIMIT_DIAGNOSTICS: Rates = RATES("2/minute")
-    RATE_LIMIT_SPEEDTEST: Rates = RATES("2/minute")
-    RATE_LIMIT_SPEEDTEST_10G: Rates = RATES("1/minute")
-    RATE_LIMIT_STORAGE_URI: str = URI("memory://")
-    RATE_LIMIT_LOOKUPS: Rates = RATES("20/minute")
-    RATE_LIMIT_EXEMPT: tuple[IPNetwork, ...] = CIDRS("")
-    MAX_DIAGNOSTICS: int = COUNT("20")
-    MAX_DIAGNOSTICS_PER_CLIENT: int = COUNT("4")
-    MAX_SPEEDTESTS: int = COUNT("20")
-    MAX_SPEEDTESTS_PER_CLIENT: int = COUNT("4")
-    DIAGNOSTIC_TIMEOUT: int = whole(1, 3600)("60")
-    TARGET_ALLOW: tuple[IPNetwork, ...] = CIDRS("127.0.0.0/8,::1/128")
-    TARGET_DENY: tuple[IPNetwork, ...] = CIDRS("")
-    LOCATIONS: tuple[dict[str, str], ...] = PLACES("[]")
-    FRAME_ANCESTORS: tuple[str, ...] = ORIGINS("")
+    HOST: str = setting("", str)
+    PORT: int = setting("8000", integer(1, 65535))
+    LOG_LEVEL: str = setting("info", choice("critical", "error", "warning", "info", "debug"))
+    FORWARDED_ALLOW_IPS: tuple[IPNetwork, ...] = setting("127.0.0.1,::1", comma_separated(proxy))
+    NETWORK_LOCATION: str = setting("Unknown Location", str)
+    NETWORK_FACILITY: str = setting("Unknown Facility", str)
+    NETWORK_MAP_URL: str = setting("", str)
+    NETWORK_FACILITY_URL: str = setting("", str)
+    NETWORK_IPV4: str = setting("", str)
+    NETWORK_IPV6: str = setting("", str)
+    CORS_ORIGINS: tuple[str, ...] = setting("*", cors_origins)
+    CORS_METHODS: tuple[str, ...] = setting("*", words)
+    CORS_HEADERS: tuple[str, ...] = setting("*", words)
+    CORS_CREDENTIALS: bool = setting("false", boolean)
+    RATE_LIMIT_DIAGNOSTICS: Rates = setting("2/minute", rates)
+    RATE_LIMIT_SPEEDTEST: Rates = setting("2/minute", rates)
+    RATE_LIMIT_SPEEDTEST_10G: Rates = setting("1/minute", rates)
+    RATE_LIMIT_LOOKUPS: Rates = setting("20/minute", rates)
+    RATE_LIMIT_EXEMPT: tuple[IPNetwork, ...] = setting("", networks)
+    RATE_LIMIT_STORAGE_URI: str = setting("memory://", matching("[a-z+]+:.*", "a URI like redis://HOST:6379"))
+    MAX_DIAGNOSTICS: int = setting("20", integer(1, 10000))
+    MAX_DIAGNOSTICS_PER_CLIENT: int = setting("4", integer(1, 10000))
+    MAX_SPEEDTESTS: int = setting("20", integer(0, 10000))
+    MAX_SPEEDTESTS_PER_CLIENT: int = setting("4", integer(1, 10000))
+    DIAGNOSTIC_TIMEOUT: int = setting("60", integer(1, 3600))
+    TARGET_ALLOW: tuple[IPNetwork, ...] = setting("127.0.0.0/8,::1/128", networks)
+    TARGET_DENY: tuple[IPNetwork, ...] = setting("", networks)
+    COMMANDS: tuple[str, ...] = setting(",".join(BUILT_IN_COMMANDS), built_in_commands)
+    EXTRA_COMMANDS: Mapping[str, tuple[str, ...]] = setting("{}", extra_commands)
+    ASN_DATABASE: str = setting("", str)
+    METRICS_ALLOW_IPS: tuple[IPNetwork, ...] = setting("127.0.0.1,::1", networks)
+    PAGE_TITLE: str = setting("", str)
+    PAGE_LOGO: str = setting("", logo)
+    PAGE_COLOR: str = setting("", matching("(?:#[0-9A-Fa-f]{6})?", "a colour like #0a7cff"))
+    PAGE_LINKS: tuple[Link, ...] = setting("", links)
+    LOCATIONS: tuple[Link, ...] = setting("[]", locations)
+    FRAME_ANCESTORS: tuple[str, ...] = setting("", origins)
 
 
-def unusable(reason: str, **values: object) -> SystemExit:
-    """The one line that an operator gets to read when settings stop the start."""
+SETTING_NAMES = [row.name for row in fields(Settings)]
+
+
+def settings_error(reason: str, **values: object) -> SystemExit:
+    """The one line that is printed when these settings stop the start."""
     named = ", ".join(f"{name}={str(value)!r}" for name, value in values.items())
     return SystemExit(f"lg.py: {named} cannot be used: {reason}")
 
 
 def load_settings(environment: Mapping[str, str | None]) -> Settings:
-    """Settings from the texts in `environment`, by name. Raises SystemExit for the first that cannot be used.
-
-    Set but empty means empty for texts and lists, and the default for the rest.
-    """
+    """Settings from the texts in `environment`. Raises SystemExit for the first that cannot be used."""
     values = {}
     for row in fields(Settings):
-        kind, default = row.metadata["kind"], row.metadata["default"]
-        text = (environment.get(row.name, default) or "").strip()
-        if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # `docker run --env-file` keeps quotes
-            text = text[1:-1]
-        if not text and kind.parse not in (str, texts, origins, networks):
-            text = default
+        default, parse = row.metadata["default"], row.metadata["parse"]
+        value = (environment.get(row.name, default) or "").strip()
+        if quoted := re.fullmatch(r"(['\"])(.*)\1", value, re.DOTALL):  # `docker run --env-file` keeps quotes
+            value = quoted[2]
         try:
-            text.encode()  # no bytes that are not UTF-8
-            values[row.name] = kind.parse(text)
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise unusable(f"expected {kind.expected}", **{row.name: text}) from None
+            value.encode()  # raises for bytes that are not UTF-8
+            values[row.name] = parse(value)
+        except UnicodeEncodeError:
+            raise settings_error("expected UTF-8", **{row.name: value}) from None
+        except ValueError as error:
+            if value:
+                raise settings_error(str(error), **{row.name: value}) from None
+            values[row.name] = parse(default)
     return Settings(**values)
 
 
 def read_env_file(path: Path) -> Mapping[str, str | None]:
-    """The settings in a `.env` file, if there is one; raises SystemExit where it cannot be read."""
+    """The settings in a `.env` file, if there is one. Raises SystemExit where it cannot be used."""
     try:
-        return dotenv_values(path)
+        content = path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        return {}
     except (OSError, UnicodeError) as error:
-        raise SystemExit(f"lg.py: {path} cannot be read: {error}") from None
+        raise SystemExit(f"lg.py: {path} cannot be used: expected a text file ({error})") from None
+    for binding in parse_stream(StringIO(content)):
+        if binding.error or (binding.key and binding.value is None):
+            line = f"{path}, line {binding.original.line}"
+            raise SystemExit(f"lg.py: {line}: expected NAME=value, not {binding.original.string.strip()!r}")
+    return dotenv_values(stream=StringIO(content))
 
 
-SETTINGS = load_settings({**read_env_file(Path(__file__).with_name(".env")), **os.environ})
+def unknown_settings(names: Iterable[str]) -> Iterator[str]:
+    """A line for each name that is no setting, with the setting nearest to it."""
+    for name in names:
+        if name not in SETTING_NAMES:
+            nearest = get_close_matches(name.upper(), SETTING_NAMES, 1, 0.5)
+            yield f"{name} in .env is not a setting" + "".join(f": did you mean {word}?" for word in nearest)
+
+
+def parse_command_line(arguments: Sequence[str]) -> str:
+    """What to do: "serve" or "health". --help, --version and mistakes end the program here."""
+    parser = argparse.ArgumentParser(
+        "lg.py",
+        description="Serve a looking glass: ping, traceroute, mtr and speed tests over HTTP.",
+        epilog="Settings come from the environment and from .env beside lg.py: see .env.example.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lg.py {VERSION}")
+    parser.add_argument("command", nargs="?", choices=["health"], help="health asks the running server")
+    return parser.parse_args(arguments).command or "serve"
+
+
+# Before the settings are read, so that --help works whatever they are.
+ACTION = parse_command_line(sys.argv[1:]) if __name__ == "__main__" else ""
+ENV_FILE = read_env_file(Path(__file__).with_name(".env"))
+SETTINGS = load_settings({**ENV_FILE, **os.environ})
 
 
 # ---- targets -----------------------------------------------------------------------------------------------
@@ -539,7 +661,7 @@ class Limits:
             store = storage_from_string(uri, **dict.fromkeys(names, STORE_SECONDS))
             self.shared = MovingWindowRateLimiter(store)
         except Exception as error:  # each client library has its own
-            raise unusable(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
+            raise settings_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
 
     async def check(self, rates: Rates, name: str, client: IPAddress) -> Headers:
         """The headers of rates that allow one more `name` of this client. Raises RequestError."""
@@ -1971,7 +2093,7 @@ def openapi() -> Schema:
         "openapi": "3.1.0",
         "info": {
             "title": "Looking glass",
-            "version": "1.0.0",
+            "version": VERSION,
             "description": f"Ping, traceroute, mtr and speed tests from {SETTINGS.NETWORK_LOCATION}. "
             f"Limits for each client: {rate_limits_text()}.",
             "license": {"name": "MIT", "identifier": "MIT"},
@@ -2551,7 +2673,7 @@ function pingView(argv) {
     };
   }
   function take({ event, seq, rtt = null, text, result }) {
-    if (event === "note") node.append(make("p", text));
+    if (event === "note") node.append(make("p", str));
     if (seq) draw(seq, (rtts[seq] = rtt));
     if (!seq && !result) return;
     stats = result?.stats ?? reckon();
@@ -2607,7 +2729,7 @@ function hopView(columns) {
   }
   function take({ event, hop, text, result, ...found }) {
     // Over as many columns as there are on the narrowest screen.
-    if (event === "note") body.append(make("tr", make("td"), set(make("td", text), { colSpan: 4 })));
+    if (event === "note") body.append(make("tr", make("td"), set(make("td", str), { colSpan: 4 })));
     // No packet makes more hops; a number beyond fails in draw.
     while (rows.length < Math.min(hop ?? result?.hops.length, 255)) add();
     if (hop) draw(rows[hop - 1], found);
@@ -2967,6 +3089,8 @@ async def front(request: Request) -> Response:
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Says at the start what an operator has to know."""
+    for line in unknown_settings(ENV_FILE):
+        log.warning(line)
     log.info("Limits for each client: %s", rate_limits_text())
     log.info(
         "At once: %d commands, %d for a client; %d speed tests, %d for a client",
@@ -3095,7 +3219,7 @@ def serve() -> None:
         sockets = listen(SETTINGS.HOST, SETTINGS.PORT)
     except (OSError, UnicodeError) as error:
         reason = f"expected an address of this machine and a free port ({error})"
-        raise unusable(reason, HOST=SETTINGS.HOST, PORT=SETTINGS.PORT) from None
+        raise settings_error(reason, HOST=SETTINGS.HOST, PORT=SETTINGS.PORT) from None
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -3133,12 +3257,7 @@ def ask_health() -> None:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["health"]:
-        ask_health()
-    elif sys.argv[1:]:
-        raise SystemExit(__doc__)
-    else:
-        serve()
+    ask_health() if ACTION == "health" else serve()
 
 
 if __name__ == "__main__":
