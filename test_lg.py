@@ -187,7 +187,7 @@ class Server:
             )
         self.prefix = prefix
         if prefix:  # in another network namespace: asked from there
-            until(lambda: "startup complete" in self.log)
+            until(lambda: "Listening on" in self.log)
         else:
             self.http = httpx.Client(
                 base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE, trust_env=False
@@ -4581,7 +4581,7 @@ def bench_stalled(server: Server) -> Iterator[Row]:
 
 
 def bench_first_byte(server: Server) -> Iterator[Row]:
-    argv = ["ping", *lg.COMMANDS["ping"].argv[1:], "127.0.0.1"]
+    argv = lg.COMMANDS["ping"].argv_for("127.0.0.1")
     ours, bare = [], []
     for _ in range(20):
         begun = time.monotonic()
