@@ -1388,11 +1388,10 @@ def client_address(request: Request) -> IPAddress:
 
 
 def client_scheme(request: Request) -> str:
-    """`https` where a trusted proxy says that the client came by it."""
-    forwarded = (
-        request.headers.get("x-forwarded-proto", "") if is_trusted_proxy(peer_address(request)) else ""
-    )
-    return "https" if "https" in (forwarded.lower(), request.url.scheme) else "http"
+    """`http` or `https`: what a trusted proxy names, else the connection's own."""
+    forwarded = request.headers.get("x-forwarded-proto", "").lower()
+    trusted = is_trusted_proxy(peer_address(request))
+    return forwarded if trusted and forwarded in ("http", "https") else request.url.scheme
 
 
 @cache
@@ -1490,6 +1489,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             length = declared_length(self.cycle.scope["headers"])
             if self.cycle.more_body and length and length > REQUEST_BYTES:
                 self.to_count = length - len(self.cycle.body)
+                self.parsed = REQUEST_BYTES  # what follows the body before its answer is not parsed either
 
     def count(self, nbytes: int) -> None:
         """Take bytes of a body without parsing them, and wake the application."""
