@@ -2673,7 +2673,7 @@ function pingView(argv) {
     };
   }
   function take({ event, seq, rtt = null, text, result }) {
-    if (event === "note") node.append(make("p", str));
+    if (event === "note") node.append(make("p", text));
     if (seq) draw(seq, (rtts[seq] = rtt));
     if (!seq && !result) return;
     stats = result?.stats ?? reckon();
@@ -2729,7 +2729,7 @@ function hopView(columns) {
   }
   function take({ event, hop, text, result, ...found }) {
     // Over as many columns as there are on the narrowest screen.
-    if (event === "note") body.append(make("tr", make("td"), set(make("td", str), { colSpan: 4 })));
+    if (event === "note") body.append(make("tr", make("td"), set(make("td", text), { colSpan: 4 })));
     // No packet makes more hops; a number beyond fails in draw.
     while (rows.length < Math.min(hop ?? result?.hops.length, 255)) add();
     if (hop) draw(rows[hop - 1], found);
