@@ -45,6 +45,7 @@ from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from html import escape
+from importlib.util import find_spec
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -92,6 +93,14 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
 LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
 LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
 CORS_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
+STORE_PACKAGES = {
+    "memory": "limits",
+    "redis": "redis",
+    "rediss": "redis",
+    "valkey": "valkey",
+    "valkeys": "valkey",
+}
+STORE_PACKAGES |= {"mongodb": "pymongo"}  # with memcached no window can move
 SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)\b", re.DOTALL)
 
 Rates = tuple[limits.RateLimitItem, ...]
@@ -160,6 +169,15 @@ def rates(value: str) -> Rates:
         if all(rate.amount for rate in parsed):
             return parsed
     raise ValueError("expected rates like 2/minute;30/hour, or off")
+
+
+def storage_uri(value: str) -> str:
+    package = STORE_PACKAGES.get(re.split("[+:]", value)[0])
+    if not package or "://" not in value:
+        raise ValueError("expected a URI of memory, redis, valkey or mongodb, like redis://HOST:6379")
+    if not find_spec(package):
+        raise ValueError(f"expected the Python package {package} to be installed: pip install {package}")
+    return value
 
 
 def json_links(url_pattern: re.Pattern[str], example: str) -> Parser[tuple[Link, ...]]:
@@ -255,7 +273,7 @@ class Settings:
     RATE_LIMIT_SPEEDTEST_10G: Rates = setting("1/minute", rates)
     RATE_LIMIT_LOOKUPS: Rates = setting("20/minute", rates)
     RATE_LIMIT_EXEMPT: tuple[IPNetwork, ...] = setting("", networks)
-    RATE_LIMIT_STORAGE_URI: str = setting("memory://", matching("[a-z+]+:.*", "a URI like redis://HOST:6379"))
+    RATE_LIMIT_STORAGE_URI: str = setting("memory://", storage_uri)
     MAX_DIAGNOSTICS: int = setting("20", integer(1, 10000))
     MAX_DIAGNOSTICS_PER_CLIENT: int = setting("4", integer(1, 10000))
     MAX_SPEEDTESTS: int = setting("20", integer(0, 10000))
