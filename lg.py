@@ -801,19 +801,38 @@ class Command(NamedTuple):
 PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56", "{address}")
 TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30", "{address}")
 MTR = ("--raw", "-n", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", "{address}")
-
+BUILT_IN = (
+    Command("ping", ("ping", "-4", *PING), 4, (0, 1)),  # 1: no reply
+    Command("ping6", ("ping", "-6", *PING), 6, (0, 1)),
+    Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4, (0,)),
+    Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6, (0,)),
+    Command("mtr", ("mtr", "-4", *MTR), 4, (0,)),
+    Command("mtr6", ("mtr", "-6", *MTR), 6, (0,)),
+)
+EXTRA = (
+    Command(
+        f"{name}6" if version == 6 else name,
+        tuple(word.replace("{version}", str(version)) for word in argv),
+        version,
+        (0, 1) if argv[0] == "ping" else (0,),
+    )
+    for name, argv in SETTINGS.EXTRA_COMMANDS.items()
+    for version in (4, 6)
+)
 COMMANDS = {
     command.name: command
-    for command in (
-        Command("ping", ("ping", "-4", *PING), 4, (0, 1)),  # 1: no reply
-        Command("ping6", ("ping", "-6", *PING), 6, (0, 1)),
-        Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4, (0,)),
-        Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6, (0,)),
-        Command("mtr", ("mtr", "-4", *MTR), 4, (0,)),
-        Command("mtr6", ("mtr", "-6", *MTR), 6, (0,)),
-    )
+    for command in (*(each for each in BUILT_IN if each.name in SETTINGS.COMMANDS), *EXTRA)
 }
-PACKAGES = {"ping": "iputils-ping", "traceroute": "traceroute", "mtr": "mtr-tiny"}  # Debian's names
+COUNTERS |= {sample("lg_runs_total", command=name, outcome="finished"): 0 for name in COMMANDS}
+TOOLS = tuple(dict.fromkeys(command.tool for command in COMMANDS.values()))
+# Debian's packages.
+PACKAGES = {
+    "ping": "iputils-ping",
+    "traceroute": "traceroute",
+    "mtr": "mtr-tiny",
+    "birdc": "bird2",
+    "vtysh": "frr",
+}
 
 # Debian keeps some tools in directories that are on root's PATH only.
 ENVIRONMENT = {"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"}
@@ -823,7 +842,8 @@ def check_version(target: IPAddress | str, command: Command) -> None:
     """Raises RequestError for an address of the other IP version, and names the command to use."""
     if not isinstance(target, str) and target.version != command.version:
         other = f"{command.name}6" if command.version == 4 else command.name.removesuffix("6")
-        raise validation_error(f"{target} is an IPv{target.version} address: use {other}", str(target))
+        hint = f"use {other}" if other in COMMANDS else f"{command.name} is for IPv{command.version}"
+        raise validation_error(f"{target} is an IPv{target.version} address: {hint}", str(target))
 
 
 def missing_tools() -> list[str]:
@@ -833,7 +853,7 @@ def missing_tools() -> list[str]:
 
 @lru_cache(1)
 def find_missing_tools(second: int) -> list[str]:
-    return [tool for tool in PACKAGES if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
+    return [tool for tool in TOOLS if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
 
 
 def install_hint(tools: Sequence[str]) -> str:
@@ -1759,6 +1779,7 @@ SIZES = {
         Size("1G", 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST),
         Size("10G", 10 * 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST_10G),
     )
+    if SETTINGS.MAX_SPEEDTESTS
 }
 DOWNLOADED, UPLOADED = (sample("lg_speedtest_bytes_total", direction=each) for each in ("download", "upload"))
 COUNTERS |= {DOWNLOADED: 0, UPLOADED: 0}
@@ -1943,36 +1964,49 @@ async def metrics(request: Request) -> Response:
 USAGE = """\
 Looking glass: {location}, {facility}
 
-Measure the network from here, with a host name or an address as the target:
+{diagnostics}Speed tests, server information and API:
 
-{commands}
-The same for programs, a JSON object a line:
-
-    curl -N -H "Accept: application/x-ndjson" -d target=example.com {base}/lookingglass/mtr
-
-Measure the way to here (100M, 1G, 10G) and from you, ask where this is and how it is, and what else there is:
-
-    curl -o /dev/null {base}/speedtest/100M
-    head -c 100M /dev/zero | curl --data-binary @- {base}/speedtest/upload
-    curl {base}/network/info
+{speedtests}    curl {base}/network/info
     curl {base}/health
     curl {base}/openapi.json
 
-Limits for each client: {limits}.
+In a browser: {base}/ has the page, {base}/docs the API.
+Rate limits for each client: {limits}.
+"""
+DIAGNOSTICS_USAGE = """\
+Measure the network from here, with a host name or an address as the target:
+
+{commands}
+The same for programs, one JSON object per line:
+
+    curl -N -H "Accept: application/x-ndjson" -d target=example.com {base}/lookingglass/{command}
+
+"""
+SPEEDTESTS_USAGE = """\
+    curl -o /dev/null {base}/speedtest/100M
+    head -c 100M /dev/zero | curl --data-binary @- {base}/speedtest/upload
 """
 HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.IGNORECASE)
 
 
-def describe_rates(items: Rates) -> str:
-    return " and ".join(map(str, items)) or "no limit"
+def describe_rates(rates: Rates) -> str:
+    """Rates in English: `2 per minute and 30 per 2 hours`."""
+    periods = (f"{rate.multiples} {rate.GRANULARITY.name}s" for rate in rates)
+    return (
+        " and ".join(
+            f"{rate.amount} per {period if rate.multiples > 1 else rate.GRANULARITY.name}"
+            for rate, period in zip(rates, periods, strict=True)
+        )
+        or "no limit"
+    )
 
 
 def rate_limits_text() -> str:
-    each, test = (
-        describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS),
-        describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST),
-    )
-    return f"{each} of each command, {test} of each speed test, {describe_rates(SIZES['10G'].rates)} of 10G"
+    parts = [f"each command {describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}"] if COMMANDS else []
+    if SIZES:
+        parts.append(f"each speed test {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}")
+        parts.append(f"the 10G download {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST_10G)}")
+    return ", ".join(parts)
 
 
 async def usage(request: Request) -> Response:
@@ -1980,9 +2014,16 @@ async def usage(request: Request) -> Response:
     if not HOST.fullmatch(host):  # it is printed into lines that people paste into a shell
         host = f"localhost:{SETTINGS.PORT}"
     base = f"{client_scheme(request)}://{host}"
-    commands = "".join(f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in COMMANDS)
-    about = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
-    text = USAGE.format(base=base, commands=commands, limits=rate_limits_text(), **about)
+    lines = "".join(f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in COMMANDS)
+    example = "mtr" if "mtr" in COMMANDS else next(iter(COMMANDS), "")
+    text = USAGE.format(
+        base=base,
+        location=SETTINGS.NETWORK_LOCATION,
+        facility=SETTINGS.NETWORK_FACILITY,
+        diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=lines, command=example) if COMMANDS else "",
+        speedtests=SPEEDTESTS_USAGE.format(base=base) if SIZES else "",
+        limits=rate_limits_text(),
+    )
     return PlainTextResponse(text, headers={"Vary": "Accept"})
 
 
