@@ -2039,7 +2039,12 @@ async def answer_request_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_http(request: Request, error: Exception) -> Response:
+    """The answer of the router; a path that ends in a slash and has a route without is redirected to it."""
     assert isinstance(error, HTTPException)
+    path, query = request.scope["path"].rstrip("/"), request.url.query
+    routes = {route.path for route in request.app.routes}
+    if error.status_code == 404 and path != request.scope["path"] and path in routes:
+        return Response(status_code=307, headers={"Location": f"{path}?{query}" if query else path})
     return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
 
@@ -3295,7 +3300,7 @@ app = Starlette(
     },
     lifespan=lifespan,
 )
-app.router.redirect_slashes = False  # it would write what a client sends as Host into Location
+app.router.redirect_slashes = False  # it writes the Host that a client sends into Location: see answer_http
 
 
 # ---- serving -----------------------------------------------------------------------------------------------
