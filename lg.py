@@ -731,6 +731,14 @@ class Limits:
         self.note_recovery()
         return headers
 
+    async def probe(self) -> None:
+        """Ask the shared store once, so that the log has it at the start when it does not answer."""
+        if self.shared:
+            with suppress(ConnectionError, RequestError):
+                await self.ask_shared(
+                    partial(check, self.shared, (limits.RateLimitItemPerMinute(1),), "start")
+                )
+
     def note_recovery(self) -> None:
         if self.failing:
             log.warning("The rate-limit store answers again")
@@ -1389,6 +1397,43 @@ async def diagnosis(
         await asyncio.wait((run,))
 
 
+PROBE_SECONDS = 1  # a tool without permission ends long before
+# ping of iputils, BusyBox and GNU inetutils, and mtr.
+DENIED = re.compile(rb".*(?:permission denied|not permitted|privilege|cap_net_raw).*", re.IGNORECASE)
+FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
+
+
+async def probe_tool(command: Command) -> None:
+    """Run a command on loopback: a tool that lacks the permission to send is logged and kept in FORBIDDEN."""
+    denied: object = None
+    try:
+        loopback = ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
+        process = Process(command.argv_for(loopback), command.ok_statuses, PROBE_SECONDS)
+        output = bytearray()
+        try:
+            async with aclosing(process.output()) as chunks:
+                async for chunk in chunks:
+                    output += chunk
+        finally:
+            await process.kill_and_reap()
+        if line := DENIED.search(output):
+            denied = line[0].decode(errors="replace")
+    except PermissionError as error:  # file capabilities that this process may not have
+        denied = error if shutil.which(command.tool, path=ENVIRONMENT["PATH"]) else None
+    except OSError:
+        return
+    if denied:
+        FORBIDDEN.add(command.tool)
+        hint = "grant NET_RAW (Docker: --cap-add NET_RAW) or widen net.ipv4.ping_group_range"
+        log.warning(f"{command.tool} lacks the permission to send: {hint}", {"error": denied})
+
+
+async def probe_tools() -> None:
+    """Probe each tool of the built-in commands once."""
+    commands = {command.tool: command for command in reversed(BUILT_IN) if command.name in COMMANDS}
+    await asyncio.gather(*map(probe_tool, commands.values()))
+
+
 # ---- connections -------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 4000  # of all clients: about 40 MiB, and the kernel's buffers
@@ -1913,8 +1958,9 @@ async def upload(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    missing = missing_tools()
-    return JSONResponse({"status": "degraded", "missing": missing} if missing else {"status": "ok"})
+    faults = {"missing": missing_tools(), "forbidden": sorted(FORBIDDEN)}
+    found = {name: tools for name, tools in faults.items() if tools}
+    return JSONResponse({"status": "degraded", **found} if found else {"status": "ok"})
 
 
 def location_info(client: IPAddress) -> dict[str, str]:
@@ -3264,7 +3310,11 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         log.warning(
             "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: name the origins that may use them"
         )
+    probes = asyncio.gather(probe_tools(), LIMITS.probe())
     yield
+    probes.cancel()
+    with suppress(asyncio.CancelledError):
+        await probes
 
 
 app = Starlette(

@@ -4549,6 +4549,460 @@ def test_lines_that_the_log_cannot_take_are_counted(monkeypatch: pytest.MonkeyPa
     assert "".join(written).count("msg=run") + lost == 20
 
 
+# ---- for the operator --------------------------------------------------------------------------------------
+
+BGP = {"bgp": "birdc -r show route for {address} all"}
+
+
+def described(server: Server) -> dict[str, Any]:
+    return cast(dict[str, Any], server.http.get("/openapi.json").json())
+
+
+def test_extra_command_runs_for_ipv4_and_ipv6(serve: Start) -> None:
+    server = serve(tools={"birdc": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
+    assert server.run("bgp", "127.0.0.1").text.startswith("argv -r show route for 127.0.0.1 all\n")
+    assert server.run("bgp6", "::1").text.startswith("argv -r show route for ::1 all\n")
+
+
+def test_extra_command_gets_the_ip_version_where_it_wants_it(serve: Start) -> None:
+    extra = {"tcp": "mtr -{version} --raw -T -P 443 --to={address}"}
+    server = serve(tools={"mtr": '#!/bin/sh\necho "$@" >&2\n'}, EXTRA_COMMANDS=json.dumps(extra))
+    assert "-6 --raw -T -P 443 --to=::1\n" in server.run("tcp6", "::1").text
+
+
+def test_extra_command_passes_no_shell(serve: Start) -> None:
+    extra = {"route": "birdc 'show route' $(id) {address} ; reboot"}
+    server = serve(tools={"birdc": '#!/bin/sh\nprintf "%s\\n" "$@"\n'}, EXTRA_COMMANDS=json.dumps(extra))
+    assert server.run("route").text == "show route\n$(id)\n127.0.0.1\n;\nreboot\n"
+
+
+def test_each_line_of_an_extra_command_is_a_note(serve: Start) -> None:
+    server = serve(tools={"birdc": "#!/bin/sh\necho one\necho two\n"}, EXTRA_COMMANDS=json.dumps(BGP))
+    response = server.run("bgp", headers={"Accept": "application/x-ndjson"})
+    events = [json.loads(line) for line in response.text.splitlines()]
+    assert [event["text"] for event in events if event["event"] == "note"] == ["one", "two"]
+    assert events[-1]["result"] == {
+        "status": "finished",
+        "resolvedAddress": "127.0.0.1",
+        "rawOutput": "one\ntwo\n",
+    }
+
+
+def test_extra_command_is_refused_an_address_that_may_not_be_measured(serve: Start) -> None:
+    server = serve(tools={"birdc": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
+    assert server.run("bgp", "10.0.0.1").status_code == 422
+
+
+def test_extra_command_has_a_rate_limit_of_its_own(serve: Start) -> None:
+    tools = {"birdc": ECHO, "ping": ECHO}
+    server = serve(tools=tools, EXTRA_COMMANDS=json.dumps(BGP), RATE_LIMIT_DIAGNOSTICS="1/hour")
+    answers = [server.run(command).status_code for command in ("bgp", "bgp", "ping")]
+    assert answers == [200, 429, 200]
+
+
+def test_extra_command_is_stopped_at_the_time_limit(serve: Start) -> None:
+    server = serve(tools={"birdc": SILENT}, EXTRA_COMMANDS=json.dumps(BGP), DIAGNOSTIC_TIMEOUT="1")
+    assert server.run("bgp").text == "--- bgp: stopped after 1 s ---\n"
+
+
+def test_missing_tool_of_an_extra_command_is_named_by_health(serve: Start) -> None:
+    server = serve(EXTRA_COMMANDS='{"route": "no-such-tool {address}"}')
+    assert "no-such-tool" in server.http.get("/health").json()["missing"]
+
+
+def test_extra_command_is_in_the_description_and_the_usage(serve: Start) -> None:
+    server = serve(EXTRA_COMMANDS=json.dumps(BGP))
+    assert {"/lookingglass/bgp", "/lookingglass/bgp6"} <= described(server)["paths"].keys()
+    assert "/lookingglass/bgp6\n" in server.http.get("/").text
+
+
+def test_address_of_the_other_version_names_the_extra_command_to_use(serve: Start) -> None:
+    server = serve(EXTRA_COMMANDS=json.dumps(BGP))
+    assert "use bgp6" in server.run("bgp", "::1").text
+
+
+BIRD = """
+router id 198.51.100.{last};
+protocol device {{ }}
+{routes}
+protocol bgp {{
+  local as 6450{last};
+  neighbor 198.51.100.{neighbour} as 6450{neighbour};
+  connect delay time 1;
+  ipv4 {{ import all; export all; }};
+}}
+protocol bgp {{
+  local as 6450{last};
+  neighbor 2001:db8:0:1::{neighbour} as 6450{neighbour};
+  connect delay time 1;
+  ipv6 {{ import all; export all; }};
+}}
+"""
+ROUTES = """
+protocol static { ipv4; route 203.0.113.0/24 blackhole; }
+protocol static { ipv6; route 2001:db8:113::/48 blackhole; }
+"""
+
+
+@pytest.fixture(scope="module")
+def bgp(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server beside a BIRD that has learned two routes from the BIRD of its neighbour, over BGP."""
+    birdc = shutil.which("birdc", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not birdc:
+        lacking("the command birdc")
+    folder = tmp_path_factory.mktemp("bgp")
+    birds = []
+    for last, neighbour, routes in ((1, 2, ""), (2, 1, ROUTES)):
+        files = {"-c": folder / f"{last}.conf", "-s": folder / f"{last}.ctl", "-P": folder / f"{last}.pid"}
+        files["-c"].write_text(BIRD.format(last=last, neighbour=neighbour, routes=routes))
+        options = [str(word) for word in itertools.chain(*files.items())]
+        line = ["ip", "netns", "exec", f"{HOPS_NAME}{last - 1}", "bird", "-f", *options]
+        birds.append(subprocess.Popen(line))
+    control = str(folder / "1.ctl")
+
+    def learned() -> bool:
+        line = [birdc, "-s", control, "show", "route", "count"]
+        counted = subprocess.run(line, capture_output=True, text=True, check=False)
+        return counted.stdout.count("1 of 1 routes") == 2
+
+    until(learned)
+    extra = {
+        "bgp": f"birdc -s {control} -r show route for {{address}} all",
+        "tcp": "mtr -{version} --raw -T -P 443 {address}",
+    }
+    allow = "198.51.100.0/24,203.0.113.0/24,2001:db8::/32"
+    server = Server(folder, prefix=hops, EXTRA_COMMANDS=json.dumps(extra), TARGET_ALLOW=allow)
+    yield server
+    server.stop()
+    for bird in birds:
+        bird.terminate()
+        bird.wait(PATIENCE)
+
+
+def ask(server: Server, command: str, target: str, accept: str = "text/plain") -> str:
+    """What the server in the small internet answers to a client there."""
+    url = f"http://127.0.0.1:{server.port}/lookingglass/{command}"
+    line = ["curl", "-sSN", "-m", "60", "-H", f"Accept: {accept}", "-d", f"target={target}", url]
+    done = subprocess.run([*server.prefix, *line], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "route"),
+    [("bgp", "203.0.113.9", "203.0.113.0/24"), ("bgp6", "2001:db8:113::9", "2001:db8:113::/48")],
+)
+def test_route_learned_over_bgp_is_shown_as_text(bgp: Server, command: str, target: str, route: str) -> None:
+    answer = ask(bgp, command, target)
+    assert re.search(rf"^{route} .* \[AS64501i\]$", answer, re.M)
+    assert "BGP.as_path: 64502\n" in answer
+
+
+@pytest.mark.parametrize(("command", "target"), [("bgp", "203.0.113.9"), ("bgp6", "2001:db8:113::9")])
+def test_route_learned_over_bgp_is_shown_as_events(bgp: Server, command: str, target: str) -> None:
+    answer = ask(bgp, command, target, "application/x-ndjson")
+    events = [json.loads(line) for line in answer.splitlines()]
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert "\tBGP.as_path: 64502" in notes
+    assert events[-1]["result"]["rawOutput"] == "".join(f"{note}\n" for note in notes)
+
+
+@pytest.mark.parametrize(("command", "target"), [("tcp", TARGET4), ("tcp6", TARGET6)])
+def test_trace_over_tcp_is_a_live_table_of_hops(bgp: Server, command: str, target: str) -> None:
+    events = [json.loads(line) for line in ask(bgp, command, target, "application/x-ndjson").splitlines()]
+    hops = [event for event in events if event["event"] == "hop"]
+    assert len(hops) > 5
+    assert events[-1]["result"]["hops"][4]["resolvedAddress"] == target
+
+
+# Switches.
+
+
+def test_command_that_is_not_offered_is_404(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, COMMANDS="ping,mtr6")
+    answers = [server.run(command).status_code for command in ("ping", "traceroute", "mtr")]
+    assert answers == [200, 404, 404]
+
+
+def test_command_that_is_not_offered_is_not_described(serve: Start) -> None:
+    server = serve(COMMANDS="ping,mtr6")
+    paths = [path for path in described(server)["paths"] if path.startswith("/lookingglass/")]
+    assert paths == ["/lookingglass/ping", "/lookingglass/mtr6"]
+
+
+def test_command_that_is_not_offered_is_not_in_the_usage(serve: Start) -> None:
+    usage = serve(COMMANDS="ping,mtr6").http.get("/").text
+    assert set(re.findall(r"/lookingglass/(\w+)", usage)) == {"ping", "mtr6"}
+
+
+def test_tool_that_no_command_needs_is_not_missing(serve: Start) -> None:
+    server = serve(PATH="/nonexistent", COMMANDS="ping")
+    assert server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]}
+
+
+def test_server_without_commands_offers_speed_tests(serve: Start) -> None:
+    server = serve(COMMANDS="")
+    usage = server.http.get("/").text
+    assert server.http.get("/", headers={"Accept": "text/html"}).status_code == 200
+    assert ("lookingglass" in usage, "speedtest" in usage) == (False, True)
+
+
+@pytest.mark.parametrize("path", ["100M", "1G", "10G", "upload"])
+def test_speed_tests_that_are_off_are_404(serve: Start, path: str) -> None:
+    server = serve(MAX_SPEEDTESTS="0")
+    request = server.http.build_request("POST" if path == "upload" else "GET", f"/speedtest/{path}")
+    assert server.http.send(request).status_code == 404
+
+
+def test_speed_tests_that_are_off_are_neither_described_nor_in_the_usage(serve: Start) -> None:
+    server = serve(MAX_SPEEDTESTS="0")
+    assert "speedtest" not in json.dumps(described(server)["paths"])
+    assert "speedtest" not in server.http.get("/").text
+
+
+def test_client_in_rate_limit_exempt_has_no_rate_limit(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour", RATE_LIMIT_EXEMPT="192.0.2.0/24")
+    statuses = {
+        client: [server.run("ping", headers={"X-Forwarded-For": client}).status_code for _ in range(3)]
+        for client in ("192.0.2.1", "198.51.100.1")
+    }
+    assert statuses == {"192.0.2.1": [200, 200, 200], "198.51.100.1": [200, 429, 429]}
+
+
+def test_client_in_rate_limit_exempt_has_slots_like_others(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT}, RATE_LIMIT_EXEMPT="127.0.0.0/8", MAX_DIAGNOSTICS_PER_CLIENT="1")
+    held = server.begin("ping", target := lone_address())
+    group_of(target)
+    assert server.run("ping").status_code == 429
+    held.close()
+
+
+def test_lookups_have_a_rate_limit_of_their_own(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names={"a.example": ["127.0.0.1"]}, RATE_LIMIT_LOOKUPS="2/hour")
+    statuses = [
+        server.run("ping", name).status_code for name in ("a.example", "b.example", "a.example", "::1")
+    ]
+    assert statuses == [200, 422, 429, 422]
+
+
+# What may not send.
+
+DENIALS = {
+    "iputils": ("ping: socktype: SOCK_RAW\nping: socket: Operation not permitted", 2),
+    "BusyBox": ("ping: permission denied (are you root?)", 1),
+    "GNU inetutils": ("ping: Lacking privilege for icmp socket.", 1),
+}
+
+
+def denying(maker: str) -> str:
+    message, status = DENIALS[maker]
+    return f"#!/bin/sh\necho '{message}' >&2\nexit {status}\n"
+
+
+@pytest.mark.parametrize("maker", DENIALS)
+def test_tool_that_may_not_send_is_named_by_health(serve: Start, maker: str) -> None:
+    server = serve(tools={"ping": denying(maker), "traceroute": ECHO, "mtr": ECHO})
+    until(lambda: server.http.get("/health").json() == {"status": "degraded", "forbidden": ["ping"]})
+
+
+@pytest.mark.parametrize("maker", DENIALS)
+def test_tool_that_may_not_send_is_logged_with_what_to_grant(serve: Start, maker: str) -> None:
+    server = serve(tools={"ping": denying(maker), "traceroute": ECHO, "mtr": ECHO})
+    until(lambda: "lacks the permission" in server.log)
+    (warning,) = [record for record in records(server) if record["level"] == "warning"]
+    assert "NET_RAW" in warning["msg"]
+    assert "net.ipv4.ping_group_range" in warning["msg"]
+
+
+@pytest.mark.parametrize("option", ["", "--no-new-privs"])
+def test_real_ping_that_may_not_send_is_named_by_health(serve: Start, option: str) -> None:
+    for tool in ("ping", "unshare", "setpriv", "nsenter", "curl"):
+        if not shutil.which(tool):
+            lacking(f"the command {tool}")
+    if os.geteuid() != 0:
+        lacking("root, for a network namespace")
+    # Nobody is in the ping_group_range of a new network namespace.
+    drop = f'ip link set lo up && exec setpriv --bounding-set=-net_raw --inh-caps=-all {option} "$@"'
+    server = serve(prefix=("unshare", "--net", "sh", "-c", drop, "-"), COMMANDS="ping")
+    line = [
+        "nsenter",
+        "-t",
+        str(server.process.pid),
+        "-n",
+        "curl",
+        "-s",
+        f"http://127.0.0.1:{server.port}/health",
+    ]
+
+    def health() -> str:
+        return subprocess.run(line, capture_output=True, text=True, check=False).stdout
+
+    assert until(lambda: "forbidden" in (answer := health()) and answer) == (
+        '{"status":"degraded","forbidden":["ping"]}'
+    )
+
+
+def test_listening_does_not_wait_for_the_tools(serve: Start) -> None:
+    begun = time.monotonic()
+    server = serve(
+        tools=dict.fromkeys(("ping", "traceroute", "mtr"), STUBBORN), constants={"PROBE_SECONDS": 60}
+    )
+    assert server.http.get("/health").json() == {"status": "ok"}
+    assert time.monotonic() - begun < 30
+
+
+def test_tools_that_are_tried_at_the_start_leave_no_process(serve: Start) -> None:
+    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), STUBBORN))
+    until(lambda: running(f"{server.folder}/bin/"))
+    until(lambda: not running(f"{server.folder}/bin/"))
+    assert server.http.get("/health").json() == {"status": "ok"}
+
+
+# Metrics.
+
+
+def scrape(server: Server) -> dict[str, float]:
+    lines = [line for line in server.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_metrics_count_runs_and_their_seconds_by_command_and_outcome(serve: Start) -> None:
+    server = serve(tools={"ping": "#!/bin/sh\nsleep 0.2\n", "mtr": "#!/bin/sh\nexit 3\n"})
+    for command in ("ping", "ping", "mtr"):
+        server.run(command)
+    counted = scrape(server)
+    assert counted['lg_runs_total{command="ping",outcome="finished"}'] == 2
+    assert counted['lg_runs_total{command="mtr",outcome="exit status 3"}'] == 1
+    assert 0.4 <= counted['lg_run_seconds_total{command="ping",outcome="finished"}'] < 10
+
+
+def test_metrics_count_refusals_by_reason(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
+    for target in ("127.0.0.1", "127.0.0.1", "10.0.0.1", "no target"):
+        server.run("ping", target)
+    counted = scrape(server)
+    reasons = ("rate limit", "target", "invalid", "server slots")
+    assert [counted[f'lg_refusals_total{{reason="{reason}"}}'] for reason in reasons] == [2, 0, 1, 0]
+
+
+def test_metrics_count_bytes_of_speed_tests_by_direction(serve: Start) -> None:
+    server = serve()
+    server.http.get("/speedtest/100M")
+    server.http.post("/speedtest/upload", content=b"x" * 1000)
+    counted = scrape(server)
+    assert counted['lg_speedtest_bytes_total{direction="download"}'] == 100 * 2**20
+    assert counted['lg_speedtest_bytes_total{direction="upload"}'] == 1000
+
+
+def test_metrics_show_slots_and_connections(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT}, MAX_DIAGNOSTICS="7")
+    held = server.begin("ping")
+    until(lambda: scrape(server)['lg_slots_taken{kind="command"}'] == 1)
+    counted = scrape(server)
+    assert (counted['lg_slots{kind="command"}'], counted["lg_connections"]) == (7, 2)
+    held.close()
+
+
+def test_metrics_show_version_and_place(serve: Start) -> None:
+    server = serve(NETWORK_LOCATION='Back\\slash "quoted"', NETWORK_FACILITY="The Cellar")
+    labels = f'version="{lg.VERSION}",location="Back\\\\slash \\"quoted\\"",facility="The Cellar"'
+    assert scrape(server)[f"lg_info{{{labels}}}"] == 1
+
+
+def test_no_metric_has_a_label_that_a_client_chooses(serve: Start) -> None:
+    server = serve(
+        tools={"ping": ECHO}, names={"chosen.example": ["127.0.0.1"]}, RATE_LIMIT_DIAGNOSTICS="1/hour"
+    )
+    for target in ("chosen.example", "chosen.example", "chosen target"):
+        server.run("ping", target, headers={"X-Forwarded-For": "192.0.2.99", "User-Agent": "chosen"})
+    server.http.get("/chosen")
+    assert not re.search("chosen|192.0.2.99", server.http.get("/metrics").text)
+
+
+def test_metrics_are_404_for_others_like_any_unknown_path(serve: Start) -> None:
+    server = serve(METRICS_ALLOW_IPS="192.0.2.1")
+    assert server.http.get("/metrics").content == server.http.get("/nothing").content
+    assert server.http.get("/metrics").status_code == 404
+    assert server.http.get("/metrics", headers={"X-Forwarded-For": "192.0.2.1"}).status_code == 200
+
+
+def test_metrics_pass_promtool(serve: Start) -> None:
+    promtool = shutil.which("promtool")
+    if not promtool:
+        lacking("the command promtool")
+    server = serve(tools={"ping": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
+    server.run("ping")
+    text = server.http.get("/metrics").text
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_prometheus_scrapes_the_metrics(serve: Start, tmp_path: Path) -> None:
+    program = shutil.which("prometheus")
+    if not program:
+        lacking("the command prometheus")
+    server, port = serve(tools={"ping": ECHO}), free_port()
+    server.run("ping")
+    (tmp_path / "prometheus.yml").write_text(
+        "global: {scrape_interval: 1s}\nscrape_configs:\n  - job_name: lg\n"
+        f"    static_configs: [{{targets: ['127.0.0.1:{server.port}']}}]\n"
+    )
+    files = ["--config.file=prometheus.yml", "--storage.tsdb.path=data"]
+    prometheus = subprocess.Popen(
+        [program, *files, f"--web.listen-address=127.0.0.1:{port}"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def query(expression: str) -> Any:
+        url = f"http://127.0.0.1:{port}/api/v1/query"
+        with contextlib.suppress(httpx.HTTPError, ValueError, LookupError):
+            answer = httpx.get(url, params={"query": expression}, trust_env=False)
+            return answer.json()["data"]["result"][0]["value"][1]
+        return None
+
+    try:
+        assert until(lambda: query('lg_runs_total{command="ping",outcome="finished"}')) == "1"
+    finally:
+        prometheus.terminate()
+        prometheus.wait(PATIENCE)
+
+
+# Clients of the replaced server.
+
+
+@pytest.mark.parametrize(
+    ("path", "location"),
+    [
+        ("/health/", "/health"),
+        ("/lookingglass/ping/", "/lookingglass/ping"),
+        ("/speedtest/100M//?a=b&c=%0a", "/speedtest/100M?a=b&c=%0a"),
+    ],
+)
+def test_trailing_slash_is_redirected_with_a_path_alone(echo: Server, path: str, location: str) -> None:
+    answer = echo.http.post(path, headers={"Host": "evil.example", "X-Forwarded-Host": "evil.example"})
+    assert (answer.status_code, answer.headers["Location"]) == (307, location)
+
+
+@pytest.mark.parametrize("path", ["/nothing/", "//evil.example/", "//evil.example/health/", "/metrics/x/"])
+def test_trailing_slash_of_an_unknown_path_is_404(echo: Server, path: str) -> None:
+    assert echo.http.get(f"http://127.0.0.1:{echo.port}{path}").status_code == 404
+
+
+def test_post_with_a_trailing_slash_is_followed_with_its_body(echo: Server) -> None:
+    answer = echo.http.post("/lookingglass/ping/", json={"target": "127.0.0.1"}, follow_redirects=True)
+    assert answer.text.startswith("argv ")
+
+
+def test_usage_names_the_page_and_the_api(echo: Server) -> None:
+    usage = echo.http.get("/").text
+    assert "Speed tests, server information and API:" in usage
+    assert f"http://127.0.0.1:{echo.port}/ " in usage
+    assert f"http://127.0.0.1:{echo.port}/docs" in usage
+
+
 # ---- the benchmark and the soak ----------------------------------------------------------------------------
 
 # Bare loops over a socket: the best that this machine can do. They answer requests as far as needed.
