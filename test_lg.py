@@ -1682,6 +1682,163 @@ def test_a_ping_without_a_reply_has_finished() -> None:
     assert (end["status"], end["result"]["stats"]["loss"]) == ("finished", 100)
 
 
+# AS numbers, from a database in MaxMind's format that is written here.
+
+
+def mmdb(records: Mapping[str, object], padding: int = 0) -> bytes:
+    """The records of networks as an .mmdb file, as maxmind.github.io/MaxMind-DB has it."""
+
+    def head(kind: int, size: int) -> bytes:
+        size, more = (size, b"") if size < 29 else (29, bytes([size - 29]))
+        return (bytes([kind << 5 | size]) if kind < 8 else bytes([size, kind - 7])) + more
+
+    def encode(value: object) -> bytes:
+        match value:
+            case dict():
+                pairs = b"".join(encode(each) for pair in value.items() for each in pair)
+                return head(7, len(value)) + pairs
+            case list():
+                return head(11, len(value)) + b"".join(map(encode, value))
+            case (int(kind), int(number)):  # unsigned, of 16 bits (5), 32 (6) or 64 (9)
+                size = {5: 2, 6: 4, 9: 8}[kind]
+                return head(kind, size) + number.to_bytes(size, "big")
+            case int():
+                return encode((6, value))
+        text = str(value).encode()
+        return head(2, len(text)) + text
+
+    nodes: list[list[Any]] = [[None, None]]
+    section = bytes(padding)
+    for text, record in records.items():
+        network = ipaddress.ip_network(text)
+        length = network.prefixlen + (96 if network.version == 4 else 0)
+        bits, node = f"{int(network.network_address):0128b}"[:length], 0
+        for bit in map(int, bits[:-1]):
+            if nodes[node][bit] is None:
+                nodes.append([None, None])
+                nodes[node][bit] = len(nodes) - 1
+            node = nodes[node][bit]
+        nodes[node][int(bits[-1])] = f"data {len(section)}"
+        section += encode(record)
+
+    def pointer(entry: object) -> int:
+        if isinstance(entry, str):
+            return len(nodes) + 16 + int(entry.split()[1])
+        return len(nodes) if entry is None else cast(int, entry)
+
+    tree = b"".join(pointer(entry).to_bytes(4, "big") for node in nodes for entry in node)
+    metadata = {
+        "node_count": (6, len(nodes)),
+        "record_size": (5, 32),
+        "ip_version": (5, 6),
+        "database_type": "Test-ASN",
+        "languages": [],
+        "binary_format_major_version": (5, 2),
+        "binary_format_minor_version": (5, 0),
+        "build_epoch": (9, 1),
+        "description": {},
+    }
+    return tree + bytes(16) + section + b"\xab\xcd\xefMaxMind.com" + encode(metadata)
+
+
+GEOLITE = {"autonomous_system_number": 64500, "autonomous_system_organization": "Example"}
+
+
+@pytest.fixture
+def as_database(tmp_path: Path) -> Callable[..., Path]:
+    if not importlib.util.find_spec("maxminddb"):
+        lacking("the package maxminddb")
+
+    def write(record: object = GEOLITE, **options: Any) -> Path:
+        path = tmp_path / "asn.mmdb"
+        path.write_bytes(mmdb(dict.fromkeys(("198.51.100.0/28", "2001:db8::/32"), record), **options))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("vendor", "record"),
+    [
+        ("GeoLite2-ASN, DB-IP, RouteViews", GEOLITE),
+        ("IPinfo Lite", {"asn": "AS64500", "as_name": "Example", "as_domain": "lg.example", "country": "NL"}),
+        ("IPinfo ASN", {"asn": "AS64500", "name": "Example", "domain": "lg.example", "type": "hosting"}),
+    ],
+)
+def test_the_as_numbers_of_each_vendor_are_read(
+    as_database: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, vendor: str, record: object
+) -> None:
+    monkeypatch.setattr(lg, "ASN_LOOKUP", lg.open_asn_database(str(as_database(record))))
+    lg.find_as.cache_clear()
+    found = [lg.find_as(address) for address in ("198.51.100.6", "2001:db8::1", "192.0.2.1", "::::", None)]
+    lg.find_as.cache_clear()
+    assert found == [(64500, "Example"), (64500, "Example"), (None, None), (None, None), (None, None)]
+
+
+@pytest.fixture
+def as_server(serve: Start, as_database: Callable[..., Path]) -> Server:
+    tools = {name: f"#!/bin/sh\ncat <<'END'\n{RECORDED[name]}END\n" for name in ("traceroute", "mtr")}
+    return serve(tools=tools, ASN_DATABASE=str(as_database()), TARGET_ALLOW="198.51.100.0/24")
+
+
+@pytest.mark.parametrize("command", ["traceroute", "mtr"])
+def test_hop_events_have_the_as_of_their_router(as_server: Server, command: str) -> None:
+    events = lines_of(as_server.run(command, TARGET4, headers=NDJSON))
+    hops = {event["hop"]: (event["asn"], event["network"]) for event in events if event["event"] == "hop"}
+    assert (hops[1], hops[2 if command == "mtr" else 3]) == (([64500], "Example"), ([], None))
+
+
+def test_the_result_and_the_table_of_mtr_have_as_numbers(as_server: Server) -> None:
+    result = lines_of(as_server.run("mtr", TARGET4, headers=NDJSON))[-1]["result"]
+    assert [hop["asn"] for hop in result["hops"]] == [[64500], [], []]
+    assert "\n  1. AS64500  198.51.100.2 " in result["rawOutput"]
+    assert "\n  2. AS???    ??? " in result["rawOutput"]
+
+
+def test_the_text_of_traceroute_stays_its_own(as_server: Server) -> None:
+    assert as_server.run("traceroute", TARGET4).text == RECORDED["traceroute"]
+
+
+def test_without_a_database_hops_have_no_as() -> None:
+    assert all(event["asn"] == [] for event in parse("mtr")[2] if event["event"] == "hop")
+
+
+def test_an_as_database_without_the_package_stops_the_start_with_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "maxminddb.py").write_text("raise ImportError\n")
+    line = start_and_fail(ASN_DATABASE="asn.mmdb", PYTHONPATH=str(tmp_path))
+    assert "ASN_DATABASE='asn.mmdb'" in line
+    assert "maxminddb" in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"no database", mmdb({"198.51.100.0/24": {"country": "NL"}})], ids=str
+)
+def test_an_as_database_that_cannot_be_used_stops_the_start_with_one_line(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "asn.mmdb"
+    if content is not None:
+        path.write_bytes(content)
+    line = start_and_fail(ASN_DATABASE=str(path))
+    assert f"ASN_DATABASE='{path}' cannot be used: expected" in line
+    assert line.count("\n") == 1
+
+
+def test_an_as_database_is_mapped_and_not_loaded(serve: Start, as_database: Callable[..., Path]) -> None:
+    path = as_database(padding=32 * 2**20)
+    tools = {"mtr": f"#!/bin/sh\ncat <<'END'\n{RECORDED['mtr']}END\n"}
+    memory = []
+    for database in ("", str(path)):
+        server = serve(tools=tools, TARGET_ALLOW="198.51.100.0/24", ASN_DATABASE=database)
+        server.run("mtr", TARGET4)
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        own = re.search(r"RssAnon:\s+(\d+) kB", status)  # pages of a mapped file are the kernel's to drop
+        assert own
+        memory.append(int(own[1]))
+    assert memory[1] - memory[0] < 4096
+
+
 def test_the_python_of_the_readme_prints_the_replies_of_a_ping(serve: Start) -> None:
     [script] = readme("python")
     server = serve(
