@@ -636,24 +636,30 @@ class Probe(TypedDict):
     code: NotRequired[str]
 
 
-class Stats(TypedDict):
-    min: float | None
-    avg: float | None
-    max: float | None
+class Counts(TypedDict):
     total: int
     rcv: int
     drop: int
 
 
-class PingStats(Stats):
+class PingStats(Counts):
+    min: float | None
+    avg: float | None
+    max: float | None
     loss: float | None
 
 
-class HopStats(Stats):
+class Jitter(TypedDict):
     stDev: float | None
     jMin: float | None
     jAvg: float | None
     jMax: float | None
+
+
+class HopStats(Counts, Jitter):
+    min: float | None
+    avg: float | None
+    max: float | None
     loss: float
 
 
@@ -784,17 +790,18 @@ def note(text: str) -> NoteEvent:
 
 
 class AutonomousSystem(NamedTuple):
-    asn: int | None
-    network: str | None
+    asn: int | None = None
+    network: str | None = None
 
 
 def autonomous_system(record: object) -> AutonomousSystem:
     """From a record of GeoLite2-ASN, DB-IP or RouteViews (`autonomous_system_*`), or of IPinfo."""
     fields = record if isinstance(record, dict) else {}
-    number = fields.get("autonomous_system_number") or fields.get("asn")  # 64500, in IPinfo's "AS64500"
+    number = fields.get("autonomous_system_number") or fields.get("asn")  # IPinfo has "AS64500"
     names = map(fields.get, ("autonomous_system_organization", "as_name", "name"))
-    match = re.fullmatch(r"(?:AS)?(\d{1,10})", str(number))
-    return AutonomousSystem(int(match[1]), next(filter(None, names), None)) if match else NO_AS
+    if not (match := re.fullmatch(r"(?:AS)?(\d{1,10})", str(number))):
+        return AutonomousSystem()
+    return AutonomousSystem(int(match[1]), next((str(name) for name in names if name), None))
 
 
 def open_asn_database(path: str) -> Callable[[str], object]:
@@ -813,18 +820,15 @@ def open_asn_database(path: str) -> Callable[[str], object]:
     return reader.get
 
 
-NO_AS = AutonomousSystem(None, None)
 ASN_LOOKUP = open_asn_database(SETTINGS.ASN_DATABASE) if SETTINGS.ASN_DATABASE else None
 
 
 @lru_cache(1000)
 def find_as(address: str | None) -> AutonomousSystem:
-    if not ASN_LOOKUP or not address:
-        return NO_AS
-    try:
-        return autonomous_system(ASN_LOOKUP(address))
-    except (ValueError, RuntimeError):  # IPv6 in a database of IPv4; a damaged record
-        return NO_AS
+    with suppress(ValueError, RuntimeError):  # IPv6 in a database of IPv4; a damaged record
+        if ASN_LOOKUP and address:
+            return autonomous_system(ASN_LOOKUP(address))
+    return AutonomousSystem()
 
 
 def router(addresses: Collection[str], address: str | None, hostname: str | None) -> Router:
@@ -835,6 +839,14 @@ def router(addresses: Collection[str], address: str | None, hostname: str | None
     if len(addresses) > 1:
         found["addresses"] = list(addresses)
     return found
+
+
+def result_hop(who: Router, timings: list[Timing]) -> ResultHop:
+    address, hostname = who["address"], who["hostname"]
+    hop: ResultHop = {"resolvedAddress": address, "resolvedHostname": hostname, "timings": timings}
+    if "addresses" in who:
+        hop["addresses"] = who["addresses"]
+    return hop
 
 
 HOSTNAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
@@ -885,7 +897,10 @@ class OutputParser:
 
     def result(self, status: Status = "finished", raw_output: str = "") -> Result:
         """What is known so far."""
-        raise NotImplementedError
+        return self.tool_result(status, raw_output)
+
+    def tool_result(self, status: Status, raw_output: str) -> ToolResult:
+        return {"status": status, "resolvedAddress": self.address, "rawOutput": raw_output}
 
 
 class LineParser(OutputParser):
@@ -893,9 +908,6 @@ class LineParser(OutputParser):
 
     def parse_line(self, line: str) -> Iterator[Event]:
         yield note(line)
-
-    def result(self, status: Status = "finished", raw_output: str = "") -> ToolResult:
-        return {"status": status, "resolvedAddress": self.address, "rawOutput": raw_output}
 
 
 class PingParser(OutputParser):
@@ -950,12 +962,8 @@ class PingParser(OutputParser):
             self.hostname = hostname_of(name, address)
         if rtt and ttl:
             self.timings.append({"rtt": float(rtt), "ttl": int(ttl)})
-        yield {
-            "event": "reply",
-            "seq": int(seq),
-            "ttl": int(ttl) if ttl else None,
-            "rtt": float(rtt) if rtt else None,
-        }
+        hops, ms = int(ttl) if ttl else None, float(rtt) if rtt else None
+        yield {"event": "reply", "seq": int(seq), "ttl": hops, "rtt": ms}
         if remark:  # (DUP!), (DIFFERENT ADDRESS!), (truncated), a time beyond belief
             yield note(match[0])
 
@@ -983,21 +991,13 @@ class PingParser(OutputParser):
         total, received, loss = self.summary or (self.sent, len(self.received), None)
         if loss is None and total:
             loss = round(100 - 100 * received / total, 2)
+        loss = None if loss is None else min(max(loss, 0), 100)
+        counts: Counts = {"total": total, "rcv": received, "drop": max(total - received, 0)}
         return {
-            "status": status,
-            "resolvedAddress": self.address,
+            **self.tool_result(status, raw_output),
             "resolvedHostname": self.hostname,
             "timings": self.timings,
-            "stats": {
-                "min": low,
-                "avg": average,
-                "max": high,
-                "total": total,
-                "rcv": received,
-                "drop": max(total - received, 0),
-                "loss": None if loss is None else min(max(loss, 0), 100),
-            },
-            "rawOutput": raw_output,
+            "stats": {"min": low, "avg": average, "max": high, **counts, "loss": loss},
         }
 
 
@@ -1034,10 +1034,7 @@ class TracerouteParser(OutputParser):
         timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
         hop = router(names, address, hostname)
         yield {"event": "hop", "hop": int(match[1]), **hop, "timings": timings, "probes": probes}
-        result: ResultHop = {"resolvedAddress": address, "resolvedHostname": hostname, "timings": timings}
-        if "addresses" in hop:
-            result["addresses"] = hop["addresses"]
-        self.hops.append(result)
+        self.hops.append(result_hop(hop, timings))
         if not understood:
             yield note(line)
 
@@ -1069,13 +1066,8 @@ class TracerouteParser(OutputParser):
 
     def result(self, status: Status = "finished", raw_output: str = "") -> TracerouteResult:
         names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
-        return {
-            "status": status,
-            "resolvedAddress": self.address,
-            "resolvedHostname": next(names, None),
-            "hops": self.hops,
-            "rawOutput": raw_output,
-        }
+        head = self.tool_result(status, raw_output)
+        return {**head, "resolvedHostname": next(names, None), "hops": self.hops}
 
 
 class MtrHop:
@@ -1128,19 +1120,10 @@ class MtrHop:
             spread = (min(times), self.average, max(times), self.deviation())
             jitter = (min(jitters), sum(jitters) / len(jitters), max(jitters))
             low, average, high, deviation, least, mean, most = (round(us / 1000, 3) for us in spread + jitter)
-        return {
-            "min": low,
-            "avg": average,
-            "max": high,
-            "stDev": deviation,
-            "jMin": least,
-            "jAvg": mean,
-            "jMax": most,
-            "total": self.completed(),
-            "rcv": len(self.times),
-            "drop": self.completed() - len(self.times),
-            "loss": self.loss(),
-        }
+        total, received = self.completed(), len(times)
+        counts: Counts = {"total": total, "rcv": received, "drop": total - received}
+        jitter_stats: Jitter = {"stDev": deviation, "jMin": least, "jAvg": mean, "jMax": most}
+        return {"min": low, "avg": average, "max": high, **jitter_stats, **counts, "loss": self.loss()}
 
 
 class MtrParser(OutputParser):
@@ -1304,26 +1287,12 @@ class MtrParser(OutputParser):
         return f"AS{'???' if asn is None else asn:<7}"
 
     def result(self, status: Status = "finished", raw_output: str = "") -> MtrResult:
-        return {
-            "status": status,
-            "resolvedAddress": self.address,
-            "resolvedHostname": self.names.get(self.address),
-            "hops": [self.result_hop(hop) for hop in self.path()],
-            "rawOutput": raw_output,
-        }
-
-    def result_hop(self, hop: MtrHop) -> MtrResultHop:
-        who = self.router(hop)
-        result: MtrResultHop = {
-            "resolvedAddress": who["address"],
-            "resolvedHostname": who["hostname"],
-            "asn": who["asn"],
-            "timings": [{"rtt": time / 1000} for time in hop.times],
-            "stats": hop.stats(),
-        }
-        if "addresses" in who:
-            result["addresses"] = who["addresses"]
-        return result
+        hops: list[MtrResultHop] = []
+        for hop, who in [(hop, self.router(hop)) for hop in self.path()]:
+            shared = result_hop(who, [{"rtt": time / 1000} for time in hop.times])
+            hops.append({**shared, "asn": who["asn"], "stats": hop.stats()})
+        head = self.tool_result(status, raw_output)
+        return {**head, "resolvedHostname": self.names.get(self.address), "hops": hops}
 
 
 PARSERS: dict[str, type[OutputParser]] = {"ping": PingParser, "traceroute": TracerouteParser}
@@ -1947,6 +1916,7 @@ async def answer_defect(request: Request, error: Exception) -> Response:
 # ---- OpenAPI -----------------------------------------------------------------------------------------------
 
 Schema = dict[str, Any]
+JSON_TYPE = "application/json"
 SCALARS = {str: "string", int: "integer", float: "number", type(None): "null"}
 COMPONENTS = {each.__name__: each for union in (Event, Result) for each in get_args(union)}
 STRING: Schema = {"type": "string"}
@@ -2040,17 +2010,13 @@ def response(when: str, content: Mapping[str, Schema], headers: Collection[str] 
     return {"description": when, "content": bodies} | ({"headers": described} if described else {})
 
 
-def json_response(when: str, properties: Mapping[str, Schema], optional: Collection[str] = ()) -> Schema:
-    return response(when, {"application/json": object_schema(properties, optional)})
-
-
 def operation(summary: str, success: Schema, errors: Sequence[int] = (), **more: Any) -> Schema:
     """An operation: the response when all is well, the statuses of its errors."""
     responses = {"200": success}
     for status in errors:
         when, schema = ERROR_RESPONSES[status]
         headers = HEADER_MEANINGS if status == 429 else ("Retry-After",) if status == 503 else ()
-        responses[str(status)] = response(when, {"application/json": schema}, headers)
+        responses[str(status)] = response(when, {JSON_TYPE: schema}, headers)
     return {"summary": summary, "responses": responses, **more}
 
 
@@ -2075,7 +2041,7 @@ def command_operation(command: Command) -> Schema:
         description=f"Runs `{argv}`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "
         f"Limit: {describe(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}.",
         operationId=command.name,
-        requestBody={"required": True, "content": dict.fromkeys(("application/json", FORM_TYPE), body)},
+        requestBody={"required": True, "content": dict.fromkeys((JSON_TYPE, FORM_TYPE), body)},
     )
 
 
@@ -2092,7 +2058,7 @@ def upload_operation() -> Schema:
     measured = object_schema({"bytes": INTEGER, "seconds": NUMBER, "mbps": {"type": ["number", "null"]}})
     return operation(
         "Takes bytes, keeps nothing, measures how fast they came",
-        response("The speed, from the first byte to the last.", {"application/json": measured}, RATED),
+        response("The speed, from the first byte to the last.", {JSON_TYPE: measured}, RATED),
         (408, 413, 429, 503),
         description=f"Limit: {describe(SETTINGS.RATE_LIMIT_SPEEDTEST)}.",
         operationId="speedtest_upload",
@@ -2100,38 +2066,34 @@ def upload_operation() -> Schema:
     )
 
 
+def get_operation(summary: str, content: Mapping[str, Schema]) -> Schema:
+    return {"get": operation(summary, response("The answer.", content))}
+
+
 @cache
 def openapi() -> Schema:
-    """The description of this API in OpenAPI 3.1, made of the tables and types that it runs on."""
-    location = dict.fromkeys(about_here(ipaddress.IPv4Address(0)), STRING)
+    """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
+    location = object_schema(dict.fromkeys(about_here(ipaddress.IPv4Address(0)), STRING))
     tools = array(enum(*PACKAGES))
-    state = {"status": enum("ok", "degraded"), "missing": tools, "forbidden": tools}
-    health = json_response("The state.", state, ("missing", "forbidden"))
+    states = {"status": enum("ok", "degraded"), "missing": tools, "forbidden": tools}
+    health = object_schema(states, ("missing", "forbidden"))
     page = {"text/html; charset=utf-8": STRING}
-    front = response("How to use it, or with `Accept` the page.", {TEXT_TYPE: STRING, **page})
+    description = f"Ping, traceroute, mtr and speed tests from {SETTINGS.NETWORK_LOCATION}. "
+    description += f"Limits for each client: {limits_text()}."
+    info = {"title": "Looking glass", "version": "1.0.0", "description": description}
     return {
         "openapi": "3.1.0",
-        "info": {
-            "title": "Looking glass",
-            "version": "1.0.0",
-            "description": f"Ping, traceroute, mtr and speed tests from {SETTINGS.NETWORK_LOCATION}. "
-            f"Limits for each client: {limits_text()}.",
-            "license": {"name": "MIT", "identifier": "MIT"},
-        },
+        "info": {**info, "license": {"name": "MIT", "identifier": "MIT"}},
         "paths": {
             **{f"/lookingglass/{name}": {"post": command_operation(COMMANDS[name])} for name in COMMANDS},
             **{f"/speedtest/{name}": speedtest_operations(name) for name in SIZES},
             "/speedtest/upload": {"post": upload_operation()},
-            "/network/info": {
-                "get": operation("Where this is, and who you are", json_response("The location.", location))
-            },
-            "/health": {"get": operation("Whether the tools are there", health)},
-            "/": {"get": operation("This server, for people", front)},
-            "/openapi.json": {
-                "get": operation("This description", response("OpenAPI 3.1.", {"application/json": {}}))
-            },
-            "/docs": {"get": operation("This description in Swagger UI", response("A page.", page))},
-            "/redoc": {"get": operation("This description in ReDoc", response("A page.", page))},
+            "/network/info": get_operation("Where this is, and who you are", {JSON_TYPE: location}),
+            "/health": get_operation("Whether the tools are there", {JSON_TYPE: health}),
+            "/": get_operation("How to use it; with `Accept`, the page", {TEXT_TYPE: STRING, **page}),
+            "/openapi.json": get_operation("This description", {JSON_TYPE: {}}),
+            "/docs": get_operation("This description in Swagger UI", page),
+            "/redoc": get_operation("This description in ReDoc", page),
         },
         "components": {"schemas": {name: typed_dict_schema(cls) for name, cls in COMPONENTS.items()}},
     }

@@ -36,7 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn, cast
+from typing import Annotated, Any, Literal, NoReturn, cast, get_args
 from urllib.parse import quote
 
 import httpx
@@ -1200,7 +1200,7 @@ def in_pieces(output: bytes, cuts: list[int]) -> list[bytes]:
     complete=st.booleans(),
 )
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_parsers_take_any_bytes_and_give_json(
+def test_the_parsers_accept_any_bytes_and_produce_json(
     command: str, output: bytes, cuts: list[int], complete: bool
 ) -> None:
     other = lg.Command("other", ("dig", "{address}"), 4, (0,))
@@ -1413,7 +1413,7 @@ def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in response.text.splitlines()]
 
 
-def test_with_accept_the_same_run_is_a_json_object_a_line(serve: Start) -> None:
+def test_events_are_one_json_object_per_line(serve: Start) -> None:
     recorded = RECORDED["ping, a loss"]
     server = serve(
         tools={"ping": f"#!/bin/sh\ncat <<'END'\n{recorded}END\n"}, names={"a.example": ["127.0.0.1"]}
@@ -1444,7 +1444,7 @@ def test_clients_that_do_not_ask_for_events_get_text(echo: Server, accept: str |
     assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
 
 
-def test_a_run_that_fails_says_so_in_its_end_and_gives_what_is_known(serve: Start) -> None:
+def test_the_end_event_of_a_failed_run_has_the_error_and_a_partial_result(serve: Start) -> None:
     raw = RECORDED["mtr"].partition("x 0 33007")[0]
     script = f"#!/bin/sh\ncat <<'END'\n{raw}END\nsleep 1000\n"
     server = serve(tools={"mtr": script, "traceroute": "#!/bin/sh\nexit 2\n"}, DIAGNOSTIC_TIMEOUT="1")
@@ -1457,7 +1457,7 @@ def test_a_run_that_fails_says_so_in_its_end_and_gives_what_is_known(serve: Star
     assert end["result"]["hops"] == []
 
 
-def test_each_event_comes_when_its_line_is_written(serve: Start, tmp_path: Path) -> None:
+def test_an_event_is_sent_as_soon_as_its_line_is_written(serve: Start, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     wait = f"while [ ! -e {gate} ]; do sleep 0.01; done\n"
     script = f"#!/bin/sh\necho '64 bytes from 127.0.0.1: icmp_seq=1 ttl=60 time=1.0 ms'\n{wait}"
@@ -1872,21 +1872,63 @@ def test_the_javascript_of_the_readme_draws_a_live_table_of_an_mtr(
 # ---- the API described -------------------------------------------------------------------------------------
 
 
-def test_the_description_is_valid_openapi(echo: Server) -> None:
+def test_the_description_is_valid_openapi_3_1(echo: Server) -> None:
     validator = pytest.importorskip("openapi_spec_validator")
     document = echo.http.get("/openapi.json").json()
     assert document["openapi"] == "3.1.0"
     validator.validate(document)
 
 
-def test_the_description_has_every_route_and_no_other() -> None:
+def test_the_description_is_made_once() -> None:
+    assert json.loads(lg.openapi_json()) == lg.openapi()
+    assert lg.openapi_json() is lg.openapi_json()
+
+
+@pytest.mark.parametrize(("cls", "event"), zip(get_args(lg.Event), lg.EXAMPLES, strict=True))
+def test_each_example_of_an_event_is_valid_for_its_schema(cls: type, event: object) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = {"$ref": f"#/components/schemas/{cls.__name__}", "components": lg.openapi()["components"]}
+    jsonschema.validate(event, schema)
+
+
+@pytest.mark.parametrize(
+    ("hint", "schema"),
+    [
+        (str, {"type": "string"}),
+        (float | None, {"type": ["number", "null"]}),
+        (list[int], {"type": "array", "items": {"type": "integer"}}),
+        (Literal[4, 6], {"enum": [4, 6]}),
+        (Annotated[str, {"format": "date-time"}], {"type": "string", "format": "date-time"}),
+        (lg.PingResult, {"$ref": "#/components/schemas/PingResult"}),
+        (
+            lg.Probe,
+            {
+                "type": "object",
+                "properties": {
+                    "rtt": {"type": ["number", "null"]},
+                    "address": {"type": "string"},
+                    "code": {"type": "string"},
+                },
+                "required": ["rtt"],
+                "additionalProperties": False,
+            },
+        ),
+    ],
+)
+def test_the_schema_of_a_type(hint: object, schema: dict[str, Any]) -> None:
+    found = lg.schema_of(hint)
+    found.pop("description", None)
+    assert found == schema
+
+
+def test_openapi_describes_every_route_and_no_other() -> None:
     routes = {(route.path, method.lower()) for route in lg.app.routes for method in route.methods}  # type: ignore[attr-defined]
     described = {(path, method) for path, item in lg.openapi()["paths"].items() for method in item}
     assert described <= routes
     assert {(path, method) for path, method in routes if method != "head"} <= described
 
 
-def promised() -> list[tuple[str, str, str]]:
+def described_responses() -> list[tuple[str, str, str]]:
     return [
         (path, method, status)
         for path, item in lg.openapi()["paths"].items()
@@ -1896,7 +1938,7 @@ def promised() -> list[tuple[str, str, str]]:
 
 
 @pytest.fixture(scope="session")
-def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+def server_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
     """Servers that answer with what a status stands for: within limits, beyond them, with no slot free."""
     servers: dict[str, Server] = {}
     rated = ("RATE_LIMIT_DIAGNOSTICS", "RATE_LIMIT_SPEEDTEST", "RATE_LIMIT_SPEEDTEST_10G")
@@ -1917,14 +1959,16 @@ def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
 
 
 # The others have tests of their own: 408 takes its time, and 413 of an upload a gibibyte.
-SOON = [each for each in promised() if each[2] != "408" and each[::2] != ("/speedtest/upload", "413")]
+QUICK_RESPONSES = [
+    each for each in described_responses() if each[2] != "408" and each[::2] != ("/speedtest/upload", "413")
+]
 
 
-@pytest.mark.parametrize(("path", "method", "status"), SOON)
-def test_every_promised_answer_can_be_had(
-    keeper: Callable[[str], Server], path: str, method: str, status: str
+@pytest.mark.parametrize(("path", "method", "status"), QUICK_RESPONSES)
+def test_every_described_response_can_be_provoked(
+    server_for: Callable[[str], Server], path: str, method: str, status: str
 ) -> None:
-    server = keeper(status if status in ("429", "503") else "200")
+    server = server_for(status if status in ("429", "503") else "200")
     target = {"target": "::1" if path.endswith("6") else "127.0.0.1"}
     request: dict[str, Any] = {"json": target} if method == "post" else {}
     if status == "422":
@@ -1945,8 +1989,8 @@ def test_every_promised_answer_can_be_had(
     until(server.idle)
 
 
-def test_each_command_answers_408_as_promised(echo: Server) -> None:
-    paths = [path for path, _, status in promised() if status == "408"]
+def test_a_request_body_that_does_not_arrive_is_408(echo: Server) -> None:
+    paths = [path for path, _, status in described_responses() if status == "408"]
     connections = [echo.connect() for _ in paths]
     for path, connection in zip(paths, connections, strict=True):
         connection.sendall(f"POST {path} HTTP/1.1\r\nHost: lg\r\nContent-Length: 9\r\n\r\n".encode())
@@ -1954,7 +1998,7 @@ def test_each_command_answers_408_as_promised(echo: Server) -> None:
     assert {left(connection)[:12] for connection in connections} == {b"HTTP/1.1 408"}
 
 
-def test_the_description_states_the_limits_as_they_are_configured(serve: Start) -> None:
+def test_openapi_states_the_configured_limits(serve: Start) -> None:
     server = serve(RATE_LIMIT_DIAGNOSTICS="7/minute;70/hour", DIAGNOSTIC_TIMEOUT="33")
     described = server.http.get("/openapi.json").json()["paths"]["/lookingglass/mtr"]["post"]["description"]
     assert "7 per 1 minute and 70 per 1 hour" in described
@@ -2028,7 +2072,7 @@ def npm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "sign"), [("docs", ".swagger-ui .opblock-post"), ("redoc", "[data-section-id]")]
 )
-def test_the_api_is_shown_by_files_whose_hashes_fit(
+def test_the_api_docs_render_with_cdn_files_of_the_expected_hashes(
     echo: Server, page: Page, npm_packages: Path, name: str, sign: str
 ) -> None:
     faults: list[str] = []
@@ -2048,7 +2092,7 @@ def test_the_api_is_shown_by_files_whose_hashes_fit(
 
 
 @pytest.mark.parametrize("name", lg.API_DOCS)
-def test_without_the_network_the_page_says_what_is_missing(echo: Server, page: Page, name: str) -> None:
+def test_the_api_docs_without_the_cdn_explain_what_is_missing(echo: Server, page: Page, name: str) -> None:
     page.goto(f"http://127.0.0.1:{echo.port}/{name}")
     assert "has not been loaded" in page.inner_text("#viewer")
     page.click("#viewer a")
