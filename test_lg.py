@@ -1704,7 +1704,7 @@ def run_transcript(name: str, fault: str = "", status: int | None = 0) -> dict[s
     events = (
         transcript.start()
         + transcript.output(RECORDED[name].encode())
-        + transcript.end(fault or transcript.fault(status), status)
+        + transcript.end(fault or transcript.fault(status or 0), status)
     )
     return cast(dict[str, Any], json.loads(events.splitlines()[-1]))
 
