@@ -9,6 +9,7 @@ on demand; a stand-in for the resolver answers for names. Packets go to loopback
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import importlib.util
 import ipaddress
@@ -72,9 +73,19 @@ def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
 
 # ---- the server under test ---------------------------------------------------------------------------------
 
-SITE = """
-import ipaddress, json, os, socket, time
-real, names = socket.getaddrinfo, json.loads(os.environ.get("LG_TEST_NAMES", "{}"))
+# Loaded into the server: answers for names with addresses, or as a word says; records what was looked up; and
+# makes a fault while a file of its name exists.
+SITE = r"""
+import ipaddress, json, os, socket, subprocess, threading, time
+
+folder = os.path.dirname(os.path.dirname(__file__))
+names = json.loads(os.environ.get("LG_TEST_NAMES", "{}"))
+real_getaddrinfo, real_fork, real_start, real_time = (
+    socket.getaddrinfo, subprocess._fork_exec, threading.Thread.start, time.time
+)
+
+def exists(name):
+    return os.path.exists(f"{folder}/{name}")
 
 def is_name(host):
     try:
@@ -85,46 +96,37 @@ def is_name(host):
 def getaddrinfo(host, port, family=0, *rest, **more):
     host = host.decode() if isinstance(host, bytes) else host
     if not is_name(host):
-        return real(host, port, family, *rest, **more)
-    with open(os.environ["LG_TEST_LOOKUPS"], "a") as lookups:
-        lookups.write(host + "\\\\n")
+        return real_getaddrinfo(host, port, family, *rest, **more)
+    with open(f"{folder}/lookups", "a") as lookups:
+        lookups.write(host + "\n")
     answer = names.get(host.rstrip(".").lower(), names.get("*", []))
     if answer == "hang":
         time.sleep(3600)
-    while answer == "wait" and not os.path.exists(faults + "/go-on"):
-        time.sleep(0.01)
     if answer == "wait":
+        while not exists("go-on"):
+            time.sleep(0.01)
         answer = ["127.0.0.1"]
     if answer == "fail":
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-    found = [a for a in answer if (":" in a) == (family == socket.AF_INET6)]
+    found = [address for address in answer if (":" in address) == (family == socket.AF_INET6)]
     if not found:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    return [(family, socket.SOCK_STREAM, 6, "", (a, 0)) for a in found]
-
-socket.getaddrinfo = getaddrinfo
-
-faults = os.path.dirname(os.path.dirname(__file__))  # a file there makes a fault
-import subprocess
-real_fork, real_time = subprocess._fork_exec, time.time
+    return [(family, socket.SOCK_STREAM, 6, "", (address, 0)) for address in found]
 
 def fork_exec(*arguments):
-    if os.path.exists(faults + "/no-fork"):
+    if exists("no-fork"):
         raise BlockingIOError(11, "Resource temporarily unavailable")
     return real_fork(*arguments)
 
-subprocess._fork_exec = fork_exec
-
-import threading
-real_start = threading.Thread.start
-
 def start(thread):
-    if os.path.exists(faults + "/no-threads"):
+    if exists("no-threads"):
         raise RuntimeError("can't start new thread")
     real_start(thread)
 
+socket.getaddrinfo = getaddrinfo
+subprocess._fork_exec = fork_exec
 threading.Thread.start = start
-time.time = lambda: real_time() - 3600 * os.path.exists(faults + "/an-hour-back")
+time.time = lambda: real_time() - 3600 * exists("an-hour-back")
 """
 
 
@@ -144,8 +146,36 @@ lg.main()
 """
 
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNET = 0x40000000
+
+
+@contextlib.contextmanager
+def inside_hops() -> Iterator[None]:
+    """Sockets that this thread makes meanwhile are of the first host of the small internet."""
+    paths = ("/proc/thread-self/ns/net", f"/run/netns/{HOPS_NAME}0")
+    here, there = (os.open(path, os.O_RDONLY) for path in paths)
+    try:
+        assert LIBC.setns(there, CLONE_NEWNET) == 0
+        yield
+        assert LIBC.setns(here, CLONE_NEWNET) == 0
+    finally:
+        os.close(here)
+        os.close(there)
+
+
+class TransportInHops(httpx.HTTPTransport):
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        with inside_hops():
+            return super().handle_request(request)
+
+
 class Server:
-    """`python lg.py` on a free port, with these settings, stand-ins (tool → script) and module constants."""
+    """`python lg.py` on a free port, with these settings, stand-ins (tool → script) and module constants.
+
+    With a `prefix`, the command that starts it, it runs on the first host of the small internet with the real
+    resolver; clients made here reach it there.
+    """
 
     def __init__(
         self,
@@ -159,17 +189,17 @@ class Server:
     ) -> None:
         if constants:
             command = (sys.executable, "-c", WITH_CONSTANTS.format(constants=dict(constants)))
-        self.folder, self.port = folder, int(environment.setdefault("PORT", str(free_port())))
+        self.folder, self.prefix = folder, prefix
+        self.port = int(environment.setdefault("PORT", str(free_port())))
         (folder / "bin").mkdir(exist_ok=True)
         (folder / "site").mkdir(exist_ok=True)
-        (folder / "site" / "sitecustomize.py").write_text(SITE.replace("\\\\", "\\"))
+        (folder / "site" / "sitecustomize.py").write_text(SITE)
         for tool, script in (tools or {}).items():
             self.stand_in(tool, script)
         self.environment = {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "PYTHONPATH": "" if prefix else str(folder / "site"),
             "LG_TEST_NAMES": json.dumps(names or {}),
-            "LG_TEST_LOOKUPS": str(folder / "lookups"),
             "RATE_LIMIT_DIAGNOSTICS": "off",
             "RATE_LIMIT_SPEEDTEST": "off",
             "RATE_LIMIT_SPEEDTEST_10G": "off",
@@ -185,14 +215,13 @@ class Server:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
             )
-        self.prefix = prefix
-        if prefix:  # in another network namespace: asked from there
-            until(lambda: "startup complete" in self.log)
-        else:
-            self.http = httpx.Client(
-                base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE, trust_env=False
-            )
-            until(self.is_up)
+        self.http = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}",
+            timeout=PATIENCE,
+            trust_env=False,
+            transport=TransportInHops() if prefix else None,
+        )
+        until(self.is_up)
 
     def stand_in(self, tool: str, script: str) -> None:
         path = self.folder / "bin" / tool
@@ -220,7 +249,8 @@ class Server:
     def connect(
         self, family: int = socket.AF_INET, receive_bytes: int = 0, source: str = ""
     ) -> socket.socket:
-        connection = socket.socket(family)
+        with inside_hops() if self.prefix else contextlib.nullcontext():
+            connection = socket.socket(family)
         if source:
             connection.bind((source, 0))
         if receive_bytes:
@@ -229,19 +259,17 @@ class Server:
         connection.connect(("::1" if family == socket.AF_INET6 else "127.0.0.1", self.port))
         return connection
 
-    def begin(self, command: str = "ping", target: str = "127.0.0.1", **options: Any) -> socket.socket:
-        """A connection on which a command was asked for, and nothing read yet."""
-        connection = self.connect(**options)
-        body = json.dumps({"target": target}).encode()
-        head = f"POST /lookingglass/{command} HTTP/1.1\r\nHost: lg\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        return connection
-
     def send(self, request: bytes, **options: Any) -> socket.socket:
         """A connection on which these bytes were sent, and nothing read yet."""
         connection = self.connect(**options)
         connection.sendall(request)
         return connection
+
+    def begin(self, command: str = "ping", target: str = "127.0.0.1", **options: Any) -> socket.socket:
+        """A connection on which a command was asked for, and nothing read yet."""
+        body = json.dumps({"target": target}).encode()
+        header = f"POST /lookingglass/{command} HTTP/1.1\r\nHost: lg\r\nContent-Length: {len(body)}\r\n\r\n"
+        return self.send(header.encode() + body, **options)
 
     def answer_seconds(self) -> float:
         """How long /health takes on a new connection."""
@@ -254,7 +282,7 @@ class Server:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))  # noqa: PTH208
 
     def idle(self) -> bool:
-        """Whether what was begun has ended: all tools of this server's have, and so has what reads them."""
+        """Whether none of this server's stand-ins runs."""
         return not running(f"{self.folder}/bin/")
 
     def has_reaped(self) -> bool:
@@ -265,6 +293,10 @@ class Server:
         if self.process.poll() is None:
             self.process.terminate()
         return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        self.stop()
+        assert "Traceback" not in self.log, self.log
 
 
 Start = Callable[..., Server]
@@ -284,28 +316,85 @@ def serve(tmp_path: Path) -> Iterator[Start]:
     yield start
     for server in servers:
         until(server.has_reaped)
-        server.stop()
-        assert "Traceback" not in server.log, server.log
+        server.close()
 
 
 @pytest.fixture(scope="session")
-def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server for the tests that need no settings of their own; its tools say how they were started."""
-    names = {
-        "here.example": ["127.0.0.2", "::1"],
-        "xn--bcher-kva.example": ["127.0.0.1"],
-        "broken.example": "fail",
-    }
-    names |= {"inside.example": ["10.0.0.1"], "v6.example": ["::1"], "example.com": ["127.0.0.1", "::1"]}
-    tools = dict.fromkeys(("ping", "traceroute", "mtr"), ECHO)
-    server = Server(tmp_path_factory.mktemp("echo"), names=names, tools=tools)
-    yield server
-    server.stop()
-    assert "Traceback" not in server.log, server.log
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts one server for all tests that want these settings, and that leave it as they found it."""
+    servers: dict[str, Server] = {}
+
+    def start(**options: Any) -> Server:
+        key = json.dumps(options, sort_keys=True)
+        if key not in servers:
+            servers[key] = Server(tmp_path_factory.mktemp("shared"), **options)
+        return servers[key]
+
+    yield start
+    for server in servers.values():
+        server.close()
+
+
+Once = Callable[[str, Callable[[], Any]], Any]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes a value that JSON can hold once, for all processes that run the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def get(name: str, make: Callable[[], Any]) -> Any:
+        path = folder / f"{name}.json"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                path.write_text(json.dumps(make()))
+            return json.loads(path.read_text())
+
+    return get
+
+
+TOOLS = ("ping", "traceroute", "mtr")
+
+
+def every_tool(script: str) -> dict[str, str]:
+    return dict.fromkeys(TOOLS, script)
+
+
+NAMES = {
+    "here.example": ["127.0.0.2", "::1"],
+    "example.com": ["127.0.0.1", "::1"],
+    "xn--bcher-kva.example": ["127.0.0.1"],
+    "v6.example": ["::1"],
+    "inside.example": ["10.0.0.1"],
+    "broken.example": "fail",
+}
+
+
+@pytest.fixture(scope="session")
+def echo(shared: Start) -> Server:
+    """A server for the tests that need no settings of their own; its tools print how they were started."""
+    return shared(names=NAMES, tools=every_tool(ECHO))
+
+
+class Gate:
+    """What a stand-in waits for until the test opens it; `wait` is a line for its script."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.wait = path, f"while [ ! -e {path} ]; do sleep 0.01; done\n"
+
+    def open(self) -> None:
+        self.path.touch()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
 
 
 def processes() -> dict[int, tuple[int, int, str]]:
-    """pid → parent, process group and command line of all that run here; a zombie has no command line."""
+    """pid → parent, process group and command line; a zombie has no command line."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -316,7 +405,7 @@ def processes() -> dict[int, tuple[int, int, str]]:
 
 
 def running(text: str) -> list[int]:
-    """The processes with this text in their command line."""
+    """The processes whose command line contains this text."""
     return [pid for pid, (_, _, line) in processes().items() if text in line]
 
 
@@ -330,12 +419,12 @@ def group_of(address: str) -> int:
 
 
 def members(group: int) -> list[int]:
-    """Those that live; who killed them reaps the first, and the init of the machine its orphans."""
+    """The living members of a process group; zombies wait for the server, or for this machine's init."""
     return [pid for pid, (_, its, line) in processes().items() if its == group and line]
 
 
 def lone_address() -> str:
-    """A loopback address that no other test measures, to know its processes by."""
+    """A random loopback address, by which a test finds the processes that it started."""
     return f"127.{secrets.randbelow(254) + 1}.{secrets.randbelow(256)}.{secrets.randbelow(254) + 1}"
 
 
@@ -348,7 +437,7 @@ def received(connection: socket.socket, last: bytes) -> bytes:
 
 
 def left(connection: socket.socket) -> bytes:
-    """What is still to be read from a connection, to its end."""
+    """What is read from a connection, to its end."""
     chunks = []
     with contextlib.suppress(ConnectionResetError):
         while chunk := connection.recv(65536):
@@ -374,7 +463,7 @@ FORKING = "#!/bin/sh\necho begun\nsleep 1000 &\nsleep 1000 &\nwait\n"
 
 
 @pytest.mark.parametrize(
-    ("command", "argv"),
+    ("command", "arguments"),
     [
         ("ping", "-4 -n -O -c 15 -W 2 -s 56 127.0.0.1"),
         ("ping6", "-6 -n -O -c 15 -W 2 -s 56 ::1"),
@@ -384,23 +473,32 @@ FORKING = "#!/bin/sh\necho begun\nsleep 1000 &\nsleep 1000 &\nwait\n"
         ("mtr6", "-6 --raw -n -c 10 -i 1 -G 1 -Z 2 -m 30 ::1"),
     ],
 )
-def test_each_command_starts_its_tool_with_the_argv_of_the_contract(
-    echo: Server, command: str, argv: str
+def test_command_runs_its_tool_with_fixed_arguments_and_the_address(
+    echo: Server, command: str, arguments: str
 ) -> None:
-    lines = echo.run(command, argv.split()[-1]).text.splitlines()
-    assert [line for line in lines if not line.startswith("Start: ")] == [
-        f"argv {argv}",
-        "environment LC_ALL PATH" + (" LC_CTYPE" if "LC_CTYPE" in lines[-4] else ""),
-        "locale C",
-        "stdin 0",
-        "session True",
-    ]
+    assert f"argv {arguments}\n" in echo.run(command, arguments.split()[-1]).text
 
 
-def test_the_stream_has_the_headers_of_the_contract(echo: Server) -> None:
-    response = echo.run("ping")
-    assert response.status_code == 200
-    assert {name: response.headers[name] for name in ("Content-Type", *lg.STREAM_HEADERS)} == {
+def test_tool_gets_a_minimal_environment(echo: Server) -> None:
+    variables = echo.run("ping").text.partition("environment ")[2].split("\n")[0].split()
+    assert set(variables) - {"LC_CTYPE"} == {"LC_ALL", "PATH"}  # Python, as the stand-in, adds the third
+
+
+def test_tool_runs_in_the_c_locale(echo: Server) -> None:
+    assert "locale C\n" in echo.run("ping").text
+
+
+def test_tool_reads_end_of_file_from_standard_input(echo: Server) -> None:
+    assert "stdin 0\n" in echo.run("ping").text
+
+
+def test_tool_leads_a_session_of_its_own(echo: Server) -> None:
+    assert "session True\n" in echo.run("ping").text
+
+
+def test_stream_has_headers_against_caching_and_buffering(echo: Server) -> None:
+    headers = echo.run("ping").headers
+    assert {name: headers[name] for name in ("Content-Type", *lg.STREAM_HEADERS)} == {
         "Content-Type": "text/plain; charset=utf-8",
         "Cache-Control": "no-store, no-transform",
         "X-Accel-Buffering": "no",
@@ -419,42 +517,50 @@ def test_the_stream_has_the_headers_of_the_contract(echo: Server) -> None:
         (b"target=127%2E0.0.1&count=1000", "application/json"),
     ],
 )
-def test_a_body_is_json_or_a_form_whatever_its_content_type_says(
+def test_body_is_json_or_a_form_regardless_of_content_type(
     echo: Server, body: bytes, content_type: str
 ) -> None:
     response = echo.http.post("/lookingglass/ping", content=body, headers={"Content-Type": content_type})
     assert response.text.startswith("argv -4 -n -O -c 15 -W 2 -s 56 127.0.0.1\n")
 
 
-def test_a_name_is_looked_up_once_and_the_tool_gets_its_address(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO, "mtr": ECHO}, names={"here.example": ["127.0.0.2", "::1"]})
-    assert server.run("ping", "Here.Example.").text.startswith(
-        "Here.Example. has address 127.0.0.2\nargv -4 "
-    )
-    assert server.run("mtr6", "here.example").text.startswith("here.example has IPv6 address ::1\nStart: ")
-    assert server.lookups == ["Here.Example.", "here.example"]
+@pytest.mark.parametrize(
+    ("command", "name", "start"),
+    [
+        ("ping", "Here.Example.", "Here.Example. has address 127.0.0.2\nargv -4 "),
+        ("mtr6", "here.example", "here.example has IPv6 address ::1\nStart: "),
+    ],
+)
+def test_output_starts_with_the_address_of_a_name(echo: Server, command: str, name: str, start: str) -> None:
+    assert echo.run(command, name).text.startswith(start)
 
 
-def test_a_name_is_measured_at_its_first_address_that_is_allowed(serve: Start) -> None:
+def test_tool_measures_the_address_that_was_checked(echo: Server) -> None:
+    assert "-s 56 127.0.0.2\n" in echo.run("ping", "here.example").text
+
+
+def test_name_is_looked_up_once(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names=NAMES)
+    server.run("ping", "here.example")
+    assert server.lookups == ["here.example"]
+
+
+def test_first_allowed_address_of_a_name_is_measured(serve: Start) -> None:
     names = {"mixed.example": ["10.0.0.1", "127.0.0.9", "127.0.0.10"]}
     server = serve(tools={"ping": ECHO}, names=names, TARGET_DENY="127.0.0.9")
     assert server.run("ping", "mixed.example").text.startswith("mixed.example has address 127.0.0.10\n")
 
 
-def test_an_international_name_is_looked_up_in_its_ascii_form(echo: Server) -> None:
+def test_international_name_is_looked_up_in_its_ascii_form(echo: Server) -> None:
     assert echo.run("ping", "Bücher.example").text.startswith("xn--bcher-kva.example has address 127.0.0.1\n")
 
 
-def test_what_a_tool_writes_arrives_as_it_is_written_and_not_line_by_line(
-    serve: Start, tmp_path: Path
-) -> None:
-    gate = tmp_path / "gate"
-    script = f"#!/bin/sh\nprintf ' 1  gw '\nwhile [ ! -e {gate} ]; do sleep 0.01; done\necho '1.0 ms'\n"
-    server = serve(tools={"traceroute": script})
+def test_output_is_streamed_as_written_before_its_line_is_complete(serve: Start, gate: Gate) -> None:
+    server = serve(tools={"traceroute": f"#!/bin/sh\nprintf ' 1  gw '\n{gate.wait}echo '1.0 ms'\n"})
     with server.http.stream("POST", "/lookingglass/traceroute", data={"target": "127.0.0.1"}) as response:
         chunks = response.iter_bytes()
         assert next(chunks) == b" 1  gw "
-        gate.touch()
+        gate.open()
         assert b"".join(chunks) == b"1.0 ms\n"
 
 
@@ -462,22 +568,24 @@ def test_what_a_tool_writes_arrives_as_it_is_written_and_not_line_by_line(
     ("script", "text"),
     [
         ("exit 0", ""),
-        ("echo gone; exit 1", "gone\n"),  # of ping, no reply: a result
+        ("echo gone; exit 1", "gone\n"),  # ping received no reply: a result
         ("echo bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
         ("printf bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
         ("exit 3", "--- ping: exit status 3 ---\n"),
         ("echo bad >&2; kill -9 $$", "bad\n--- ping: killed by signal 9 ---\n"),
     ],
 )
-def test_the_closing_line_says_what_was_wrong_and_is_not_there_otherwise(
-    serve: Start, script: str, text: str
-) -> None:
+def test_closing_line_is_printed_only_for_a_fault(serve: Start, script: str, text: str) -> None:
     assert serve(tools={"ping": f"#!/bin/sh\n{script}\n"}).run("ping").text == text
 
 
-def test_a_status_other_than_0_is_a_fault_of_the_other_tools(serve: Start) -> None:
-    server = serve(tools={"traceroute": "#!/bin/sh\nexit 1\n", "mtr": "#!/bin/sh\necho mtr: no\nexit 1\n"})
+def test_exit_status_1_is_a_fault_of_traceroute(serve: Start) -> None:
+    server = serve(tools={"traceroute": "#!/bin/sh\nexit 1\n"})
     assert server.run("traceroute6", "::1").text == "--- traceroute6: exit status 1 ---\n"
+
+
+def test_error_of_mtr_is_printed_as_it_is(serve: Start) -> None:
+    server = serve(tools={"mtr": "#!/bin/sh\necho mtr: no\nexit 1\n"})
     assert re.fullmatch(r"Start: \S+\nmtr: no\n--- mtr: exit status 1 ---\n", server.run("mtr").text)
 
 
@@ -486,10 +594,10 @@ def test_a_status_other_than_0_is_a_fault_of_the_other_tools(serve: Start) -> No
 
 @pytest.fixture(scope="session")
 def hops() -> Iterator[tuple[str, ...]]:
-    """The prefix that runs a command on the first host of a small internet of this run's own."""
+    """The prefix that runs a command on the first host of a small internet of this process's own."""
     if os.geteuid() != 0:
         lacking("root, for network namespaces")
-    for tool in ("ip", "nft", "ping", "traceroute", "mtr"):
+    for tool in ("ip", "nft", *TOOLS):
         if not shutil.which(tool):
             lacking(f"the command {tool}")
     prefix = ("env", f"HOPS={HOPS_NAME}", str(HOPS))
@@ -501,103 +609,102 @@ def hops() -> Iterator[tuple[str, ...]]:
     subprocess.run([*prefix, "down"], check=True)
 
 
-@pytest.fixture(scope="session")
-def in_hops(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(
-        tmp_path_factory.mktemp("hops"),
-        prefix=hops,
-        TARGET_ALLOW="127.0.0.0/8,::1,198.51.100.0/24,2001:db8::/32",
-        MAX_DIAGNOSTICS_PER_CLIENT="20",
-    )
-    yield server
-    server.stop()
+IN_HOPS = {
+    "TARGET_ALLOW": "127.0.0.0/8,::1,198.51.100.0/24,2001:db8::/32",
+    "MAX_DIAGNOSTICS_PER_CLIENT": "20",
+}
 
 
 @pytest.fixture(scope="session")
-def transcripts(in_hops: Server) -> dict[tuple[str, str], str]:
-    """What `curl` prints for each command and target, all run at once."""
+def in_hops(hops: tuple[str, ...], shared: Start) -> Server:
+    return shared(prefix=hops, **IN_HOPS)
 
-    def ask(command: str, target: str) -> str:
-        url = f"http://127.0.0.1:{in_hops.port}/lookingglass/{command}"
-        curl = "import sys, httpx; url, target = sys.argv[1:]\n"
-        curl += "print(httpx.post(url, data={'target': target}, timeout=99).text, end='')"
-        line = [*in_hops.prefix, sys.executable, "-c", curl, url, target]
-        return subprocess.run(line, capture_output=True, text=True, check=True).stdout
 
-    asked = [(command, f"{host}.lg.example") for command in lg.COMMANDS for host in ("target", "hole")]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        return dict(zip(asked, pool.map(lambda each: ask(*each), asked), strict=True))
+Transcripts = Mapping[str, Mapping[str, str]]  # host → command → text
+
+
+@pytest.fixture(scope="session")
+def transcripts(in_hops: Server, once: Once) -> Transcripts:
+    """The output of each command for each host, all run at once."""
+    runs = [(host, command) for host in ("target", "hole") for command in lg.COMMANDS]
+
+    def run(host: str, command: str) -> str:
+        return in_hops.run(command, f"{host}.lg.example", timeout=99).text
+
+    def run_all() -> Transcripts:
+        with ThreadPoolExecutor(len(runs)) as pool:
+            texts = dict(zip(runs, pool.map(lambda each: run(*each), runs), strict=True))
+        return {host: {name: texts[host, name] for name in lg.COMMANDS} for host in ("target", "hole")}
+
+    return cast(Transcripts, once("transcripts", run_all))
 
 
 def targets(command: str) -> tuple[str, str]:
-    """The two addresses of .ci/hops for a command, and what a name's line calls them."""
+    """The address of .ci/hops' target for a command, and what a name's line calls it."""
     return (TARGET6, "IPv6 address") if command.endswith("6") else (TARGET4, "address")
 
 
-@pytest.mark.parametrize("command", ["ping", "ping6"])
-def test_ping_counts_fifteen_replies_of_a_target(
-    transcripts: Mapping[tuple[str, str], str], command: str
-) -> None:
-    text = transcripts[command, "target.lg.example"]
+@pytest.mark.parametrize("command", lg.COMMANDS)
+def test_output_starts_with_the_resolved_address(transcripts: Transcripts, command: str) -> None:
     address, kind = targets(command)
-    first, second, *_ = text.splitlines()
-    assert first == f"target.lg.example has {kind} {address}"
-    assert second.startswith(f"PING {address}")
+    text = transcripts["target"][command]
+    assert text.startswith(f"target.lg.example has {kind} {address}\n")
+
+
+@pytest.mark.parametrize("command", ["ping", "ping6"])
+def test_ping_prints_replies_and_a_summary(transcripts: Transcripts, command: str) -> None:
+    text, (address, _) = transcripts["target"][command], targets(command)
     assert "\n15 packets transmitted, " in text
     assert len(re.findall(rf"^64 bytes from {address}: icmp_seq=\d+ ttl=60 time=", text, re.M)) > 5
 
 
 @pytest.mark.parametrize("command", ["ping", "ping6"])
-def test_a_target_that_never_answers_is_a_result(
-    transcripts: Mapping[tuple[str, str], str], command: str
-) -> None:
-    text = transcripts[command, "hole.lg.example"]
-    assert "no answer yet for icmp_seq=1\n" in text
-    assert re.search(
-        r"^15 packets transmitted, 0 received, 100% packet loss, time \d+ms\n\n?$(?![^\n])", text, re.M
-    )
-    assert "---\n" not in text.partition("statistics ---\n")[2]
+def test_ping_prints_each_loss_when_it_is_known(transcripts: Transcripts, command: str) -> None:
+    text = transcripts["hole"][command]
+    assert re.findall(r"^no answer yet for icmp_seq=(\d+)$", text, re.M) == [str(n) for n in range(1, 15)]
+
+
+@pytest.mark.parametrize("command", ["ping", "ping6"])
+def test_ping_without_a_reply_is_a_result(transcripts: Transcripts, command: str) -> None:
+    text = transcripts["hole"][command]
+    assert re.search(r"\n15 packets transmitted, 0 received, 100% packet loss, time \d+ms\n+\Z", text)
 
 
 @pytest.mark.parametrize("command", ["traceroute", "traceroute6"])
-def test_traceroute_shows_five_hops_of_which_one_is_silent(
-    transcripts: Mapping[tuple[str, str], str], command: str
-) -> None:
-    hops = transcripts[command, "target.lg.example"].splitlines()[2:]
-    assert [line.split()[0] for line in hops] == ["1", "2", "3", "4", "5"]
-    assert hops[0].startswith(" 1  gw.pop.lg.example (")
-    assert hops[2] == " 3  * * *"
-    assert f"target.lg.example ({targets(command)[0]})" in hops[4]
+def test_traceroute_prints_five_hops_of_which_one_is_silent(transcripts: Transcripts, command: str) -> None:
+    lines = transcripts["target"][command].splitlines()[2:]
+    assert [re.findall(r"^ *\d+|[a-z0-9.]+\.example", line) for line in lines] == [
+        [" 1", "gw.pop.lg.example"],
+        [" 2", "core1.ams.lg.example"],
+        [" 3"],
+        [" 4", "core2.fra.lg.example"],
+        [" 5", "target.lg.example"],
+    ]
 
 
 @pytest.mark.parametrize("command", ["traceroute", "traceroute6"])
-def test_traceroute_gives_up_after_thirty_hops(
-    transcripts: Mapping[tuple[str, str], str], command: str
-) -> None:
-    assert transcripts[command, "hole.lg.example"].endswith("\n30  * * *\n")
+def test_traceroute_stops_after_30_hops(transcripts: Transcripts, command: str) -> None:
+    assert transcripts["hole"][command].endswith("\n30  * * *\n")
 
 
 @pytest.mark.parametrize("command", ["mtr", "mtr6"])
-def test_mtr_shows_each_hop_when_it_first_answers_and_a_table_at_the_end(
-    transcripts: Mapping[tuple[str, str], str], command: str
-) -> None:
-    address, kind = targets(command)
-    text = transcripts[command, "target.lg.example"]
-    head, _, table = text.partition("HOST: ")
-    first, start, *live = head.splitlines()
-    assert first == f"target.lg.example has {kind} {address}"
-    assert re.fullmatch(r"Start: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", start)
-    shown = {int(number): host for number, _, host in (line.partition(".|-- ") for line in live)}
+def test_mtr_prints_each_hop_when_it_first_answers(transcripts: Transcripts, command: str) -> None:
+    live = transcripts["target"][command].partition("HOST: ")[0]
+    hops = {int(hop): host for hop, host in re.findall(r"^ *(\d+)\.\|-- (\S+)", live, re.M)}
+    target = targets(command)[0]
     beyond = {
-        number: host for number, host in shown.items() if number > 5
-    }  # where first answers at 5 are lost
-    assert shown.keys() - beyond.keys() == {1, 2, 4, 5}
-    assert set(beyond.values()) <= {address}
-    assert f"  5.|-- {address}" in live
-    rows = table.splitlines()
-    assert rows[0].split()[1:] == ["Loss%", "Snt", "Last", "Avg", "Best", "Wrst", "StDev"]
-    assert [row.split()[1] == "???" for row in rows[1:]] == [False, False, True, False, False]
-    assert rows[5].split()[:2] == ["5.|--", address]
+        hop for hop, host in hops.items() if hop > 5 and host == target
+    }  # the first reply at 5 was lost
+    assert hops.keys() - beyond == {1, 2, 4, 5}
+
+
+@pytest.mark.parametrize("command", ["mtr", "mtr6"])
+def test_mtr_ends_with_the_table_of_its_report(transcripts: Transcripts, command: str) -> None:
+    header, *rows = transcripts["target"][command].partition("HOST: ")[2].splitlines()
+    assert header.split()[1:] == ["Loss%", "Snt", "Last", "Avg", "Best", "Wrst", "StDev"]
+    assert [row.split()[0] for row in rows] == ["1.|--", "2.|--", "3.|--", "4.|--", "5.|--"]
+    assert [row.split()[1] == "???" for row in rows] == [False, False, True, False, False]
+    assert targets(command)[0] in rows[4]
 
 
 # ---- what the tools print ----------------------------------------------------------------------------------
