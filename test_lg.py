@@ -24,7 +24,6 @@ import shlex
 import shutil
 import signal
 import socket
-import ssl
 import struct
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import tarfile
 import tempfile
 import threading
 import time
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -836,7 +836,7 @@ def read(name: str, complete: bool = True) -> tuple[lg.Reader, bytes, list[dict[
     command = name.partition(",")[0]
     target = re.search(r"(?:PING|to) ([0-9a-f.:]+)", RECORDED[name])
     address = target[1] if target else TARGET6 if command.endswith("6") else TARGET4
-    reader = lg.COMMANDS[command].reader(ipaddress.ip_address(address))
+    reader = lg.READERS[lg.COMMANDS[command].tool](ipaddress.ip_address(address))
     output = RECORDED[name].encode()
     pieces = [reader.feed(output[at : at + 7]) for at in range(0, len(output), 7)] + [reader.end(complete)]
     return reader, b"".join(text for text, _ in pieces), [event for _, events in pieces for event in events]
@@ -1063,7 +1063,7 @@ def test_mtr_shows_the_router_that_answered_last_and_passes_errors_on() -> None:
 )
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 def test_the_readers_take_any_bytes_and_give_json(command: str, output: list[bytes], complete: bool) -> None:
-    reader = lg.COMMANDS[command].reader(ipaddress.ip_address("198.51.100.254"))
+    reader = lg.READERS[lg.COMMANDS[command].tool](ipaddress.ip_address("198.51.100.254"))
     pieces = [*map(reader.feed, output), reader.end(complete)]
     events = [event for _, events in pieces for event in events]
     json.dumps([events, reader.result()], allow_nan=False)
@@ -2701,8 +2701,8 @@ def test_the_policy_lets_nothing_run_but_the_pages_own_script(echo: Server) -> N
     script, style = (re.search(rf"<{tag}>(.*?)</{tag}>", answer.text, re.S)[1] for tag in ("script", "style"))  # type: ignore[index]
     assert policy == {
         "default-src": "'none'",
-        "script-src": lg.hash_of(script),
-        "style-src": lg.hash_of(style),
+        "script-src": lg.script_hash(script),
+        "style-src": lg.script_hash(style),
         "connect-src": "'self'",
         "img-src": "data:",
         "form-action": "'self'",
@@ -2858,88 +2858,137 @@ def test_who_is_no_browser_gets_the_usage(echo: Server) -> None:
 # ---- settings ----------------------------------------------------------------------------------------------
 
 
-def start_and_fail(**environment: str) -> str:
-    """What `python lg.py` prints when these settings stop it."""
-    done = subprocess.run(
-        [sys.executable, "lg.py"],
-        cwd=HERE,
+def run_lg(*arguments: str, folder: Path = HERE, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python lg.py ARGUMENTS` with these settings, ended."""
+    return subprocess.run(
+        [sys.executable, "lg.py", *arguments],
+        cwd=folder,
         env={"PATH": os.environ["PATH"], "PORT": str(free_port()), **environment},
         capture_output=True,
         text=True,
         check=False,
         timeout=PATIENCE,
     )
+
+
+def start_error(folder: Path = HERE, **environment: str) -> str:
+    """The one line that `python lg.py` prints when these settings stop the start."""
+    done = run_lg(folder=folder, **environment)
     assert done.returncode == 1, done.stderr
-    return done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("HOST", "192.0.2.77"),
-        ("HOST", "no such host"),
-        ("PORT", "0"),
-        ("PORT", "65536"),
-        ("PORT", "http"),
-        ("PORT", "8000.0"),
-        ("SSL_CERTFILE", "/nonexistent.pem"),
-        ("SSL_KEYFILE", "/nonexistent.pem"),
-        ("LOG_LEVEL", "loud"),
-        ("FORWARDED_ALLOW_IPS", "*"),
-        ("FORWARDED_ALLOW_IPS", "proxy.example"),
-        ("CORS_CREDENTIALS", "perhaps"),
-        ("RATE_LIMIT_DIAGNOSTICS", "often"),
-        ("RATE_LIMIT_SPEEDTEST", "2/fortnight"),
-        ("RATE_LIMIT_SPEEDTEST_10G", "-1/minute"),
-        ("RATE_LIMIT_STORAGE_URI", "nowhere://"),
-        ("RATE_LIMIT_STORAGE_URI", "memcached://127.0.0.1:1"),
-        ("MAX_DIAGNOSTICS", "0"),
-        ("MAX_DIAGNOSTICS_PER_CLIENT", "-4"),
-        ("MAX_SPEEDTESTS", "many"),
-        ("MAX_SPEEDTESTS_PER_CLIENT", "1e3"),
-        ("DIAGNOSTIC_TIMEOUT", "forever"),
-        ("TARGET_ALLOW", "10.0.0.1/8"),
-        ("TARGET_DENY", "example.com"),
-        ("RATE_LIMIT_DIAGNOSTICS", "0/minute"),
-        ("RATE_LIMIT_STORAGE_URI", "async+memory://"),
-        ("HOST", "a..b"),
-        ("LOCATIONS", "{}"),
-        ("LOCATIONS", "Amsterdam"),
-        ("LOCATIONS", '[{"name": "Amsterdam"}]'),
-        ("LOCATIONS", '[{"name": "Amsterdam", "url": "ams.example.com"}]'),
-        ("LOCATIONS", '[{"name": "Amsterdam", "url": "https://ams.example.com; script-src *"}]'),
-        ("LOCATIONS", '[{"name": "Amsterdam", "url": "https://[2001:db8::1]"}]'),
-        ("LOCATIONS", '[{"name": "\\ud800", "url": "https://ams.example.com"}]'),
-        ("FRAME_ANCESTORS", "www.example.com"),
-        ("FRAME_ANCESTORS", "https://a.example; script-src *"),
-    ],
-)
-def test_a_setting_that_cannot_be_used_stops_the_start_with_one_line(name: str, value: str) -> None:
-    printed = [line for line in start_and_fail(**{name: value}).splitlines() if " INFO " not in line]
-    assert len(printed) == 1
-    assert f"{name}={value!r}" in printed[0]
+def settings_error(**environment: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        lg.load_settings(environment)
+    return str(stopped.value)
 
 
-def test_a_port_that_is_in_use_stops_the_start_with_one_line(serve: Start) -> None:
+BAD_SETTINGS = [
+    ("PORT", "0", "an integer from 1 to 65535"),
+    ("PORT", "65536", "an integer from 1 to 65535"),
+    ("PORT", "http", "an integer"),
+    ("PORT", "8000.0", "an integer"),
+    ("PORT", "８０００", "an integer"),
+    ("LOG_LEVEL", "loud", "critical, error, warning, info or debug"),
+    ("FORWARDED_ALLOW_IPS", "*", "any client could forge its address"),
+    ("FORWARDED_ALLOW_IPS", "127.0.0.1,*", "any client could forge its address"),
+    ("FORWARDED_ALLOW_IPS", "127.0.0.1,proxy.example", "not 'proxy.example'"),
+    ("FORWARDED_ALLOW_IPS", "127.0.0.1,172.18.0.1/16", "did you mean 172.18.0.0/16?"),
+    ("FORWARDED_ALLOW_IPS", "fe80::1%eth0", "did you mean fe80::1/128?"),
+    ("CORS_ORIGINS", "https://a.example,b.example", "not 'b.example'"),
+    ("CORS_ORIGINS", "https://a.example/", "not 'https://a.example/'"),
+    ("CORS_CREDENTIALS", "perhaps", "true or false"),
+    ("RATE_LIMIT_DIAGNOSTICS", "often", "2/minute;30/hour, or off"),
+    ("RATE_LIMIT_DIAGNOSTICS", "0/minute", "rates"),
+    ("RATE_LIMIT_SPEEDTEST", "2/fortnight", "rates"),
+    ("RATE_LIMIT_SPEEDTEST_10G", "-1/minute", "rates"),
+    ("RATE_LIMIT_LOOKUPS", "20", "rates"),
+    ("RATE_LIMIT_EXEMPT", "192.0.2.0/33", "not '192.0.2.0/33'"),
+    ("RATE_LIMIT_STORAGE_URI", "redis", "a URI"),
+    ("MAX_DIAGNOSTICS", "0", "an integer from 1 to"),
+    ("MAX_DIAGNOSTICS_PER_CLIENT", "-4", "an integer"),
+    ("MAX_SPEEDTESTS", "many", "an integer from 0 to"),
+    ("MAX_SPEEDTESTS_PER_CLIENT", "1e3", "an integer"),
+    ("DIAGNOSTIC_TIMEOUT", "forever", "an integer from 1 to 3600"),
+    ("TARGET_ALLOW", "10.0.0.1/8", "did you mean 10.0.0.0/8?"),
+    ("TARGET_DENY", "example.com", "not 'example.com'"),
+    ("COMMANDS", "ping,nmap", "not 'nmap'"),
+    ("EXTRA_COMMANDS", "bgp", "JSON"),
+    ("EXTRA_COMMANDS", "[]", "JSON"),
+    ("EXTRA_COMMANDS", '{"bgp": "birdc show route all"}', "{address}"),
+    ("EXTRA_COMMANDS", '{"bgp": "{address}"}', "{address} among its arguments"),
+    ("EXTRA_COMMANDS", '{"bgp": ["birdc", "{address}"]}', "a command line"),
+    ("EXTRA_COMMANDS", '{"bgp": "birdc \\"show route for {address}"}', "a command line"),
+    ("EXTRA_COMMANDS", '{"BGP": "birdc show route for {address}"}', "not 'BGP'"),
+    ("EXTRA_COMMANDS", '{"": "birdc show route for {address}"}', "not ''"),
+    ("EXTRA_COMMANDS", '{"ping": "fping {address}"}', "'ping'"),
+    ("EXTRA_COMMANDS", '{"ping6": "fping {address}"}', "'ping6'"),
+    ("EXTRA_COMMANDS", '{"bgp6": "birdc {address}", "bgp": "birdc {address}"}', "'bgp'"),
+    ("EXTRA_COMMANDS", '{"bgp": "birdc {address}", "bgp": "vtysh {address}"}', "'bgp'"),
+    ("METRICS_ALLOW_IPS", "prometheus", "not 'prometheus'"),
+    ("PAGE_LOGO", "/nonexistent.svg", "No such file"),
+    ("PAGE_LOGO", "/", "Is a directory"),
+    ("PAGE_LOGO", "lg.py", "SVG or PNG"),
+    ("PAGE_COLOR", "blue", "#0a7cff"),
+    ("PAGE_COLOR", "#123; background: url(//x)", "#0a7cff"),
+    ("PAGE_LINKS", '[{"name": "Terms", "url": "javascript:alert(1)"}]', "javascript:alert(1)"),
+    ("LOCATIONS", "{}", "JSON like"),
+    ("LOCATIONS", "Amsterdam", "JSON like"),
+    ("LOCATIONS", "[" * 100_000, "JSON like"),
+    ("LOCATIONS", '["Amsterdam"]', 'not "Amsterdam"'),
+    ("LOCATIONS", '[{"name": "Amsterdam"}]', 'not {"name": "Amsterdam"}'),
+    ("LOCATIONS", '[{"name": "", "url": "https://ams.example.com"}]', "entries like"),
+    ("LOCATIONS", '[{"name": "Amsterdam", "url": "ams.example.com"}]', '"ams.example.com"}'),
+    ("LOCATIONS", '[{"name": "Amsterdam", "url": "https://ams.example.com; script-src *"}]', "entries like"),
+    ("LOCATIONS", '[{"name": "Amsterdam", "url": "https://[2001:db8::1]"}]', "entries like"),
+    ("LOCATIONS", '[{"name": "\\ud800", "url": "https://ams.example.com"}]', "entries like"),
+    ("FRAME_ANCESTORS", "www.example.com", "not 'www.example.com'"),
+    ("FRAME_ANCESTORS", "https://a.example; script-src *", "script-src"),
+    ("NETWORK_LOCATION", "\udcff", "UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "reason"), BAD_SETTINGS)
+def test_bad_setting_is_named_with_its_value_and_what_was_expected(
+    name: str, value: str, reason: str
+) -> None:
+    line = settings_error(**{name: value})
+    assert line.startswith(f"lg.py: {name}={value!r} cannot be used: expected ")
+    assert reason in line
+
+
+def test_bad_setting_stops_the_start_with_one_line_and_status_1() -> None:
+    assert start_error(PORT="http") == (
+        "lg.py: PORT='http' cannot be used: expected an integer from 1 to 65535"
+    )
+
+
+@pytest.mark.parametrize("host", ["192.0.2.77", "no such host", "a..b"])
+def test_host_that_cannot_be_bound_stops_the_start(host: str) -> None:
+    assert f"HOST='{host}'" in start_error(HOST=host)
+
+
+def test_port_in_use_stops_the_start(serve: Start) -> None:
     server = serve()
-    line = start_and_fail(PORT=str(server.port))
-    assert f"PORT='{server.port}'" in line
-    assert "use" in line
-    assert line.count("\n") == 1
+    assert "in use" in start_error(PORT=str(server.port))
 
 
-def test_a_shared_store_without_its_client_library_stops_the_start_with_what_to_install() -> None:
-    assert not importlib.util.find_spec("pymemcache")
-    line = start_and_fail(RATE_LIMIT_STORAGE_URI="memcached://127.0.0.1:1")
-    assert "pymemcache" in line
-    assert line.count("\n") == 1
+@pytest.mark.parametrize("uri", ["nowhere://", "async+memory://", "memcached://127.0.0.1:1"])
+def test_unusable_rate_limit_store_stops_the_start(uri: str) -> None:
+    assert f"RATE_LIMIT_STORAGE_URI='{uri}'" in start_error(RATE_LIMIT_STORAGE_URI=uri)
 
 
-def test_env_example_has_every_setting_with_its_default() -> None:
+def test_env_example_lists_every_setting_with_its_default() -> None:
     text = (HERE / ".env.example").read_text()
-    assert re.findall(r"^#? ?([A-Z0-9_]+)=(.*)$", text, re.M) == [
+    assert sorted(re.findall(r"^([A-Z0-9_]+)=(.*)$", text, re.M)) == sorted(
         (row.name, row.metadata["default"]) for row in fields(lg.Settings)
-    ]
+    )
+
+
+def test_env_example_as_it_is_changes_no_default() -> None:
+    assert lg.load_settings(lg.read_env_file(HERE / ".env.example")) == lg.load_settings({})
 
 
 def readme(language: str) -> list[str]:
@@ -2947,39 +2996,153 @@ def readme(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", (HERE / "README.md").read_text(), re.M | re.S)
 
 
-def test_readme_has_every_setting() -> None:
+def test_readme_lists_every_setting() -> None:
     text = (HERE / "README.md").read_text()
     assert [row.name for row in fields(lg.Settings) if f"`{row.name}`" not in text] == []
 
 
-def test_set_but_empty_is_empty_for_texts_and_lists_and_the_default_for_the_rest() -> None:
-    empty = lg.load_settings({row.name: "" for row in fields(lg.Settings)})
-    assert (empty.NETWORK_LOCATION, empty.CORS_ORIGINS, empty.TARGET_ALLOW) == ("", (), ())
-    assert (empty.PORT, empty.CORS_CREDENTIALS, empty.LOG_LEVEL, empty.LOCATIONS) == (8000, False, "info", ())
-    assert str(empty.RATE_LIMIT_DIAGNOSTICS[0]) == "2 per 1 minute"
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NETWORK_LOCATION", ""),
+        ("CORS_ORIGINS", ()),
+        ("TARGET_ALLOW", ()),
+        ("COMMANDS", ()),
+        ("METRICS_ALLOW_IPS", ()),
+        ("PAGE_LOGO", ""),
+        ("PAGE_LINKS", ()),
+        ("LOCATIONS", ()),
+        ("EXTRA_COMMANDS", {}),
+    ],
+)
+def test_set_but_empty_means_empty_for_texts_and_lists(name: str, expected: object) -> None:
+    assert getattr(lg.load_settings({name: ""}), name) == expected
 
 
-def test_the_env_file_of_the_replaced_server_beside_the_module_is_read_and_the_environment_is_stronger(
-    serve: Start, tmp_path: Path
-) -> None:
-    shutil.copy(HERE / "lg.py", tmp_path)
-    (tmp_path / ".env").write_text(
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PORT",
+        "LOG_LEVEL",
+        "CORS_CREDENTIALS",
+        "RATE_LIMIT_DIAGNOSTICS",
+        "RATE_LIMIT_STORAGE_URI",
+        "MAX_SPEEDTESTS",
+    ],
+)
+def test_set_but_empty_means_the_default_for_the_rest(name: str) -> None:
+    assert lg.load_settings({name: ""}) == lg.load_settings({})
+
+
+@pytest.mark.parametrize("word", ["true", "True", "yes", "on", "1"])
+def test_booleans_that_are_true(word: str) -> None:
+    assert lg.load_settings({"CORS_CREDENTIALS": word}).CORS_CREDENTIALS
+
+
+@pytest.mark.parametrize("word", ["false", "FALSE", "no", "off", "0"])
+def test_booleans_that_are_false(word: str) -> None:
+    assert not lg.load_settings({"CORS_CREDENTIALS": word}).CORS_CREDENTIALS
+
+
+def test_quotes_around_a_value_are_removed() -> None:
+    assert lg.load_settings({"NETWORK_LOCATION": '"Amsterdam"'}).NETWORK_LOCATION == "Amsterdam"
+
+
+def test_locations_keep_name_and_url_and_ignore_other_keys() -> None:
+    pasted = '[{"id": 1, "name": "Amsterdam", "url": "https://ams.example.com/", "flag": "nl"}]'
+    assert lg.load_settings({"LOCATIONS": pasted}).LOCATIONS == (
+        {"name": "Amsterdam", "url": "https://ams.example.com"},
+    )
+
+
+def test_page_links_keep_urls_as_they_are() -> None:
+    links = '[{"name": "NOC", "url": "mailto:noc@example.com"}, {"name": "Terms", "url": "https://e.example/t/?a#b"}]'
+    assert [link["url"] for link in lg.load_settings({"PAGE_LINKS": links}).PAGE_LINKS] == [
+        "mailto:noc@example.com",
+        "https://e.example/t/?a#b",
+    ]
+
+
+def test_extra_commands_are_split_as_a_shell_splits_words() -> None:
+    line = "birdc -r 'show route for {address} all'"
+    assert lg.load_settings({"EXTRA_COMMANDS": json.dumps({"bgp": line})}).EXTRA_COMMANDS == {
+        "bgp": ("birdc", "-r", "show route for {address} all")
+    }
+
+
+@pytest.mark.parametrize(
+    ("image", "kind"),
+    [
+        (b"\x89PNG\r\n\x1a\n...", "png"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- made by hand -->\n<svg/>", "svg+xml"),
+    ],
+)
+def test_page_logo_becomes_a_data_uri(tmp_path: Path, image: bytes, kind: str) -> None:
+    (tmp_path / "logo").write_bytes(image)
+    logo = lg.load_settings({"PAGE_LOGO": str(tmp_path / "logo")}).PAGE_LOGO
+    assert logo == f"data:image/{kind};base64,{b64encode(image).decode()}"
+
+
+def test_page_logo_over_64_kib_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "logo.svg").write_bytes(b"<svg/>".ljust(2**16 + 1))
+    assert "at most 64 KiB" in settings_error(PAGE_LOGO=str(tmp_path / "logo.svg"))
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Callable[[str], Path]:
+    """Copies lg.py to a folder of its own with this `.env` beside it; returns the folder."""
+
+    def copy(env: str) -> Path:
+        shutil.copy(HERE / "lg.py", tmp_path)
+        (tmp_path / ".env").write_text(env)
+        return tmp_path
+
+    return copy
+
+
+def test_env_file_of_the_replaced_server_is_read(serve: Start, install: Callable[[str], Path]) -> None:
+    folder = install(
         'NETWORK_LOCATION="Amsterdam, Netherlands"\nNETWORK_MAP_URL="https://maps.example/?q=Amsterdam,+NL"\n'
         'NETWORK_FACILITY="The Cellar"\nNETWORK_FACILITY_URL="https://cellar.example"\nNETWORK_IPV4="192.0.2.1"\n'
         'NETWORK_IPV6="2001:db8::1"\nCORS_ORIGINS=*\nCORS_CREDENTIALS=true\nCORS_METHODS=*\nCORS_HEADERS=*\n'
     )
-    server = serve(command=(sys.executable, str(tmp_path / "lg.py")), NETWORK_IPV4="'192.0.2.9'")
+    server = serve(command=(sys.executable, str(folder / "lg.py")))
     info = server.http.get("/network/info").json()
-    assert info["location"] == "Amsterdam, Netherlands"
-    assert info["map_url"] == "https://maps.example/?q=Amsterdam,+NL"
-    assert info["looking_glass_ipv4"] == "192.0.2.9"
-
-
-def test_locations_take_what_a_front_end_has_and_keep_names_and_addresses() -> None:
-    pasted = '[{"id": 1, "name": "Amsterdam", "url": "https://ams.example.com", "flag": "nl"}]'
-    assert lg.load_settings({"LOCATIONS": pasted}).LOCATIONS == (
-        {"name": "Amsterdam", "url": "https://ams.example.com"},
+    assert (info["location"], info["map_url"]) == (
+        "Amsterdam, Netherlands",
+        "https://maps.example/?q=Amsterdam,+NL",
     )
+
+
+def test_environment_overrides_the_env_file(install: Callable[[str], Path]) -> None:
+    folder = install("PORT=in .env\n")
+    assert "PORT='in the environment'" in start_error(folder, PORT="in the environment")
+
+
+@pytest.mark.parametrize(
+    "line", ["NETWORK_LOCATION", "NETWORK_LOCATION: Amsterdam", 'NETWORK_LOCATION="Amsterdam']
+)
+def test_env_file_with_a_line_that_is_no_setting_stops_the_start(
+    install: Callable[[str], Path], line: str
+) -> None:
+    error = start_error(install(f"# Settings\nPORT=8000\n{line}\n"))
+    assert f".env, line 3: expected NAME=value, not {line!r}" in error
+
+
+def test_directory_in_place_of_the_env_file_stops_the_start(install: Callable[[str], Path]) -> None:
+    folder = install("")
+    (folder / ".env").unlink()
+    (folder / ".env").mkdir()
+    assert ".env cannot be used: expected a text file ([Errno 21] Is a directory" in start_error(folder)
+
+
+def test_misspelt_name_in_the_env_file_is_logged_with_the_nearest_setting(
+    serve: Start, install: Callable[[str], Path]
+) -> None:
+    folder = install("NETWORK_LOCATON=Amsterdam\n")
+    server = serve(command=(sys.executable, str(folder / "lg.py")))
+    assert "NETWORK_LOCATON in .env is not a setting: did you mean NETWORK_LOCATION?" in server.log
 
 
 def test_uvicorn_serves_the_same_app(serve: Start) -> None:
@@ -3002,70 +3165,38 @@ def test_at_the_start_the_log_says_where_it_listens_and_which_limits_are_on(serv
     assert "At once: 7 commands, 4 for a client; 20 speed tests, 4 for a client" in server.log
 
 
-@pytest.fixture
-def https(tmp_path: Path) -> Iterator[tuple[dict[str, str], ssl.SSLContext, Path]]:
-    """A server with a certificate of its own: its settings, what trusts it, its log."""
-    if not shutil.which("openssl"):
-        lacking("the command openssl")
-    key, certificate, log = (tmp_path / name for name in ("key.pem", "certificate.pem", "log"))
-    line = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
-    line += f" -keyout {key} -out {certificate}"
-    subprocess.run(line.split(), check=True, capture_output=True)
-    environment = {"SSL_CERTFILE": str(certificate), "SSL_KEYFILE": str(key), "PORT": str(free_port())}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "lg.py"], cwd=HERE, env={**os.environ, **environment}, stderr=output
-        )
-    until(lambda: "startup complete" in log.read_text())
-    yield environment, ssl.create_default_context(cafile=certificate), log
-    process.terminate()
-    process.wait(PATIENCE)
+# The command line.
 
 
-def test_https_is_served_directly_and_health_asks_it_over_https(
-    https: tuple[dict[str, str], ssl.SSLContext, Path],
-) -> None:
-    environment, context, _ = https
-    asked = ask_health(**environment)
-    assert json.loads(asked.stdout)["status"] in ("ok", "degraded")
-    url = f"https://localhost:{environment['PORT']}/health"
-    assert httpx.get(url, verify=context, trust_env=False).status_code == 200
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_is_printed_whatever_the_settings(option: str) -> None:
+    done = run_lg(option, PORT="http")
+    assert (done.returncode, done.stderr, done.stdout[:12]) == (0, "", "usage: lg.py")
 
 
-def test_an_upload_over_https_that_breaks_off_is_no_error(
-    https: tuple[dict[str, str], ssl.SSLContext, Path],
-) -> None:
-    environment, context, log = https
-    with socket.create_connection(("localhost", int(environment["PORT"]))) as plain:
-        connection = context.wrap_socket(plain, server_hostname="localhost")
-        head = b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nContent-Length: 99999999\r\n\r\n"
-        connection.sendall(head + bytes(100_000))
-        connection.sendall(bytes(900_000))
-        connection.unwrap()
-    until(lambda: "outcome='broken off'" in log.read_text())
-    assert ask_health(**environment).returncode == 0
-    assert "Traceback" not in log.read_text()
+def test_version_is_printed_whatever_the_settings() -> None:
+    done = run_lg("--version", PORT="http")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"lg.py {lg.VERSION}\n")
 
 
-def ask_health(**environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "lg.py", "health"],
-        cwd=HERE,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.mark.parametrize("arguments", [("start",), ("--verbose",), ("health", "now")])
+def test_unknown_argument_ends_with_status_2(arguments: tuple[str, ...]) -> None:
+    done = run_lg(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert arguments[-1] in done.stderr
 
 
-def test_lg_health_prints_the_health_of_a_running_server_and_fails_without_one(serve: Start) -> None:
+def test_health_prints_the_health_of_the_running_server(serve: Start) -> None:
     server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), ECHO))
-    asked = ask_health(PORT=str(server.port))
+    asked = run_lg("health", PORT=str(server.port))
     assert (asked.returncode, asked.stdout) == (0, '{"status":"ok"}\n')
-    server.stop()
-    asked = ask_health(PORT=str(server.port))
+
+
+def test_health_without_a_server_ends_with_status_1() -> None:
+    port = free_port()
+    asked = run_lg("health", PORT=str(port))
     assert asked.returncode == 1
-    assert asked.stderr.startswith(f"No answer from 127.0.0.1 port {server.port}")
+    assert asked.stderr.startswith(f"No answer from 127.0.0.1 port {port}: ")
 
 
 # ---- targets -----------------------------------------------------------------------------------------------
@@ -3167,7 +3298,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_is_no_target_is_refused_with_what_to_send(text: str) -> None:
-    with pytest.raises(lg.Refusal) as refused:
+    with pytest.raises(lg.RequestError) as refused:
         lg.parse_target(text)
     assert refused.value.status == 422
     assert "example.com" in str(refused.value.body)
@@ -3203,7 +3334,7 @@ def test_what_is_no_target_is_refused_with_what_to_send(text: str) -> None:
 )
 def test_what_is_a_target_is_read(text: str, target: str | None) -> None:
     if target is None:
-        with pytest.raises(lg.Refusal):
+        with pytest.raises(lg.RequestError):
             lg.parse_target(text)
     else:
         read = lg.parse_target(text)
@@ -4314,11 +4445,11 @@ def test_clients_whose_hits_are_over_are_let_go(monkeypatch: pytest.MonkeyPatch)
 
     def clients() -> int:
         counted.sweep()
-        lg.hit(counted.memory, rates, "ping", "127.0.0.1")
+        lg.consume(counted.memory, rates, "ping", "127.0.0.1")
         return len(counted.entries.events)
 
     for number in range(50):
-        lg.hit(counted.memory, rates, "ping", str(number))
+        lg.consume(counted.memory, rates, "ping", str(number))
     assert clients() == 51
     until(lambda: clients() == 1)
 
@@ -4649,11 +4780,11 @@ def bench_limits() -> Iterator[Row]:
         limiter = lg.Limits("memory://").memory
         rates = tuple(limits.parse_many("2/minute"))
         for number in range(clients):
-            lg.hit(limiter, rates, "ping", str(number))
+            lg.consume(limiter, rates, "ping", str(number))
         times = []
         for number in range(300):
             begun = time.perf_counter()
-            lg.hit(limiter, rates, "ping", f"new {number}")
+            lg.consume(limiter, rates, "ping", f"new {number}")
             times.append((time.perf_counter() - begun) * 1e6)
             time.sleep(0.001)
         costs[clients] = median(times)
