@@ -1336,6 +1336,7 @@ def parse_address(text: str) -> IPAddress | None:
     return (address.version == 6 and address.ipv4_mapped) or address
 
 
+FORWARDING = {b"x-forwarded-for", b"x-real-ip"}  # the headers in which a proxy names its client
 FORWARDED = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
 
 
@@ -1373,23 +1374,24 @@ def client_address(request: Request) -> IPAddress:
     the left of it were sent by the client.
     """
     peer = peer_address(request)
+    if not any(name in FORWARDING for name, _ in request.scope["headers"]):
+        return peer or ipaddress.IPv4Address(0)
     forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
     real_ip = request.headers.get("x-real-ip", "")[:ADDRESS_CHARS]
     if is_trusted_proxy(peer):
         entries = map(parse_forwarded, reversed(forwarded.split(",")))
         client = next((address for address in entries if not is_trusted_proxy(address)), None)
         return client or parse_address(real_ip) or peer or ipaddress.IPv4Address(0)
-    if (forwarded or real_ip) and str(peer) not in forwarded + real_ip:
-        warn_of_untrusted_proxy()  # else `uvicorn lg:app` has put the client in the peer's place already
+    if str(peer) not in forwarded + real_ip:  # where `uvicorn lg:app` has put the client in the peer's place
+        warn_of_untrusted_proxy()
     return peer or ipaddress.IPv4Address(0)
 
 
 def client_scheme(request: Request) -> str:
-    """`https` where a trusted proxy says that the client came by it."""
-    forwarded = (
-        request.headers.get("x-forwarded-proto", "") if is_trusted_proxy(peer_address(request)) else ""
-    )
-    return "https" if "https" in (forwarded.lower(), request.url.scheme) else "http"
+    """`http` or `https`: what a trusted proxy names, else the connection's own."""
+    forwarded = request.headers.get("x-forwarded-proto", "").lower()
+    trusted = is_trusted_proxy(peer_address(request))
+    return forwarded if trusted and forwarded in ("http", "https") else request.url.scheme
 
 
 @cache
@@ -1474,9 +1476,9 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             start = end
 
     def data_received(self, data: bytes) -> None:
+        super().data_received(data)
         if self.header_timer.cancelled() and not self.is_answering():
             self.header_timer = self.loop.call_later(REQUEST_HEADER_SECONDS, self.transport.close)
-        super().data_received(data)
 
     def handle_events(self) -> None:
         previous = self.cycle
@@ -1487,6 +1489,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             length = declared_length(self.cycle.scope["headers"])
             if self.cycle.more_body and length and length > REQUEST_BYTES:
                 self.to_count = length - len(self.cycle.body)
+                self.parsed = REQUEST_BYTES  # what follows the body before its answer is not parsed either
 
     def count(self, nbytes: int) -> None:
         """Take bytes of a body without parsing them, and wake the application."""

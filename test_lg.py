@@ -4868,7 +4868,7 @@ def bench_stalled(server: Server) -> Iterator[Row]:
 
 
 def bench_first_byte(server: Server) -> Iterator[Row]:
-    argv = ["ping", *lg.COMMANDS["ping"].argv[1:], "127.0.0.1"]
+    argv = lg.COMMANDS["ping"].argv_for("127.0.0.1")
     ours, bare = [], []
     for _ in range(20):
         begun = time.monotonic()
