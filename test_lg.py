@@ -1604,14 +1604,23 @@ def test_connection_of_an_upload_is_free_at_once(echo: Server) -> None:
     assert time.monotonic() - begun < 1
 
 
-@pytest.mark.parametrize("length", [0, 1, 65_000, 65_536, 200_000, 5_000_000])
-def test_request_after_an_upload_of_any_length_is_answered(echo: Server, length: int) -> None:
-    connection = echo.send(
-        UPLOAD % length + bytes(length) + HEALTH.replace(b"Host", b"Connection: close\r\nHost")
-    )
-    first, second = left(connection).split(b"HTTP/1.1 200 OK\r\n")[1:]
-    assert json.loads(first.partition(b"\r\n\r\n")[2])["bytes"] == length
-    assert second.endswith(b'{"status":"ok"}')
+@pytest.mark.parametrize("length", [0, 1, 65_400, 65_536, 65_537, 200_000, 5_000_000])
+def test_connection_is_used_again_after_an_upload_of_any_length(echo: Server, length: int) -> None:
+    connection = echo.send(UPLOAD % length + bytes(length))
+    uploaded = received(connection, b"}").partition(b"\r\n\r\n")[2]
+    assert json.loads(uploaded)["bytes"] == length
+    connection.sendall(HEALTH)
+    assert received(connection, b"}").endswith(b'{"status":"ok"}')
+
+
+@pytest.mark.parametrize("length", [1, 65_536, 5_000_000])
+def test_request_pipelined_behind_an_upload_is_answered_or_the_connection_closed(
+    echo: Server, length: int
+) -> None:
+    closing = HEALTH.replace(b"Host", b"Connection: close\r\nHost")
+    answers = left(echo.send(UPLOAD % length + bytes(length) + closing)).split(b"HTTP/1.1 200 OK\r\n")[1:]
+    assert json.loads(answers[0].partition(b"\r\n\r\n")[2])["bytes"] == length
+    assert [answer.endswith(b'{"status":"ok"}') for answer in answers[1:]] in ([], [True])
 
 
 def test_upload_over_1_gib_is_413_before_it_is_sent(echo: Server) -> None:
