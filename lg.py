@@ -611,11 +611,11 @@ def install_hint(tools: Sequence[str]) -> str:
 
 # ---- parsing what the tools print --------------------------------------------------------------------------
 
-LINE_BYTES = 4096  # a line without end is parsed in pieces of this size
-MAX_PROBES = 1000  # more than any command sends; a summary that claims more is not followed
+LINE_BYTES = 4096  # a longer line is parsed in pieces
+MAX_PROBES = 1000  # bounds the losses that a summary can claim; no command sends as many
 
-# What a tool printed becomes events while it runs and one result at its end. Their types are the schemas of
-# the OpenAPI description. Results have the shape of Globalping's test results; times are in milliseconds.
+# A tool's output becomes events as it comes, and one result at the end. The OpenAPI schemas are made from
+# these types. Results have the shape of Globalping's test results. Times are in milliseconds.
 
 Status = Literal["finished", "failed"]
 
@@ -676,7 +676,7 @@ class MtrResultHop(ResultHop):
 
 
 class ToolResult(TypedDict):
-    """Of a tool whose output has no parser of its own."""
+    """The result of a tool that has no parser; the others add to it."""
 
     status: Status
     resolvedAddress: str
@@ -809,7 +809,7 @@ def open_asn_database(path: str) -> Callable[[str], object]:
     try:
         import maxminddb
     except ImportError:
-        raise unusable("it needs the package maxminddb: pip install maxminddb", ASN_DATABASE=path) from None
+        raise unusable("install the package maxminddb", ASN_DATABASE=path) from None
     try:
         reader = maxminddb.open_database(path)
         if not any(autonomous_system(record).asn for _, record in islice(reader, 1000)):
@@ -888,11 +888,11 @@ class OutputParser:
         raise NotImplementedError
 
     def last_events(self, complete: bool) -> Iterator[Event]:
-        """What is only known at the end, so that the last events agree with the result."""
+        """Events for what is known only at the end, so that the last events agree with the result."""
         return iter(())
 
     def has_measured(self) -> bool:
-        """Whether the tool got as far as sending; if not, no exit status but 0 is a result."""
+        """Whether the tool sent anything. If not, an exit status other than 0 is a failure."""
         return True
 
     def result(self, status: Status = "finished", raw_output: str = "") -> Result:
@@ -911,7 +911,7 @@ class LineParser(OutputParser):
 
 
 class PingParser(OutputParser):
-    """ping of iputils; of BusyBox and inetutils too, which count from 0."""
+    """ping of iputils, and of BusyBox and inetutils, whose sequence numbers start at 0."""
 
     TIME = r"(\d{1,9}(?:\.\d{1,3})?)"
     REPLY = re.compile(
@@ -929,7 +929,7 @@ class PingParser(OutputParser):
         super().__init__(address)
         self.hostname: str | None = None
         self.timings: list[PingTiming] = []
-        self.first, self.sent = 1, 0  # the first sequence number, and how many are known to be sent
+        self.first, self.sent = 1, 0  # the first sequence number; requests known to have been sent
         self.received: set[int] = set()
         self.lost: set[int] = set()
         self.summary: tuple[int, int, float | None] | None = None
@@ -964,7 +964,7 @@ class PingParser(OutputParser):
             self.timings.append({"rtt": float(rtt), "ttl": int(ttl)})
         hops, ms = int(ttl) if ttl else None, float(rtt) if rtt else None
         yield {"event": "reply", "seq": int(seq), "ttl": hops, "rtt": ms}
-        if remark:  # (DUP!), (DIFFERENT ADDRESS!), (truncated), a time beyond belief
+        if remark:  # (DUP!), (DIFFERENT ADDRESS!), (truncated), a time with too many digits
             yield note(match[0])
 
     def count(self, seq: int) -> None:
@@ -1002,7 +1002,7 @@ class PingParser(OutputParser):
 
 
 class TracerouteParser(OutputParser):
-    """Dmitry Butskoy's traceroute, Debian's: a line for each hop, on it each probe in its order."""
+    """Dmitry Butskoy's traceroute, which Debian has: one line per hop, with its probes in order."""
 
     HOP = re.compile(r" ?(\d{1,3}) ( \S.*)")
     WORD = re.compile(
@@ -1039,20 +1039,17 @@ class TracerouteParser(OutputParser):
             yield note(line)
 
     def parse_probes(self, text: str, names: dict[str, str | None]) -> tuple[list[Probe], bool]:
-        """The probes of a hop's line, each with its router, whose names go to `names`.
-
-        False with them where the line has something that they do not carry.
-        """
+        """The probes of a hop, and whether they carry all of its line. Adds their routers to `names`."""
         probes: list[Probe] = []
-        position, address, unanswered, understood = 0, None, False, True
+        position, address, pending, understood = 0, None, False, True  # pending: an address without its time
         while word := self.WORD.match(text, position):
             position = word.end()
             if word["address"]:
-                address, unanswered = word["address"], True
+                address, pending = word["address"], True
                 name = word["name"] and word["name"].partition("%")[0]
                 names.setdefault(address, hostname_of(name, address) if name else None)
                 understood &= name in (None, address, names[address])
-            elif word["code"] and probes and not unanswered:
+            elif word["code"] and probes and not pending:
                 probes[-1]["code"] = word["code"]
             else:
                 probe: Probe = {"rtt": float(word["time"]) if word["time"] else None}
@@ -1061,7 +1058,7 @@ class TracerouteParser(OutputParser):
                 if word["code"]:
                     probe["code"] = word["code"]
                 probes.append(probe)
-                unanswered &= bool(word["star"])
+                pending &= bool(word["star"])
         return probes, understood and not text[position:].strip()
 
     def result(self, status: Status = "finished", raw_output: str = "") -> TracerouteResult:
@@ -1074,10 +1071,10 @@ class MtrHop:
     """One position of an mtr run, with the arithmetic of mtr's ui/net.c: whole µs, truncated at each step."""
 
     def __init__(self) -> None:
-        self.addresses: list[str] = []  # of all routers that answered here
-        self.address: str | None = None  # of the last one
-        self.first_labels: dict[str, list[str]] = {}  # the MPLS labels of each router's first reply
-        self.labels: list[str] = []  # those that came with the last change of router
+        self.addresses: list[str] = []  # every router that answered
+        self.address: str | None = None  # the last one
+        self.first_labels: dict[str, list[str]] = {}  # MPLS labels of each router's first reply
+        self.labels: list[str] = []  # MPLS labels that came with the last change of router
         self.sent = self.average = self.squares = 0
         self.in_flight = False  # whether the last probe may still be answered
         self.times: list[int] = []
@@ -1147,10 +1144,10 @@ class MtrParser(OutputParser):
         super().__init__(address)
         self.hops: dict[int, MtrHop] = {}
         self.names: dict[str, str] = {}
-        self.changed: set[int] = set()  # positions of which an event is due
-        self.told: set[int] = set()  # positions of which events were sent and hold
-        self.shown: set[int] = set()  # hops that the text has
-        self.labels: set[str] = set()
+        self.changed: set[int] = set()  # positions to send an event for
+        self.reported: set[int] = set()  # positions whose events are valid
+        self.printed: set[int] = set()  # hops that are in the text
+        self.labels: set[str] = set()  # MPLS labels that have a note
         self.start = time.strftime("Start: %Y-%m-%dT%H:%M:%S%z\n").encode()
 
     def parse_line(self, line: str) -> Iterator[Event]:
@@ -1183,30 +1180,30 @@ class MtrParser(OutputParser):
         yield from self.changes()
 
     def name(self, address: str, name: str) -> None:
-        """A name that came for one position is the address's at all of them."""
+        """Use a name that came with one position for its address at every position."""
         if hostname := hostname_of(name, address):
             self.names[address] = hostname
             self.changed.update(at for at, hop in self.hops.items() if hop.address == address)
 
     def changes(self) -> Iterator[Event]:
-        """Events for what has changed in the path, as far as it is now known to go."""
+        """The events of positions that changed, within the path as it is now known."""
         length = self.path_length()
-        if void := {position for position in self.told if position >= length}:
-            self.told -= void
+        if void := {position for position in self.reported if position >= length}:
+            self.reported -= void
             self.changed |= void  # in case the path grows again
             yield {"event": "path", "hops": length}
         due = {position for position in self.changed if position < length}
         self.changed -= due
-        self.told |= due
+        self.reported |= due
         for position in sorted(due):
             hop = self.hop(position)
             yield {"event": "hop", "hop": position + 1, **self.router(hop), "stats": hop.stats()}
 
     def path_length(self) -> int:
-        """How many positions the path has: to the target, else to a router that answers for all later ones.
+        """The number of positions up to the target, else up to a router that answers for all later ones.
 
-        A router that says "unreachable" answers at every position from its own on, which raw output does not
-        mark. Without either, the path goes one position beyond the last that answered, as mtr's table does.
+        A router that returns "unreachable" does so at each position from its own on; raw output does not mark
+        it. Otherwise the path ends one position after the last that answered, as in mtr's table.
         """
         answered = sorted(position for position, hop in self.hops.items() if hop.address)
         if not answered:
@@ -1235,7 +1232,7 @@ class MtrParser(OutputParser):
             if complete and hop.in_flight:
                 hop.in_flight = False
                 self.changed.add(position)
-        self.changed.update(set(range(self.path_length())) - self.told)
+        self.changed.update(set(range(self.path_length())) - self.reported)
         yield from self.changes()
 
     def text(self, chunk: bytes, events: Sequence[Event]) -> bytes:
@@ -1243,8 +1240,8 @@ class MtrParser(OutputParser):
         for event in events:
             if event["event"] == "note":
                 lines.append(f"{event['text']}\n".encode())
-            elif event["event"] == "hop" and event["address"] and event["hop"] not in self.shown:
-                self.shown.add(event["hop"])
+            elif event["event"] == "hop" and event["address"] and event["hop"] not in self.printed:
+                self.printed.add(event["hop"])
                 lines.append(f" {event['hop']:2d}.|-- {event['address']}\n".encode())
         return b"".join(lines)
 
@@ -1253,15 +1250,15 @@ class MtrParser(OutputParser):
         return text + "".join(f"{line}\n" for line in self.table()).encode(), events
 
     def host(self, address: str | None) -> str:
-        """As in mtr's table."""
         if address in self.names:
             return f"{self.names[address]} ({address})"
         return address or "???"
 
     def table(self) -> Iterator[str]:
-        """The lines of mtr's report, in the layout of `mtr -z` where there is an AS database.
+        """The lines of mtr's report, or of `mtr -z` if there is an AS database.
 
-        With `-z`, mtr 0.95 shows a further router twice; without, it shows no labels of a sole router.
+        These are mtr 0.95's own habits: `-z` prints a further router twice, and without `-z` the labels of a
+        hop's only router are not printed.
         """
         hops, host, asn_width = self.path(), socket.gethostname(), 9 if ASN_LOOKUP else 0
         width = max(map(len, [host, *(self.host(hop.address) for hop in hops)]))
@@ -1270,14 +1267,14 @@ class MtrParser(OutputParser):
         width += bool(asn_width)
         for number, hop in enumerate(hops, 1):
             lead = f" {number:2d}. {self.as_column(hop.address)}" if asn_width else f" {number:2d}.|-- "
-            yield f"{lead}{self.host(hop.address)[:80]:{width}}{hop.columns()}"
+            yield f"{lead}{self.host(hop.address):{width}}{hop.columns()}"
             for index, address in enumerate(hop.addresses):
                 if address == hop.address:
                     continue
-                yield f"        {self.host(address)[:80]:{width}}"
+                yield f"        {self.host(address):{width}}"
                 yield from (f"       {label}" for label in (hop.labels if index == 1 else ()))
                 if asn_width:
-                    yield f"     {self.as_column(address)}{self.host(address)[:80]}"
+                    yield f"     {self.as_column(address)}{self.host(address)}"
                 yield from (f"       {label}" for label in hop.first_labels[address])
             if asn_width and len(hop.addresses) == 1:
                 yield from (f"       {label}" for label in hop.labels)
@@ -1315,7 +1312,7 @@ class Transcript:
         self.command, self.target, self.address, self.as_events = command, target, address, as_events
         self.parser = parser_for(command)(address)
         self.started = time.monotonic()
-        self.raw_output = bytearray()  # what a text client has read: all of it, or its last byte
+        self.raw_output = bytearray()  # what a text client has read; for a text client, its last byte
 
     def encode(self, text: bytes, events: Sequence[Event]) -> bytes:
         if not self.as_events:
@@ -1341,9 +1338,9 @@ class Transcript:
         return self.encode(*self.parser.feed(chunk))
 
     def end(self, fault: str, status: int | None) -> bytes:
-        """The end; `fault` is what went wrong, `status` the tool's exit status if it has one."""
+        """The last bytes. `fault` is what went wrong, if anything; `status` is the tool's exit status."""
         last = self.encode(*self.parser.finish(complete=not fault))
-        if status and not fault and not self.parser.has_measured():  # BusyBox' ping, with an option it lacks
+        if status and not fault and not self.parser.has_measured():  # BusyBox' ping exits 1 on a bad option
             fault = f"exit status {status}"
         if fault:
             newline = "" if self.raw_output.endswith(b"\n") or not self.raw_output else "\n"

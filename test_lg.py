@@ -1304,6 +1304,7 @@ TABLES: dict[str, list[list[str]]] = {
     "unreachable, IPv6": [expired("2001:db8:0:1::2"), [X6]],
     "unreachable without an address": [expired(GW), ["no-route none"]],
     "unreachable at the end": [expired(GW), [], expired("198.51.100.7"), [X4]],
+    "a long name": [expired("198.51.100.100"), expired("198.51.100.100", "198.51.100.5"), [TARGET_REPLY]],
     "a path that changes": [
         expired(GW),
         [*expired("198.51.100.5"), "ttl-expired 198.51.100.7>1"],
@@ -1884,7 +1885,7 @@ def test_the_description_is_made_once() -> None:
     assert lg.openapi_json() is lg.openapi_json()
 
 
-@pytest.mark.parametrize(("cls", "event"), zip(get_args(lg.Event), lg.EXAMPLES, strict=True))
+@pytest.mark.parametrize(("cls", "event"), list(zip(get_args(lg.Event), lg.EXAMPLES, strict=True)))
 def test_each_example_of_an_event_is_valid_for_its_schema(cls: type, event: object) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     schema = {"$ref": f"#/components/schemas/{cls.__name__}", "components": lg.openapi()["components"]}
