@@ -599,6 +599,12 @@ PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
 no answer yet for icmp_seq=2
 64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=3.00 ms
 64 bytes fr""",
+    # its process was killed, and it did not say what was lost
+    "ping, cut off without -O": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
+64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=3.00 ms
+""",
     "ping, no route": "ping: connect: Network is unreachable\n",
     "ping, remarks": """\
 PING 198.51.100.254 (198.51.100.254) 56(124) bytes of data.
@@ -830,6 +836,7 @@ def notes(name: str) -> list[str]:
             [(1, 60, 1.0), (1, 60, 1.5), (2,), (3, 60, 2.0), (2, 60, 1003.0)],
         ),
         ("ping, cut off", [(1, 60, 1.0), (2,), (3, 60, 3.0)]),
+        ("ping, cut off without -O", [(1, 60, 1.0), (3, 60, 3.0), (2,)]),
         ("ping, no route", []),
         ("ping, remarks", [(1, 60, 1.15), (2, 60, None), (3, 60, 2.5), (4, 60, None)]),
         ("ping, more replies than requests", [(1, 60, 1.0)]),
@@ -1108,6 +1115,13 @@ def test_a_name_that_mtr_prints_late_and_beyond_the_target_is_the_targets() -> N
     assert cast(Any, parser.result())["resolvedHostname"] == "target.lg.example"
     assert [event["hostname"] for event in events if event.get("hop") == 2][-1] == "target.lg.example"
     assert b"\n  2.|-- target.lg.example (198.51.100.254) " in text
+
+
+def test_a_name_is_an_event_when_it_comes() -> None:
+    parser = lg.MtrParser(ipaddress.ip_address(TARGET4))
+    parser.feed(b"x 0 1\nh 0 198.51.100.254\np 0 10 1\nx 1 2\nh 1 198.51.100.254\n")
+    [event] = cast(Any, parser.feed(b"d 1 target.lg.example\n")[1])
+    assert (event["hop"], event["hostname"]) == (1, "target.lg.example")
 
 
 def test_a_name_with_other_characters_than_a_host_name_has_is_none() -> None:
