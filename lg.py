@@ -1299,7 +1299,7 @@ class TracerouteParser(OutputParser):
                 yield note(line)
             return
         names: dict[str, str | None] = {}
-        probes, understood = self.parse_probes(match[2], names)
+        probes, complete = self.parse_probes(match[2], names)
         address = next(iter(names), None)
         hostname = names[address] if address else None
         for probe in probes:
@@ -1309,20 +1309,19 @@ class TracerouteParser(OutputParser):
         hop = router(names, address, hostname)
         yield {"event": "hop", "hop": int(match[1]), **hop, "timings": timings, "probes": probes}
         self.hops.append(result_hop(hop, timings))
-        if not understood:
+        if not complete:
             yield note(line)
 
     def parse_probes(self, text: str, names: dict[str, str | None]) -> tuple[list[Probe], bool]:
         """The probes of a hop, and whether they carry all of its line. Adds their routers to `names`."""
         probes: list[Probe] = []
-        position, address, pending, understood = 0, None, False, True  # pending: an address without its time
+        position, address, pending = 0, None, False  # pending: an address whose time is still to come
         while word := self.WORD.match(text, position):
             position = word.end()
             if word["address"]:
                 address, pending = word["address"], True
-                name = word["name"] and word["name"].partition("%")[0]
-                names.setdefault(address, hostname_of(name, address) if name else None)
-                understood &= name in (None, address, names[address])
+                name = (word["name"] or address).partition("%")[0]
+                names.setdefault(address, name if name != address else None)
             elif word["code"] and probes and not pending:
                 probes[-1]["code"] = word["code"]
             else:
@@ -1333,7 +1332,7 @@ class TracerouteParser(OutputParser):
                     probe["code"] = word["code"]
                 probes.append(probe)
                 pending &= bool(word["star"])
-        return probes, understood and not text[position:].strip()
+        return probes, not text[position:].strip()
 
     def result(self, status: Status = "finished", raw_output: str = "") -> TracerouteResult:
         names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
@@ -2712,7 +2711,7 @@ def get_operation(summary: str, content: Mapping[str, Schema]) -> Schema:
 def openapi() -> Schema:
     """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
     location = object_schema(dict.fromkeys(location_info(ipaddress.IPv4Address(0)), STRING))
-    tools = array(enum(*TOOLS))
+    tools = array(STRING)
     states = {"status": enum("ok", "degraded"), "missing": tools, "forbidden": tools}
     health = object_schema(states, ("missing", "forbidden"))
     page = {"text/html; charset=utf-8": STRING}
