@@ -48,11 +48,26 @@ from functools import cache, lru_cache, partial
 from hashlib import sha256
 from html import escape
 from importlib.util import find_spec
+from inspect import cleandoc
 from io import StringIO
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    TypedDict,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 from urllib.parse import parse_qs
 
 import h11
@@ -808,7 +823,7 @@ class Command(NamedTuple):
 
 PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56", "{address}")
 TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30", "{address}")
-MTR = ("--raw", "-n", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", "{address}")
+MTR = ("--raw", "-e", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", "{address}")
 BUILT_IN = (
     Command("ping", ("ping", "-4", *PING), 4, (0, 1)),  # 1: no reply
     Command("ping6", ("ping", "-6", *PING), 6, (0, 1)),
@@ -868,167 +883,489 @@ def install_hint(tools: Sequence[str]) -> str:
     return "apt-get install " + " ".join(PACKAGES.get(tool, tool) for tool in tools)
 
 
-# ---- reading what the tools print --------------------------------------------------------------------------
+# ---- parsing what the tools print --------------------------------------------------------------------------
 
-LINE_BYTES = 4096  # of a line that goes on longer, this much is looked at together
-PROBES = 1000  # more than any command sends: a bound for what a summary may claim
-Event = dict[str, object]
+LINE_BYTES = 4096  # a line without end is parsed in pieces of this size
+MAX_PROBES = 1000  # more than any command sends; a summary that claims more is not followed
+
+# What a tool printed becomes events while it runs and one result at its end. Their types are the schemas of
+# the OpenAPI description. Results have the shape of Globalping's test results; times are in milliseconds.
+
+Status = Literal["finished", "failed"]
 
 
-class Reader:
-    """Reads what a tool writes, any bytes at all: as text for people, as events for programs, as the result.
+class Timing(TypedDict):
+    rtt: float
 
-    Events are those of the API, results have the shape of Globalping's; times are in milliseconds.
-    """
+
+class PingTiming(Timing):
+    ttl: int
+
+
+class Probe(TypedDict):
+    """`address` where it is not the hop's, `code` where the reply has one: `!X`, `!H`, `!N`."""
+
+    rtt: float | None
+    address: NotRequired[str]
+    code: NotRequired[str]
+
+
+class Counts(TypedDict):
+    total: int
+    rcv: int
+    drop: int
+
+
+class PingStats(Counts):
+    min: float | None
+    avg: float | None
+    max: float | None
+    loss: float | None
+
+
+class Jitter(TypedDict):
+    stDev: float | None
+    jMin: float | None
+    jAvg: float | None
+    jMax: float | None
+
+
+class HopStats(Counts, Jitter):
+    min: float | None
+    avg: float | None
+    max: float | None
+    loss: float
+
+
+class ResultHop(TypedDict):
+    resolvedAddress: str | None
+    resolvedHostname: str | None
+    addresses: NotRequired[list[str]]
+    timings: list[Timing]
+
+
+class MtrResultHop(ResultHop):
+    asn: list[int]
+    stats: HopStats
+
+
+class ToolResult(TypedDict):
+    """Of a tool whose output has no parser of its own."""
+
+    status: Status
+    resolvedAddress: str
+    rawOutput: str
+
+
+class PingResult(ToolResult):
+    resolvedHostname: str | None
+    timings: list[PingTiming]
+    stats: PingStats
+
+
+class TracerouteResult(ToolResult):
+    resolvedHostname: str | None
+    hops: list[ResultHop]
+
+
+class MtrResult(ToolResult):
+    resolvedHostname: str | None
+    hops: list[MtrResultHop]
+
+
+Result = PingResult | TracerouteResult | MtrResult | ToolResult
+
+
+class StartEvent(TypedDict):
+    """The first line: what is measured."""
+
+    event: Literal["start"]
+    command: str
+    target: str
+    address: str
+    family: Literal[4, 6]
+    time: Annotated[str, {"format": "date-time"}]
+
+
+class ReplyEvent(TypedDict):
+    """ping: a reply. A duplicate repeats its `seq`."""
+
+    event: Literal["reply"]
+    seq: int
+    ttl: int | None
+    rtt: float | None
+
+
+class LostEvent(TypedDict):
+    """ping: no reply yet. A late reply overrides it."""
+
+    event: Literal["lost"]
+    seq: int
+
+
+class Router(TypedDict):
+    """Who answered: in mtr the last one, in traceroute the first; `addresses` are all, if several did."""
+
+    address: str | None
+    addresses: NotRequired[list[str]]
+    hostname: str | None
+    asn: list[int]
+    network: str | None
+
+
+class TracerouteHopEvent(Router):
+    """traceroute: a hop, its replies, and each of its probes."""
+
+    event: Literal["hop"]
+    hop: int
+    timings: list[Timing]
+    probes: list[Probe]
+
+
+class MtrHopEvent(Router):
+    """mtr: a hop as it now stands."""
+
+    event: Literal["hop"]
+    hop: int
+    stats: HopStats
+
+
+class PathEvent(TypedDict):
+    """mtr: the path is shorter than earlier events said. Later hops are void."""
+
+    event: Literal["path"]
+    hops: int
+
+
+class NoteEvent(TypedDict):
+    """A line of the tool that no other event carries in full."""
+
+    event: Literal["note"]
+    text: str
+
+
+class EndEvent(TypedDict):
+    """The last line: how the run ended, and its result."""
+
+    event: Literal["end"]
+    status: Status
+    error: NotRequired[str]
+    exit_status: int | None
+    duration: float
+    result: Result
+
+
+HopEvent = TracerouteHopEvent | MtrHopEvent
+Event = StartEvent | ReplyEvent | LostEvent | HopEvent | PathEvent | NoteEvent | EndEvent
+
+
+def note(text: str) -> NoteEvent:
+    return {"event": "note", "text": text}
+
+
+class AutonomousSystem(NamedTuple):
+    asn: int | None = None
+    network: str | None = None
+
+
+def autonomous_system(record: object) -> AutonomousSystem:
+    """From a record of GeoLite2-ASN, DB-IP or RouteViews (`autonomous_system_*`), or of IPinfo."""
+    fields = record if isinstance(record, dict) else {}
+    number = fields.get("autonomous_system_number") or fields.get("asn")  # IPinfo has "AS64500"
+    names = map(fields.get, ("autonomous_system_organization", "as_name", "name"))
+    if not (match := re.fullmatch(r"(?:AS)?(\d{1,10})", str(number))):
+        return AutonomousSystem()
+    return AutonomousSystem(int(match[1]), next((str(name) for name in names if name), None))
+
+
+def open_asn_database(path: str) -> Callable[[str], object]:
+    """The lookup function of a database, which is mapped into memory. Raises SystemExit if unusable."""
+    try:
+        import maxminddb
+    except ImportError:
+        raise settings_error(
+            "it needs the package maxminddb: pip install maxminddb", ASN_DATABASE=path
+        ) from None
+    try:
+        reader = maxminddb.open_database(path)
+        if not any(autonomous_system(record).asn for _, record in islice(reader, 1000)):
+            raise ValueError("no AS numbers in it")
+    except (OSError, ValueError, maxminddb.InvalidDatabaseError) as error:
+        expected = "expected a database of AS numbers in MaxMind's format (.mmdb), such as GeoLite2-ASN"
+        raise settings_error(f"{expected}: {error}", ASN_DATABASE=path) from None
+    return reader.get
+
+
+ASN_LOOKUP = open_asn_database(SETTINGS.ASN_DATABASE) if SETTINGS.ASN_DATABASE else None
+
+
+@lru_cache(1000)
+def find_as(address: str | None) -> AutonomousSystem:
+    with suppress(ValueError, RuntimeError):  # IPv6 in a database of IPv4; a damaged record
+        if ASN_LOOKUP and address:
+            return autonomous_system(ASN_LOOKUP(address))
+    return AutonomousSystem()
+
+
+def router(addresses: Collection[str], address: str | None, hostname: str | None) -> Router:
+    """The part of a hop event that says who answered."""
+    asn, network = find_as(address)
+    asns = [] if asn is None else [asn]
+    found: Router = {"address": address, "hostname": hostname, "asn": asns, "network": network}
+    if len(addresses) > 1:
+        found["addresses"] = list(addresses)
+    return found
+
+
+def result_hop(who: Router, timings: list[Timing]) -> ResultHop:
+    address, hostname = who["address"], who["hostname"]
+    hop: ResultHop = {"resolvedAddress": address, "resolvedHostname": hostname, "timings": timings}
+    if "addresses" in who:
+        hop["addresses"] = who["addresses"]
+    return hop
+
+
+HOSTNAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
+
+
+def hostname_of(name: str, address: str | None) -> str | None:
+    """The name that a tool printed for an address; None for the address itself and for unsafe characters."""
+    return name if name != address and HOSTNAME.fullmatch(name) else None
+
+
+class OutputParser:
+    """Parses what a tool writes, any bytes, into text for people, events for programs, and a result."""
 
     def __init__(self, address: IPAddress) -> None:
         """`address` is the target's."""
         self.address = str(address)
-        self.rest = b""
+        self.buffer = b""
 
     def feed(self, chunk: bytes) -> tuple[bytes, list[Event]]:
-        """The text and the events that a piece of output completes."""
-        *lines, self.rest = (self.rest + chunk).split(b"\n")
-        if len(self.rest) > LINE_BYTES:
-            lines, self.rest = [*lines, self.rest], b""
-        events = [event for line in lines for event in self.line(line.decode("utf-8", "replace"))]
+        """The text and the events that this piece of output completes."""
+        *lines, self.buffer = (self.buffer + chunk).split(b"\n")
+        if len(self.buffer) > LINE_BYTES:
+            lines, self.buffer = [*lines, self.buffer], b""
+        events = [event for line in lines for event in self.parse_line(line.decode("utf-8", "replace"))]
         return self.text(chunk, events), events
 
-    def end(self, complete: bool) -> tuple[bytes, list[Event]]:
-        """The same for the end of the output; `complete` where the tool was not stopped."""
-        rest, self.rest = self.rest, b""
-        events = list(self.line(rest.decode("utf-8", "replace")))
+    def finish(self, complete: bool) -> tuple[bytes, list[Event]]:
+        """The same for the end of the output; `complete` unless the tool was stopped or failed."""
+        rest, self.buffer = self.buffer, b""
+        events = list(self.parse_line(rest.decode("utf-8", "replace"))) if rest else []
+        events += self.last_events(complete)
         return self.text(b"", events), events
 
-    def text(self, chunk: bytes, events: list[Event]) -> bytes:
-        """What a person reads: what the tool wrote, as it wrote it."""
+    def text(self, chunk: bytes, events: Sequence[Event]) -> bytes:
+        """What a person reads: the tool's own output, unless a parser has a better form."""
         return chunk
 
-    def line(self, line: str) -> Iterator[Event]:
-        """The events of a line."""
+    def parse_line(self, line: str) -> Iterator[Event]:
         raise NotImplementedError
 
-    def result(self) -> Event:
-        """What is known by now."""
-        raise NotImplementedError
+    def last_events(self, complete: bool) -> Iterator[Event]:
+        """What is only known at the end, so that the last events agree with the result."""
+        return iter(())
+
+    def has_measured(self) -> bool:
+        """Whether the tool got as far as sending; if not, no exit status but 0 is a result."""
+        return True
+
+    def result(self, status: Status = "finished", raw_output: str = "") -> Result:
+        """What is known so far."""
+        return self.tool_result(status, raw_output)
+
+    def tool_result(self, status: Status, raw_output: str) -> ToolResult:
+        return {"status": status, "resolvedAddress": self.address, "rawOutput": raw_output}
 
 
-class Ping(Reader):
-    """iputils' ping."""
+class LineParser(OutputParser):
+    """Any other tool: each line is a note."""
+
+    def parse_line(self, line: str) -> Iterator[Event]:
+        yield note(line)
+
+
+class PingParser(OutputParser):
+    """ping of iputils; of BusyBox and inetutils too, which count from 0."""
 
     TIME = r"(\d{1,9}(?:\.\d{1,3})?)"
-    REPLY = re.compile(rf"\d+ bytes from \S+: icmp_seq=(\d{{1,6}}) ttl=(\d{{1,3}}) time={TIME} ms")
-    UNANSWERED = re.compile(r"no answer yet for icmp_seq=(\d{1,6})")
-    ERROR = re.compile(r"From \S+ icmp_seq=(\d{1,6}) (?!Redirect).+")
-    LOSS = r"(\d{1,3}(?:\.\d{1,6})?)"
-    SUMMARY = re.compile(
-        rf"(\d{{1,6}}) packets transmitted, (\d{{1,6}}) received, .*?{LOSS}% packet loss, .+"
+    REPLY = re.compile(
+        r"(?:\[[\d.]+\] )?\d+ bytes from (\S+?)(?: \((\S+?)\))?: (?:icmp_)?seq=(\d{1,6})"
+        rf"(?: ttl=(\d{{1,3}}))?(?: time={TIME} ms)?((?!\d).*)"
     )
-    TIMES = re.compile(rf"rtt min/avg/max/mdev = {TIME}/{TIME}/{TIME}/[\d.]+ ms.*")
-    CARRIED = re.compile(r"|PING .+ data bytes|PING .+ bytes of data\.|--- .+ ping statistics ---")
+    UNANSWERED = re.compile(r"(?:\[[\d.]+\] )?no answer yet for icmp_seq=(\d{1,6})")
+    ERROR = re.compile(r"From \S+(?: \(\S+\))?(?<!:) icmp_seq=(\d{1,6}) (?!Redirect|Source Quench).+")
+    SUMMARY = re.compile(r"(\d{1,6}) packets transmitted, (\d{1,6}) (?:packets )?received\b(.*)")
+    LOSS = re.compile(r", (-?\d{1,9}(?:\.\d{1,6})?)% packet loss")
+    TIMES = re.compile(rf"(?:rtt|round-trip) min/avg/max\S* = {TIME}/{TIME}/{TIME}(?:/[\d.]+)? ms.*")
+    BANNER = re.compile(r"|PING .+|--- .+ ping statistics ---")
 
     def __init__(self, address: IPAddress) -> None:
         super().__init__(address)
-        self.timings: list[Event] = []
-        self.sent = 0  # as far as was said
+        self.hostname: str | None = None
+        self.timings: list[PingTiming] = []
+        self.first, self.sent = 1, 0  # the first sequence number, and how many are known to be sent
         self.received: set[int] = set()
         self.lost: set[int] = set()
-        self.summary: tuple[int, int, float] | None = None
+        self.summary: tuple[int, int, float | None] | None = None
         self.times: list[float] = []
 
-    def line(self, line: str) -> Iterator[Event]:
+    def parse_line(self, line: str) -> Iterator[Event]:
         if match := self.REPLY.fullmatch(line):
-            seq, ttl, rtt = int(match[1]), int(match[2]), float(match[3])
-            self.sent = max(self.sent, seq)
-            self.received.add(seq)
-            self.timings.append({"rtt": rtt, "ttl": ttl})
-            yield {"event": "reply", "seq": seq, "ttl": ttl, "rtt": rtt}
+            yield from self.reply(match)
         elif match := self.UNANSWERED.fullmatch(line):
             yield from self.lose(int(match[1]))
         elif match := self.ERROR.fullmatch(line):
-            yield {"event": "note", "text": line}
+            yield note(line)
             yield from self.lose(int(match[1]))
-        elif match := self.SUMMARY.fullmatch(line):
-            self.summary = int(match[1]), int(match[2]), float(match[3])
-            for seq in range(1, min(self.summary[0], PROBES) + 1):
+        elif match := self.SUMMARY.match(line):
+            yield note(line)
+            loss = self.LOSS.search(match[3])
+            self.summary = int(match[1]), int(match[2]), float(loss[1]) if loss else None
+            for seq in range(self.first, self.first + min(self.summary[0], MAX_PROBES)):
                 yield from self.lose(seq)
-        elif match := self.TIMES.fullmatch(line):
-            self.times = [float(text) for text in match.groups()]
-        elif not self.CARRIED.fullmatch(line):
-            yield {"event": "note", "text": line}
+        elif not self.BANNER.fullmatch(line):
+            if match := self.TIMES.fullmatch(line):
+                self.times = [float(text) for text in match.groups()]
+            yield note(line)
+
+    def reply(self, match: re.Match[str]) -> Iterator[Event]:
+        name, address, seq, ttl, rtt, remark = match.groups()
+        self.count(int(seq))
+        self.received.add(int(seq))
+        if address == self.address:
+            self.hostname = hostname_of(name, address)
+        if rtt and ttl:
+            self.timings.append({"rtt": float(rtt), "ttl": int(ttl)})
+        hops, ms = int(ttl) if ttl else None, float(rtt) if rtt else None
+        yield {"event": "reply", "seq": int(seq), "ttl": hops, "rtt": ms}
+        if remark:  # (DUP!), (DIFFERENT ADDRESS!), (truncated), a time beyond belief
+            yield note(match[0])
+
+    def count(self, seq: int) -> None:
+        self.first = min(self.first, seq)
+        self.sent = max(self.sent, seq - self.first + 1)
 
     def lose(self, seq: int) -> Iterator[Event]:
-        self.sent = max(self.sent, seq)
+        self.count(seq)
         if seq not in self.received | self.lost:
             self.lost.add(seq)
             yield {"event": "lost", "seq": seq}
 
-    def result(self) -> Event:
-        rtts = [cast(float, timing["rtt"]) for timing in self.timings]
+    def last_events(self, complete: bool) -> Iterator[Event]:
+        for seq in range(self.first, self.first + min(self.sent, MAX_PROBES)):
+            yield from self.lose(seq)
+
+    def has_measured(self) -> bool:
+        return bool(self.sent or self.summary)
+
+    def result(self, status: Status = "finished", raw_output: str = "") -> PingResult:
+        rtts = [timing["rtt"] for timing in self.timings]
         computed = [min(rtts), round(sum(rtts) / len(rtts), 3), max(rtts)] if rtts else [None] * 3
-        known = round(100 - 100 * len(self.received) / self.sent, 2) if self.sent else 0
-        total, received, loss = self.summary or (self.sent, len(self.received), known)
-        stats = dict(zip(("min", "avg", "max"), self.times or computed, strict=True))
-        stats |= {"total": total, "rcv": received, "drop": total - received, "loss": loss}
-        about: Event = {"resolvedAddress": self.address, "resolvedHostname": None}
-        return about | {"timings": self.timings, "stats": stats}
+        low, average, high = self.times or computed
+        total, received, loss = self.summary or (self.sent, len(self.received), None)
+        if loss is None and total:
+            loss = round(100 - 100 * received / total, 2)
+        loss = None if loss is None else min(max(loss, 0), 100)
+        counts: Counts = {"total": total, "rcv": received, "drop": max(total - received, 0)}
+        return {
+            **self.tool_result(status, raw_output),
+            "resolvedHostname": self.hostname,
+            "timings": self.timings,
+            "stats": {"min": low, "avg": average, "max": high, **counts, "loss": loss},
+        }
 
 
-class Traceroute(Reader):
-    """Butskoy's traceroute, Debian's."""
+class TracerouteParser(OutputParser):
+    """Dmitry Butskoy's traceroute, Debian's: a line for each hop, on it each probe in its order."""
 
     HOP = re.compile(r" ?(\d{1,3}) ( \S.*)")
-    PROBE = re.compile(r" +(?:(\*)|(\S+) \(([0-9A-Fa-f:.]+)(?:%\S+)?\)|(\d{1,9}\.\d{1,3}) ms|(!\S*))")
-    HEAD = re.compile(r"|traceroute to .+ hops max, .+ byte packets")
+    WORD = re.compile(
+        r" +(?:(?P<star>\*)"
+        r"|(?P<time>-?\d{1,9}\.\d{1,3}) ms"
+        r"|(?P<code>!\S*)"
+        r"|(?:(?P<name>\S+) \()?(?P<address>\d+(?:\.\d+){3}|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)(?:%\S+?)?"
+        r"(?(name)\)|))(?!\S)"
+    )
+    BANNER = re.compile(r"|traceroute to .+ hops max, .+ byte packets")
 
     def __init__(self, address: IPAddress) -> None:
         super().__init__(address)
-        self.hops: list[Event] = []
+        self.hops: list[ResultHop] = []
 
-    def line(self, line: str) -> Iterator[Event]:
+    def parse_line(self, line: str) -> Iterator[Event]:
         match = self.HOP.fullmatch(line)
         if not match:
-            if not self.HEAD.fullmatch(line):
-                yield {"event": "note", "text": line}
+            if not self.BANNER.fullmatch(line):
+                yield note(line)
             return
-        hop: dict[str, Any] = {"resolvedAddress": None, "resolvedHostname": None, "timings": []}
-        end, remark = 0, False
-        for probe in self.PROBE.finditer(match[2]):
-            another = hop["resolvedAddress"] not in (None, probe[3] or hop["resolvedAddress"])
-            remark |= probe.start() != end or bool(probe[5]) or another
-            end = probe.end()
-            if probe[3] and not hop["resolvedAddress"]:
-                hop["resolvedAddress"] = probe[3]
-                hop["resolvedHostname"] = None if probe[2].partition("%")[0] == probe[3] else probe[2]
-            elif probe[4]:
-                hop["timings"].append({"rtt": float(probe[4])})
-        self.hops.append(hop)
-        yield {
-            "event": "hop",
-            "hop": int(match[1]),
-            "address": hop["resolvedAddress"],
-            "hostname": hop["resolvedHostname"],
-            "timings": hop["timings"],
-        }
-        if remark or match[2][end:].strip():  # !H and its like, a second address
-            yield {"event": "note", "text": line}
+        names: dict[str, str | None] = {}
+        probes, understood = self.parse_probes(match[2], names)
+        address = next(iter(names), None)
+        hostname = names[address] if address else None
+        for probe in probes:
+            if probe.get("address") == address:
+                probe.pop("address", None)
+        timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
+        hop = router(names, address, hostname)
+        yield {"event": "hop", "hop": int(match[1]), **hop, "timings": timings, "probes": probes}
+        self.hops.append(result_hop(hop, timings))
+        if not understood:
+            yield note(line)
 
-    def result(self) -> Event:
+    def parse_probes(self, text: str, names: dict[str, str | None]) -> tuple[list[Probe], bool]:
+        """The probes of a hop's line, each with its router, whose names go to `names`.
+
+        False with them where the line has something that they do not carry.
+        """
+        probes: list[Probe] = []
+        position, address, unanswered, understood = 0, None, False, True
+        while word := self.WORD.match(text, position):
+            position = word.end()
+            if word["address"]:
+                address, unanswered = word["address"], True
+                name = word["name"] and word["name"].partition("%")[0]
+                names.setdefault(address, hostname_of(name, address) if name else None)
+                understood &= name in (None, address, names[address])
+            elif word["code"] and probes and not unanswered:
+                probes[-1]["code"] = word["code"]
+            else:
+                probe: Probe = {"rtt": float(word["time"]) if word["time"] else None}
+                if address and not word["star"]:
+                    probe["address"] = address
+                if word["code"]:
+                    probe["code"] = word["code"]
+                probes.append(probe)
+                unanswered &= bool(word["star"])
+        return probes, understood and not text[position:].strip()
+
+    def result(self, status: Status = "finished", raw_output: str = "") -> TracerouteResult:
         names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
-        return {"resolvedAddress": self.address, "resolvedHostname": next(names, None), "hops": self.hops}
+        head = self.tool_result(status, raw_output)
+        return {**head, "resolvedHostname": next(names, None), "hops": self.hops}
 
 
-class Hop:
-    """One position of an mtr run, reckoned as mtr's ui/net.c does: in whole µs, truncated at each step."""
+class MtrHop:
+    """One position of an mtr run, with the arithmetic of mtr's ui/net.c: whole µs, truncated at each step."""
 
     def __init__(self) -> None:
-        self.address: str | None = None
+        self.addresses: list[str] = []  # of all routers that answered here
+        self.address: str | None = None  # of the last one
+        self.first_labels: dict[str, list[str]] = {}  # the MPLS labels of each router's first reply
+        self.labels: list[str] = []  # those that came with the last change of router
         self.sent = self.average = self.squares = 0
-        self.waiting = False  # for the answer to the last probe
+        self.in_flight = False  # whether the last probe may still be answered
         self.times: list[int] = []
 
+    def answered_by(self, address: str) -> None:
+        self.address, self.labels = address, []
+        if address not in self.addresses:
+            self.addresses.append(address)
+            self.first_labels[address] = self.labels
+
     def reply(self, time: int) -> None:
-        self.waiting = False
+        self.in_flight = False
         self.times.append(time)
         before = self.average
         self.average = int(before + (time - before) / len(self.times))
@@ -1037,10 +1374,13 @@ class Hop:
     def deviation(self) -> int:
         return int(math.sqrt(self.squares / (len(self.times) - 1))) if len(self.times) > 1 else 0
 
+    def completed(self) -> int:
+        """How many probes were answered or lost."""
+        return self.sent - self.in_flight
+
     def loss(self) -> float:
-        """In percent of the probes whose fate is known."""
-        known = self.sent - self.waiting
-        return int(1000 * (100 - 100.0 * len(self.times) / known)) / 1000 if known else 0.0
+        completed = self.completed()
+        return int(1000 * (100 - 100.0 * len(self.times) / completed)) / 1000 if completed else 0.0
 
     def columns(self) -> str:
         """Loss%, Snt, Last, Avg, Best, Wrst, StDev as `mtr --report` prints them; too wide ones are cut."""
@@ -1049,103 +1389,254 @@ class Hop:
         loss, sent, *cut = (each[:6] for each in (f" {self.loss():4.1f}%", f" {self.sent:5d}", *times[:-1]))
         return f"{loss}{sent} {''.join(cut)}{times[-1]}"
 
-    def stats(self) -> Event:
-        known, received = self.sent - self.waiting, len(self.times)
-        jitters = [abs(after - before) for before, after in pairwise(self.times)] or [0]
-        times: Event = dict.fromkeys(("min", "avg", "max", "stDev", "jMin", "jAvg", "jMax"))
-        if self.times:
-            spread = (min(self.times), self.average, max(self.times), self.deviation())
+    def stats(self) -> HopStats:
+        low = average = high = deviation = least = mean = most = None
+        if times := self.times:
+            jitters = [abs(after - before) for before, after in pairwise(times)] or [0]
+            spread = (min(times), self.average, max(times), self.deviation())
             jitter = (min(jitters), sum(jitters) / len(jitters), max(jitters))
-            times = dict(zip(times, (round(each / 1000, 3) for each in spread + jitter), strict=True))
-        return times | {"total": known, "rcv": received, "drop": known - received, "loss": self.loss()}
-
-    def result(self) -> Event:
-        timings = [{"rtt": time / 1000} for time in self.times]
-        about: Event = {"resolvedAddress": self.address, "resolvedHostname": None, "asn": []}
-        return about | {"timings": timings, "stats": self.stats()}
+            low, average, high, deviation, least, mean, most = (round(us / 1000, 3) for us in spread + jitter)
+        total, received = self.completed(), len(times)
+        counts: Counts = {"total": total, "rcv": received, "drop": total - received}
+        jitter_stats: Jitter = {"stDev": deviation, "jMin": least, "jAvg": mean, "jMax": most}
+        return {"min": low, "avg": average, "max": high, **jitter_stats, **counts, "loss": self.loss()}
 
 
-class Mtr(Reader):
-    """`mtr --raw`. As text: each hop when it first answers, at the end the table of `--report --report-wide`.
+class MtrParser(OutputParser):
+    """`mtr --raw`. As text: each hop when it first answers, then mtr's own report.
 
-    Raw lines are `x POSITION SEQUENCE` (sent), `h POSITION ADDRESS` and `p POSITION MICROSECONDS SEQUENCE`
-    (answered), positions from 0. Others, such as errors, are passed on.
+    Lines of another form, such as errors, are notes.
     """
 
-    RAW = re.compile(
-        r"x (?P<sent>\d{1,2}) \d{1,9}"
-        r"|h (?P<host>\d{1,2}) (?P<address>[0-9A-Fa-f:.]+)"
-        r"|p (?P<hop>\d{1,2}) (?P<time>\d{1,9}) \d{1,9}"
-    )
+    FORMATS: ClassVar = {  # after the kind of line and the position, which counts from 0
+        "x": re.compile(r"\d{1,9}"),  # sent: sequence number
+        "h": re.compile(r"[0-9A-Fa-f:.]+"),  # the router whose reply follows, where it is another one
+        "m": re.compile(r"(\d{1,10}) (\d{1,3}) (\d{1,3}) (\d{1,3})"),  # its MPLS label: label, TC, S, TTL
+        "d": re.compile(r"(.*)"),  # its name
+        "p": re.compile(r"(-?\d{1,10}) \d{1,9}"),  # reply: µs, sequence number
+    }
+    RAW = re.compile(r"([xhmdp]) (\d{1,2}) (.*)")
     TITLES = " Loss%   Snt   Last   Avg  Best  Wrst StDev"
-    HOPS = 30
+    MAX_HOPS = 30
 
     def __init__(self, address: IPAddress) -> None:
         super().__init__(address)
-        self.hops: dict[int, Hop] = {}
-        self.answered: set[object] = set()
+        self.hops: dict[int, MtrHop] = {}
+        self.names: dict[str, str] = {}
+        self.changed: set[int] = set()  # positions of which an event is due
+        self.told: set[int] = set()  # positions of which events were sent and hold
+        self.shown: set[int] = set()  # hops that the text has
+        self.labels: set[str] = set()
         self.start = time.strftime("Start: %Y-%m-%dT%H:%M:%S%z\n").encode()
 
-    def line(self, line: str) -> Iterator[Event]:
+    def parse_line(self, line: str) -> Iterator[Event]:
         match = self.RAW.fullmatch(line)
-        if not match:
+        value = match and self.FORMATS[match[1]].fullmatch(match[3])
+        if not match or not value:
             if line:
-                yield {"event": "note", "text": line}
+                yield note(line)
             return
-        position = int(match["sent"] or match["host"] or match["hop"])
-        hop = self.hops.setdefault(position, Hop())
-        if match["host"]:
-            hop.address = match["address"]
-            return
-        news = bool(match["hop"]) or hop.waiting  # an answer, or no answer to the probe before
-        if match["hop"]:
-            hop.reply(int(match["time"]))
-        else:
-            hop.sent, hop.waiting = hop.sent + 1, True
-        if news and position < self.length():
-            about = {"hop": position + 1, "address": hop.address, "hostname": None, "stats": hop.stats()}
-            yield {"event": "hop", **about}
+        position = int(match[2])
+        hop = self.hops.setdefault(position, MtrHop())
+        match match[1]:
+            case "x":
+                if hop.in_flight:  # the probe before is lost
+                    self.changed.add(position)
+                hop.sent, hop.in_flight = hop.sent + 1, True
+            case "h":
+                hop.answered_by(value[0])
+            case "m":
+                hop.labels.append("[MPLS: Lbl {} TC {} S {} TTL {}]".format(*value.groups()))
+                label = f"hop {position + 1}: {hop.address} {hop.labels[-1]}"
+                if label not in self.labels:
+                    self.labels.add(label)
+                    yield note(label)
+            case "d" if hop.address:
+                self.name(hop.address, value[0])
+            case "p":
+                hop.reply(int(value[1]))
+                self.changed.add(position)
+        yield from self.changes()
 
-    def length(self) -> int:
-        """How many positions to show: to the first that is the target, else one beyond the last known."""
-        known = sorted(position for position, hop in self.hops.items() if hop.address)
-        reached = (position for position in known if self.hops[position].address == self.address)
-        return next(reached, min(known[-1] + 1, self.HOPS - 1) if known else -1) + 1
+    def name(self, address: str, name: str) -> None:
+        """A name that came for one position is the address's at all of them."""
+        if hostname := hostname_of(name, address):
+            self.names[address] = hostname
+            self.changed.update(at for at, hop in self.hops.items() if hop.address == address)
 
-    def shown(self) -> list[Hop]:
-        return [self.hops.get(position) or Hop() for position in range(self.length())]
+    def changes(self) -> Iterator[Event]:
+        """Events for what has changed in the path, as far as it is now known to go."""
+        length = self.path_length()
+        if void := {position for position in self.told if position >= length}:
+            self.told -= void
+            self.changed |= void  # in case the path grows again
+            yield {"event": "path", "hops": length}
+        due = {position for position in self.changed if position < length}
+        self.changed -= due
+        self.told |= due
+        for position in sorted(due):
+            hop = self.hop(position)
+            yield {"event": "hop", "hop": position + 1, **self.router(hop), "stats": hop.stats()}
 
-    def text(self, chunk: bytes, events: list[Event]) -> bytes:
+    def path_length(self) -> int:
+        """How many positions the path has: to the target, else to a router that answers for all later ones.
+
+        A router that says "unreachable" answers at every position from its own on, which raw output does not
+        mark. Without either, the path goes one position beyond the last that answered, as mtr's table does.
+        """
+        answered = sorted(position for position, hop in self.hops.items() if hop.address)
+        if not answered:
+            return 0
+        for position in answered:
+            if self.hops[position].address == self.address:
+                return position + 1
+        last = end = answered[-1]
+        for position in reversed(answered):
+            if self.hops[position].address != self.hops[last].address:
+                break
+            end = position
+        return end + 1 if end < last else max(last + 1, min(last + 2, self.MAX_HOPS))
+
+    def hop(self, position: int) -> MtrHop:
+        return self.hops.get(position) or MtrHop()
+
+    def router(self, hop: MtrHop) -> Router:
+        return router(hop.addresses, hop.address, self.names.get(hop.address or ""))
+
+    def path(self) -> list[MtrHop]:
+        return [self.hop(position) for position in range(self.path_length())]
+
+    def last_events(self, complete: bool) -> Iterator[Event]:
+        for position, hop in self.hops.items():
+            if complete and hop.in_flight:
+                hop.in_flight = False
+                self.changed.add(position)
+        self.changed.update(set(range(self.path_length())) - self.told)
+        yield from self.changes()
+
+    def text(self, chunk: bytes, events: Sequence[Event]) -> bytes:
         lines, self.start = [self.start], b""
         for event in events:
             if event["event"] == "note":
                 lines.append(f"{event['text']}\n".encode())
-            elif event["address"] and event["hop"] not in self.answered:
-                self.answered.add(event["hop"])
+            elif event["event"] == "hop" and event["address"] and event["hop"] not in self.shown:
+                self.shown.add(event["hop"])
                 lines.append(f" {event['hop']:2d}.|-- {event['address']}\n".encode())
         return b"".join(lines)
 
-    def end(self, complete: bool) -> tuple[bytes, list[Event]]:
-        text, events = super().end(complete)
-        for hop in self.hops.values():
-            hop.waiting &= not complete
-        if self.hops:
-            host, hops = socket.gethostname(), self.shown()
-            width = max(map(len, [host, *(hop.address or "???" for hop in hops)]))
-            text += f"HOST: {host:{width}}{self.TITLES}\n".encode()
-            for number, hop in enumerate(hops, 1):
-                text += f" {number:2d}.|-- {hop.address or '???':{width}}{hop.columns()}\n".encode()
-        return text, events
+    def finish(self, complete: bool) -> tuple[bytes, list[Event]]:
+        text, events = super().finish(complete)
+        return text + "".join(f"{line}\n" for line in self.table()).encode(), events
 
-    def result(self) -> Event:
-        return {
-            "resolvedAddress": self.address,
-            "resolvedHostname": None,
-            "hops": [hop.result() for hop in self.shown()],
+    def host(self, address: str | None) -> str:
+        """As in mtr's table."""
+        if address in self.names:
+            return f"{self.names[address]} ({address})"
+        return address or "???"
+
+    def table(self) -> Iterator[str]:
+        """The lines of mtr's report, in the layout of `mtr -z` where there is an AS database.
+
+        With `-z`, mtr 0.95 shows a further router twice; without, it shows no labels of a sole router.
+        """
+        hops, host, asn_width = self.path(), socket.gethostname(), 9 if ASN_LOOKUP else 0
+        width = max(map(len, [host, *(self.host(hop.address) for hop in hops)]))
+        if hops:
+            yield f"HOST: {host:{width + asn_width}}{self.TITLES}"
+        width += bool(asn_width)
+        for number, hop in enumerate(hops, 1):
+            lead = f" {number:2d}. {self.as_column(hop.address)}" if asn_width else f" {number:2d}.|-- "
+            yield f"{lead}{self.host(hop.address)[:80]:{width}}{hop.columns()}"
+            for index, address in enumerate(hop.addresses):
+                if address == hop.address:
+                    continue
+                yield f"        {self.host(address)[:80]:{width}}"
+                yield from (f"       {label}" for label in (hop.labels if index == 1 else ()))
+                if asn_width:
+                    yield f"     {self.as_column(address)}{self.host(address)[:80]}"
+                yield from (f"       {label}" for label in hop.first_labels[address])
+            if asn_width and len(hop.addresses) == 1:
+                yield from (f"       {label}" for label in hop.labels)
+
+    def as_column(self, address: str | None) -> str:
+        asn = find_as(address).asn
+        return f"AS{'???' if asn is None else asn:<7}"
+
+    def result(self, status: Status = "finished", raw_output: str = "") -> MtrResult:
+        hops: list[MtrResultHop] = []
+        for hop, who in [(hop, self.router(hop)) for hop in self.path()]:
+            shared = result_hop(who, [{"rtt": time / 1000} for time in hop.times])
+            hops.append({**shared, "asn": who["asn"], "stats": hop.stats()})
+        head = self.tool_result(status, raw_output)
+        return {**head, "resolvedHostname": self.names.get(self.address), "hops": hops}
+
+
+PARSERS: dict[str, type[OutputParser]] = {"ping": PingParser, "traceroute": TracerouteParser}
+
+
+def parser_for(command: Command) -> type[OutputParser]:
+    """The parser of the command's tool."""
+    tool = Path(command.tool).name
+    if tool == "mtr" and "--raw" in command.argv:
+        return MtrParser
+    return PARSERS.get(tool, LineParser)
+
+
+class Transcript:
+    """What a client reads of a run: text, or one JSON object a line for each event."""
+
+    def __init__(
+        self, command: Command, target: IPAddress | str, address: IPAddress, as_events: bool
+    ) -> None:
+        self.command, self.target, self.address, self.as_events = command, target, address, as_events
+        self.parser = parser_for(command)(address)
+        self.started = time.monotonic()
+        self.raw_output = bytearray()  # what a text client has read: all of it, or its last byte
+        self.fault = ""  # what went wrong, known at the end
+
+    def encode(self, text: bytes, events: Sequence[Event]) -> bytes:
+        if not self.as_events:
+            self.raw_output[:] = text[-1:] or self.raw_output
+            return text
+        self.raw_output += text
+        return b"".join(json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events)
+
+    def start(self) -> bytes:
+        kind = "address" if self.address.version == 4 else "IPv6 address"
+        text = f"{self.target} has {kind} {self.address}\n" if isinstance(self.target, str) else ""
+        event: StartEvent = {
+            "event": "start",
+            "command": self.command.name,
+            "target": str(self.target),
+            "address": str(self.address),
+            "family": self.address.version,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+        return self.encode(text.encode(), [event])
 
+    def output(self, chunk: bytes) -> bytes:
+        return self.encode(*self.parser.feed(chunk))
 
-READERS: dict[str, type[Reader]] = {"ping": Ping, "traceroute": Traceroute, "mtr": Mtr}
+    def end(self, fault: str, status: int | None) -> bytes:
+        """The end; `fault` is what went wrong, `status` the tool's exit status if it has one."""
+        last = self.encode(*self.parser.finish(complete=not fault))
+        if status and not fault and not self.parser.has_measured():  # BusyBox' ping, with an option it lacks
+            fault = f"exit status {status}"
+        self.fault = fault
+        if fault:
+            newline = "" if self.raw_output.endswith(b"\n") or not self.raw_output else "\n"
+            last += self.encode(f"{newline}--- {self.command.name}: {fault} ---\n".encode(), [])
+        outcome: Status = "failed" if fault else "finished"
+        event: EndEvent = {
+            "event": "end",
+            "status": outcome,
+            "exit_status": status,
+            "duration": round(time.monotonic() - self.started, 3),
+            "result": self.parser.result(outcome, self.raw_output.decode("utf-8", "replace")),
+        }
+        if fault:
+            event["error"] = f"{self.command.name}: {fault}"
+        return last + self.encode(b"", [event])
 
 
 # ---- running a command -------------------------------------------------------------------------------------
@@ -1271,49 +1762,6 @@ async def started(command: Command, address: IPAddress) -> AsyncIterator[Process
         await process.kill_and_reap()
 
 
-class Transcript:
-    """What a client reads of a run as it goes on: text, or a JSON object a line for each event."""
-
-    def __init__(
-        self, command: Command, target: IPAddress | str, address: IPAddress, as_events: bool
-    ) -> None:
-        self.command, self.target, self.address, self.as_events = command, target, address, as_events
-        self.reader = READERS[command.tool](address)
-        self.begun = time.monotonic()
-        self.raw = bytearray()  # what a text client has read: all of it, or just the end
-
-    def say(self, text: bytes, events: Sequence[Event]) -> bytes:
-        if not self.as_events:
-            self.raw[:] = text[-1:] or self.raw
-            return text
-        self.raw += text
-        return b"".join(json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events)
-
-    def start(self) -> bytes:
-        version = self.address.version
-        kind = "address" if version == 4 else "IPv6 address"
-        text = f"{self.target} has {kind} {self.address}\n" if isinstance(self.target, str) else ""
-        about: Event = {"event": "start", "command": self.command.name, "target": str(self.target)}
-        about |= {"address": str(self.address), "family": version}
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return self.say(text.encode(), [about | {"time": now}])
-
-    def output(self, chunk: bytes) -> bytes:
-        return self.say(*self.reader.feed(chunk))
-
-    def end(self, fault: str, status: int | None) -> bytes:
-        """The end, with what was wrong in `fault`, and the tool's exit status where it has one."""
-        said = self.say(*self.reader.end(complete=not fault))
-        if fault:
-            line = "" if self.raw.endswith(b"\n") or not self.raw else "\n"
-            said += self.say(f"{line}--- {self.command.name}: {fault} ---\n".encode(), [])
-        outcome: Event = {"status": "failed" if fault else "finished"}
-        outcome |= {"error": f"{self.command.name}: {fault}"} if fault else {}
-        outcome |= {"exit_status": status, "duration": round(time.monotonic() - self.begun, 3)}
-        result = self.reader.result() | {"rawOutput": self.raw.decode("utf-8", "replace")}
-        return said + self.say(b"", [{"event": "end", **outcome, "result": result}])
-
-
 @dataclass(frozen=True)
 class Diagnosis:
     """A run of a command: what was asked for, and what becomes known as it goes on."""
@@ -1343,7 +1791,9 @@ class Diagnosis:
                     async with aclosing(process.output()) as chunks:
                         async for chunk in chunks:
                             self.output.put_nowait(transcript.output(chunk))
-                outcome = process.fault or "finished"
+                status = process.tool.returncode
+                last = transcript.end(process.fault, status if status >= 0 else None)
+                outcome = transcript.fault or "finished"
             except RequestError as error:
                 outcome = "refused"
                 error.headers = {**headers, **error.headers}
@@ -1351,8 +1801,7 @@ class Diagnosis:
             finally:
                 if outcome != "refused":
                     self.record(address, outcome, time.monotonic() - begun)
-        status = process.tool.returncode
-        self.output.put_nowait(transcript.end(process.fault, status if status >= 0 else None))
+        self.output.put_nowait(last)
 
     def record(self, address: IPAddress | None, outcome: str, seconds: float) -> None:
         """Count a run that has ended, and log it."""
@@ -2108,180 +2557,149 @@ async def answer_defect(request: Request, error: Exception) -> Response:
 # ---- OpenAPI -----------------------------------------------------------------------------------------------
 
 Schema = dict[str, Any]
+JSON_TYPE = "application/json"
+SCALARS = {str: "string", int: "integer", float: "number", type(None): "null"}
+COMPONENTS = {each.__name__: each for union in (Event, Result) for each in get_args(union)}
 STRING: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
 NUMBER: Schema = {"type": "number"}
-NULLABLE_STRING: Schema = {"type": ["string", "null"]}
-NULLABLE_NUMBER: Schema = {"type": ["number", "null"]}
 
 
 def array(items: Schema) -> Schema:
     return {"type": "array", "items": items}
 
 
-def record(**properties: Schema) -> Schema:
-    """An object with these properties and no others; those whose schema says `optional` need not be there."""
-    required = [name for name, schema in properties.items() if "optional" not in schema]
-    shown = {name: {k: schema[k] for k in schema if k != "optional"} for name, schema in properties.items()}
-    return {"type": "object", "properties": shown, "required": required, "additionalProperties": False}
-
-
 def enum(*values: object) -> Schema:
     return {"enum": list(values)}
 
 
-def event(says: str, example: str, **properties: Schema) -> tuple[str, Schema, Event]:
-    """A row of EVENTS: what the event says, its schema, an example as it comes over the wire."""
-    return says, record(**properties), json.loads(example)
+def object_schema(properties: Mapping[str, Schema], optional: Collection[str] = ()) -> Schema:
+    """An object with these properties and no others."""
+    required = [name for name in properties if name not in optional]
+    schema = {"type": "object", "properties": dict(properties), "required": required}
+    return schema | {"additionalProperties": False}
 
 
-COUNTS = {"total": INTEGER, "rcv": INTEGER, "drop": INTEGER, "loss": NUMBER}
-SPREAD = dict.fromkeys(("min", "avg", "max"), NULLABLE_NUMBER)
-HOP_STATS = record(**SPREAD, **dict.fromkeys(("stDev", "jMin", "jAvg", "jMax"), NULLABLE_NUMBER), **COUNTS)
-TIMINGS, TTL_TIMINGS = array(record(rtt=NUMBER)), array(record(rtt=NUMBER, ttl=INTEGER))
-RESOLVED = {"resolvedAddress": NULLABLE_STRING, "resolvedHostname": NULLABLE_STRING}
-MTR_HOP = record(**RESOLVED, asn=array(INTEGER), timings=TIMINGS, stats=HOP_STATS)
-RESULTS = {
-    "PingResult": record(**RESOLVED, timings=TTL_TIMINGS, stats=record(**SPREAD, **COUNTS), rawOutput=STRING),
-    "TracerouteResult": record(**RESOLVED, hops=array(record(**RESOLVED, timings=TIMINGS)), rawOutput=STRING),
-    "MtrResult": record(**RESOLVED, hops=array(MTR_HOP), rawOutput=STRING),
-}
-HOP = {"event": enum("hop"), "hop": INTEGER, "address": NULLABLE_STRING, "hostname": NULLABLE_STRING}
-EVENTS = {
-    "Start": event(
-        "The first line: what is measured.",
-        '{"event":"start","command":"mtr","target":"target.lg.example","address":"198.51.100.254","family":4,'
-        '"time":"2026-11-22T19:58:41Z"}',
-        event=enum("start"),
-        command=enum(*COMMANDS),
-        target=STRING,
-        address=STRING,
-        family=enum(4, 6),
-        time={"type": "string", "format": "date-time"},
-    ),
-    "Reply": event(
-        "ping: an answer.",
-        '{"event":"reply","seq":1,"ttl":60,"rtt":28.4}',
-        event=enum("reply"),
-        seq=INTEGER,
-        ttl=INTEGER,
-        rtt=NUMBER,
-    ),
-    "Lost": event(
-        "ping: no answer yet; a late reply overrides it.",
-        '{"event":"lost","seq":2}',
-        event=enum("lost"),
-        seq=INTEGER,
-    ),
-    "TracerouteHop": event(
-        "traceroute: a hop, with the answers to its probes.",
-        '{"event":"hop","hop":2,"address":"198.51.100.6","hostname":"core1.ams.lg.example","timings":[{"rtt":5.7}]}',
-        **HOP,
-        timings=TIMINGS,
-    ),
-    "MtrHop": event(
-        "mtr: a hop as it now stands.",
-        '{"event":"hop","hop":2,"address":"198.51.100.6","hostname":null,"stats":{"min":5.962,"avg":6.577,'
-        '"max":7.193,"stDev":0.87,"jMin":1.231,"jAvg":1.231,"jMax":1.231,"total":2,"rcv":2,"drop":0,"loss":0}}',
-        **HOP,
-        stats=HOP_STATS,
-    ),
-    "Note": event(
-        "A line of the tool's that nothing else carries.",
-        '{"event":"note","text":"From 198.51.100.6 icmp_seq=3 Destination Net Unreachable"}',
-        event=enum("note"),
-        text=STRING,
-    ),
-    "End": event(
-        "The last line: how it ended, and the result in the shape of Globalping's.",
-        '{"event":"end","status":"failed","error":"traceroute: stopped after 60 s","exit_status":null,'
-        '"duration":60,"result":{"resolvedAddress":"198.51.100.66","resolvedHostname":null,"hops":[],"rawOutput":""}}',
-        event=enum("end"),
-        status=enum("finished", "failed"),
-        error=STRING | {"optional": True},
-        exit_status={"type": ["integer", "null"]},
-        duration=NUMBER,
-        result={"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in RESULTS]},
-    ),
-}
-DETAIL, ERROR = record(detail=STRING), record(error=STRING)
-FAULT = record(type=STRING, loc=array(STRING), msg=STRING, input={})
-REFUSALS = {  # status: when, and the body's schema
+def typed_dict_schema(cls: type) -> Schema:
+    hints = get_type_hints(cls, include_extras=True)
+    optional = [name for name, hint in hints.items() if get_origin(hint) is NotRequired]
+    schema = object_schema({name: schema_of(hint) for name, hint in hints.items()}, optional)
+    return schema | ({"description": cleandoc(cls.__doc__)} if cls.__doc__ else {})
+
+
+def schema_of(hint: Any) -> Schema:
+    """The JSON schema of a type hint, for those that events and results are made of."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in COMPONENTS.values():
+        return {"$ref": f"#/components/schemas/{hint.__name__}"}
+    if is_typeddict(hint):
+        return typed_dict_schema(hint)
+    if origin is NotRequired:
+        return schema_of(arguments[0])
+    if origin is Annotated:  # with further keywords
+        return {**schema_of(arguments[0]), **arguments[1]}
+    if origin is Literal:
+        return enum(*arguments)
+    if origin is list:
+        return array(schema_of(arguments[0]))
+    if not arguments:
+        return {"type": SCALARS[hint]}
+    if SCALARS.keys() >= set(arguments):
+        return {"type": [SCALARS[each] for each in arguments]}
+    return {"anyOf": [schema_of(each) for each in arguments]}
+
+
+EXAMPLES = json.loads("""[
+  {"event": "start", "command": "mtr", "target": "target.lg.example", "address": "198.51.100.254",
+   "family": 4, "time": "2026-11-22T19:58:41Z"},
+  {"event": "reply", "seq": 1, "ttl": 60, "rtt": 28.4},
+  {"event": "lost", "seq": 2},
+  {"event": "hop", "hop": 2, "address": "198.51.100.6", "hostname": "core1.ams.lg.example", "asn": [64500],
+   "network": "Example", "timings": [{"rtt": 5.7}], "probes": [{"rtt": 5.7}, {"rtt": null}, {"rtt": null}]},
+  {"event": "hop", "hop": 2, "address": "198.51.100.6", "hostname": "core1.ams.lg.example", "asn": [64500],
+   "network": "Example", "stats": {"min": 5.962, "avg": 6.577, "max": 7.193, "stDev": 0.87, "jMin": 1.231,
+   "jAvg": 1.231, "jMax": 1.231, "total": 2, "rcv": 2, "drop": 0, "loss": 0}},
+  {"event": "path", "hops": 4},
+  {"event": "note", "text": "From 198.51.100.6 icmp_seq=3 Destination Net Unreachable"},
+  {"event": "end", "status": "failed", "error": "traceroute: stopped after 60 s", "exit_status": null,
+   "duration": 60, "result": {"status": "failed", "resolvedAddress": "198.51.100.66",
+   "resolvedHostname": null, "hops": [], "rawOutput": ""}}
+]""")
+DETAIL, ERROR = object_schema({"detail": STRING}), object_schema({"error": STRING})
+INVALID = object_schema({"type": STRING, "loc": array(STRING), "msg": STRING, "input": {}})
+ERROR_RESPONSES = {  # status: when, and the body's schema
     404: ("No such address.", DETAIL),
     405: ("Not with this method; `Allow` names those that are.", DETAIL),
     408: (f"The body did not come within {BODY_SECONDS} s, or an upload stalled.", DETAIL),
     413: (f"The body is larger than {BODY_BYTES} bytes, or {UPLOAD_BYTES} of an upload.", DETAIL),
-    422: ("No target, or none that can or may be measured: `msg` says why.", record(detail=array(FAULT))),
-    429: ("Over the rate limit, or with all the slots of a client in use.", ERROR),
+    422: (
+        "No target, or none that can or may be measured: `msg` says why.",
+        object_schema({"detail": array(INVALID)}),
+    ),
+    429: ("Over the rate limit, or all slots of the client are in use.", ERROR),
     503: ("No free slot, or a tool that is not installed or may not run.", ERROR),
 }
-MEANINGS = ("Its requests.", "Those left.", "When one more is free, epoch seconds.")
-RATED = dict(zip(RATE_HEADERS, MEANINGS, strict=True))
-HEADERS = {"Retry-After": "Seconds after which it is worth another try."} | RATED
+RATE_HEADER_MEANINGS = ("Requests allowed.", "Requests left.", "When one more is allowed, in epoch seconds.")
+RATED = dict(zip(RATE_HEADERS, RATE_HEADER_MEANINGS, strict=True))
+HEADER_MEANINGS = {"Retry-After": "Seconds to wait before the next try."} | RATED
 
 
-def answer(when: str, content: Mapping[str, Schema], headers: Collection[str] = ()) -> Schema:
-    """A response: when, its bodies by media type, its headers by name."""
-    shown = {name: {"description": HEADERS[name], "schema": INTEGER} for name in headers}
-    return {"description": when, "content": content} | ({"headers": shown} if shown else {})
+def response(when: str, content: Mapping[str, Schema], headers: Collection[str] = ()) -> Schema:
+    """A response: when it comes, its bodies' schemas by media type, its headers by name."""
+    described = {name: {"description": HEADER_MEANINGS[name], "schema": INTEGER} for name in headers}
+    bodies = {media_type: {"schema": schema} for media_type, schema in content.items()}
+    return {"description": when, "content": bodies} | ({"headers": described} if described else {})
 
 
-def operation(summary: str, good: Schema, refusals: Sequence[int] = (), **more: Any) -> Schema:
-    """An operation: its good answer, the statuses with which it may refuse."""
-    responses = {"200": good}
-    for status in refusals:
-        when, schema = REFUSALS[status]
-        headers = HEADERS if status == 429 else ("Retry-After",) if status == 503 else ()
-        responses[str(status)] = answer(when, {"application/json": {"schema": schema}}, headers)
+def operation(summary: str, success: Schema, errors: Sequence[int] = (), **more: Any) -> Schema:
+    """An operation: the response when all is well, the statuses of its errors."""
+    responses = {"200": success}
+    for status in errors:
+        when, schema = ERROR_RESPONSES[status]
+        headers = HEADER_MEANINGS if status == 429 else ("Retry-After",) if status == 503 else ()
+        responses[str(status)] = response(when, {JSON_TYPE: schema}, headers)
     return {"summary": summary, "responses": responses, **more}
 
 
-def json_answer(when: str, **properties: Schema) -> Schema:
-    return answer(when, {"application/json": {"schema": record(**properties)}})
-
-
-def reference(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def command_operation(name: str) -> Schema:
-    command = COMMANDS[name]
+def command_operation(command: Command) -> Schema:
     forms = [
         {"type": "string", "format": f"ipv{command.version}"},
         {"type": "string", "pattern": f"^(?:{NAME.pattern})$"},
     ]
-    line = " ".join(command.argv_for("ADDRESS"))
     target = {"description": "An address or a host name.", "anyOf": forms, "examples": ["example.com"]}
     body = {"schema": {"type": "object", "properties": {"target": target}, "required": ["target"]}}
-    examples = {event: {"summary": about, "value": value} for event, (about, _, value) in EVENTS.items()}
-    lines = {"schema": {"oneOf": [reference(event) for event in EVENTS]}, "examples": examples}
-    stream: dict[str, Schema] = {TEXT_TYPE: {"schema": STRING}, EVENTS_TYPE: lines}
-    what = "What the tool writes, as it writes it: text, or with `Accept` an event a line."
+    argv = " ".join(command.argv_for("ADDRESS"))
+    output = "The output of the tool as it comes: text, or with `Accept` one event a line."
+    success = response(output, {TEXT_TYPE: STRING, EVENTS_TYPE: schema_of(Event)}, RATED)
+    examples = zip(get_args(Event), EXAMPLES, strict=True)
+    success["content"][EVENTS_TYPE]["examples"] = {
+        cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples
+    }
     return operation(
-        f"{command.argv[0]} over IPv{command.version}",
-        answer(what, stream, RATED),
+        f"{command.tool} over IPv{command.version}",
+        success,
         (408, 413, 422, 429, 503),
-        description=f"Runs `{line}`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "
+        description=f"Runs `{argv}`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "
         f"Limit: {describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}.",
-        operationId=name,
-        requestBody={"required": True, "content": dict.fromkeys(("application/json", FORM_TYPE), body)},
+        operationId=command.name,
+        requestBody={"required": True, "content": dict.fromkeys((JSON_TYPE, FORM_TYPE), body)},
     )
 
 
 def speedtest_operations(name: str) -> dict[str, Schema]:
     size = SIZES[name]
-    zeros: dict[str, Schema] = {"application/octet-stream": {"schema": {}}}
     summary = f"{size.length} zero bytes"
-    get = operation(summary, answer("The bytes.", zeros, RATED), (429, 503), operationId=f"speedtest_{name}")
+    bytes_response = response("The bytes.", {"application/octet-stream": {}}, RATED)
+    get = operation(summary, bytes_response, (429, 503), operationId=f"speedtest_{name}")
     get["description"] = f"Limit: {describe_rates(size.rates)}."
     return {"get": get, "head": operation(f"{summary}: the headers", {"description": "The headers alone."})}
 
 
 def upload_operation() -> Schema:
-    measured = {"schema": record(bytes=INTEGER, seconds=NUMBER, mbps=NULLABLE_NUMBER)}
+    measured = object_schema({"bytes": INTEGER, "seconds": NUMBER, "mbps": {"type": ["number", "null"]}})
     return operation(
-        "Takes bytes, keeps nothing, says how fast they came",
-        answer("The speed, from the first byte to the last.", {"application/json": measured}, RATED),
+        "Takes bytes, keeps nothing, measures how fast they came",
+        response("The speed, from the first byte to the last.", {JSON_TYPE: measured}, RATED),
         (408, 413, 429, 503),
         description=f"Limit: {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}.",
         operationId="speedtest_upload",
@@ -2289,39 +2707,50 @@ def upload_operation() -> Schema:
     )
 
 
+def get_operation(summary: str, content: Mapping[str, Schema]) -> Schema:
+    return {"get": operation(summary, response("The answer.", content))}
+
+
+@cache
 def openapi() -> Schema:
-    """The description of this API, OpenAPI 3.1, from the tables that make it work."""
-    info = dict.fromkeys(location_info(ipaddress.IPv4Address(0)), STRING)
-    missing = array(enum(*PACKAGES)) | {"optional": True}
-    health = json_answer("It.", status=enum("ok", "degraded"), missing=missing)
-    page = {"text/html; charset=utf-8": {"schema": STRING}}
-    front = answer("How to use it, or with `Accept` the page.", {TEXT_TYPE: {"schema": STRING}, **page})
+    """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
+    location = object_schema(dict.fromkeys(location_info(ipaddress.IPv4Address(0)), STRING))
+    tools = array(STRING)
+    states = {"status": enum("ok", "degraded"), "missing": tools, "forbidden": tools}
+    health = object_schema(states, ("missing", "forbidden"))
+    page = {"text/html; charset=utf-8": STRING}
+    description = f"Ping, traceroute, mtr and speed tests from {SETTINGS.NETWORK_LOCATION}. "
+    description += f"Limits for each client: {rate_limits_text()}."
+    info = {"title": "Looking glass", "version": VERSION, "description": description}
     return {
         "openapi": "3.1.0",
-        "info": {
-            "title": "Looking glass",
-            "version": VERSION,
-            "description": f"Ping, traceroute, mtr and speed tests from {SETTINGS.NETWORK_LOCATION}. "
-            f"Limits for each client: {rate_limits_text()}.",
-            "license": {"name": "MIT", "identifier": "MIT"},
-        },
+        "info": {**info, "license": {"name": "MIT", "identifier": "MIT"}},
         "paths": {
-            **{f"/lookingglass/{name}": {"post": command_operation(name)} for name in COMMANDS},
+            **{f"/lookingglass/{name}": {"post": command_operation(COMMANDS[name])} for name in COMMANDS},
             **{f"/speedtest/{name}": speedtest_operations(name) for name in SIZES},
-            "/speedtest/upload": {"post": upload_operation()},
-            "/network/info": {"get": operation("Where this is, and who you are", json_answer("It.", **info))},
-            "/health": {"get": operation("Whether the tools are there", health)},
-            "/": {"get": operation("This server, for people", front)},
-            "/openapi.json": {"get": operation("This description", json_answer("OpenAPI 3.1."))},
-            "/docs": {"get": operation("This description in Swagger UI", answer("A page.", page))},
-            "/redoc": {"get": operation("This description in ReDoc", answer("A page.", page))},
+            **({"/speedtest/upload": {"post": upload_operation()}} if SIZES else {}),
+            "/network/info": get_operation("Where this is, and who you are", {JSON_TYPE: location}),
+            "/health": get_operation("Whether the tools are there", {JSON_TYPE: health}),
+            "/": get_operation("How to use it; with `Accept`, the page", {TEXT_TYPE: STRING, **page}),
+            "/openapi.json": get_operation("This description", {JSON_TYPE: {}}),
+            "/docs": get_operation("This description in Swagger UI", page),
+            "/redoc": get_operation("This description in ReDoc", page),
         },
-        "components": {"schemas": RESULTS | {name: schema for name, (_, schema, _) in EVENTS.items()}},
+        "components": {"schemas": {name: typed_dict_schema(cls) for name, cls in COMPONENTS.items()}},
     }
 
 
+@cache
+def openapi_json() -> bytes:
+    return json.dumps(openapi(), separators=(",", ":")).encode()
+
+
+async def describe_api(request: Request) -> Response:
+    return Response(openapi_json(), media_type="application/json")
+
+
 CDN = "https://cdn.jsdelivr.net/npm/"
-VIEWERS: dict[str, tuple[str, dict[str, str]]] = {  # what each page runs, and what it loads for that
+API_DOCS: dict[str, tuple[str, dict[str, str]]] = {  # the script of each page, and the files it loads
     "docs": (
         "SwaggerUIBundle({ url: 'openapi.json', dom_id: '#viewer' })",
         {
@@ -2342,26 +2771,25 @@ VIEWERS: dict[str, tuple[str, dict[str, str]]] = {  # what each page runs, and w
         },
     ),
 }
-LOAD = {
+DOCS_TAGS = {
     "css": '<link rel="stylesheet" href="{}" integrity="{}" crossorigin="anonymous">\n',
     "js": '<script defer src="{}" integrity="{}" crossorigin="anonymous"></script>\n',
 }
 
 
 def script_hash(script: str) -> str:
-    """How a content security policy names a script that stands in the page."""
+    """The source expression for an inline script or style in a content security policy."""
     return f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'"
 
 
-async def viewer(name: str, request: Request) -> Response:
-    """A page that shows the description with files from a CDN, and can load and run nothing else."""
-    call, files = VIEWERS[name]
-    tags = "".join(LOAD[path.rpartition(".")[2]].format(CDN + path, files[path]) for path in files)
+async def api_docs(name: str, request: Request) -> Response:
+    """A page that shows the description with files from a CDN; its policy allows no other sources."""
+    call, files = API_DOCS[name]
+    tags = "".join(DOCS_TAGS[path.rpartition(".")[2]].format(CDN + path, files[path]) for path in files)
     run = f"addEventListener('DOMContentLoaded', () => {call});"
     sources = " ".join(CDN + path for path in files)
-    policy = (
-        f"default-src 'none'; script-src {script_hash(run)} {sources}; style-src 'unsafe-inline' {sources}; "
-    )
+    policy = f"default-src 'none'; script-src {script_hash(run)} {sources}; "
+    policy += f"style-src 'unsafe-inline' {sources}; "
     policy += "img-src 'self' data:; connect-src 'self'; worker-src blob:; base-uri 'none'; "
     policy += "form-action 'none'; frame-ancestors 'none'"
     html = f"""<!doctype html>
@@ -2371,16 +2799,12 @@ async def viewer(name: str, request: Request) -> Response:
 <title>Looking glass: the API</title>
 {tags}<script>{run}</script>
 <div id="viewer">
-<p>The description of this API is <a href="openapi.json">openapi.json</a>. What shows it here comes from
+<p>The description of this API is <a href="openapi.json">openapi.json</a>. The viewer for it is loaded from
 {CDN.split("/")[2]}, and has not been loaded: it needs JavaScript, and access to that host.</p>
 </div>
 </html>
 """
     return HTMLResponse(html, headers={"Content-Security-Policy": policy})
-
-
-async def describe_api(request: Request) -> Response:
-    return JSONResponse(openapi())
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
@@ -3326,7 +3750,7 @@ app = Starlette(
         Route("/health", health),
         Route("/network/info", network_info),
         Route("/openapi.json", describe_api),
-        *(Route(f"/{name}", partial(viewer, name), name=name) for name in VIEWERS),
+        *(Route(f"/{name}", partial(api_docs, name), name=name) for name in API_DOCS),
         *(
             Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"], name=name)
             for name, command in COMMANDS.items()

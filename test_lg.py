@@ -38,7 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, cast, get_args
 from urllib.parse import quote
 
 import httpx
@@ -381,8 +381,8 @@ FORKING = "#!/bin/sh\necho begun\nsleep 1000 &\nsleep 1000 &\nwait\n"
         ("ping6", "-6 -n -O -c 15 -W 2 -s 56 ::1"),
         ("traceroute", "-4 -q 3 -w 3,3,10 -m 30 127.0.0.1"),
         ("traceroute6", "-6 -q 3 -w 3,3,10 -m 30 ::1"),
-        ("mtr", "-4 --raw -n -c 10 -i 1 -G 1 -Z 2 -m 30 127.0.0.1"),
-        ("mtr6", "-6 --raw -n -c 10 -i 1 -G 1 -Z 2 -m 30 ::1"),
+        ("mtr", "-4 --raw -e -c 10 -i 1 -G 1 -Z 2 -m 30 127.0.0.1"),
+        ("mtr6", "-6 --raw -e -c 10 -i 1 -G 1 -Z 2 -m 30 ::1"),
     ],
 )
 def test_each_command_starts_its_tool_with_the_argv_of_the_contract(
@@ -463,7 +463,8 @@ def test_what_a_tool_writes_arrives_as_it_is_written_and_not_line_by_line(
     ("script", "text"),
     [
         ("exit 0", ""),
-        ("echo gone; exit 1", "gone\n"),  # of ping, no reply: a result
+        ("echo '1 packets transmitted, 0 received'; exit 1", "1 packets transmitted, 0 received\n"),
+        ("echo gone; exit 1", "gone\n--- ping: exit status 1 ---\n"),  # without having sent anything
         ("echo bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
         ("printf bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
         ("exit 3", "--- ping: exit status 3 ---\n"),
@@ -598,7 +599,7 @@ def test_mtr_shows_each_hop_when_it_first_answers_and_a_table_at_the_end(
     rows = table.splitlines()
     assert rows[0].split()[1:] == ["Loss%", "Snt", "Last", "Avg", "Best", "Wrst", "StDev"]
     assert [row.split()[1] == "???" for row in rows[1:]] == [False, False, True, False, False]
-    assert rows[5].split()[:2] == ["5.|--", address]
+    assert rows[5].split()[:3] == ["5.|--", "target.lg.example", f"({address})"]
 
 
 # ---- what the tools print ----------------------------------------------------------------------------------
@@ -656,6 +657,54 @@ no answer yet for icmp_seq=2
 64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=3.00 ms
 64 bytes fr""",
     "ping, no route": "ping: connect: Network is unreachable\n",
+    "ping, remarks": """\
+PING 198.51.100.254 (198.51.100.254) 56(124) bytes of data.
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.15 ms (DIFFERENT ADDRESS!)
+56 bytes from 198.51.100.254: icmp_seq=2 ttl=60 (truncated)
+64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=2.50 ms\t(same route)
+64 bytes from 198.51.100.254: icmp_seq=4 ttl=60 time=9223372036854775 ms
+
+--- 198.51.100.254 ping statistics ---
+4 packets transmitted, 4 received, 0% packet loss, time 3004ms
+rtt min/avg/max/mdev = 1.150/1.825/2.500/0.675 ms
+""",
+    # iputils counts each answer of a broadcast group
+    "ping, more replies than requests": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
+
+--- 198.51.100.254 ping statistics ---
+1 packets transmitted, 15 received, -1400% packet loss, time 0ms
+rtt min/avg/max/mdev = 1.000/1.000/1.000/0.000 ms
+""",
+    "ping, source quench": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+From 198.51.100.2: icmp_seq=1 Source Quench
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
+""",
+    "ping, BusyBox": """\
+PING 198.51.100.254 (198.51.100.254): 56 data bytes
+64 bytes from 198.51.100.254: seq=0 ttl=60 time=0.749 ms
+64 bytes from 198.51.100.254: seq=2 ttl=60 time=0.072 ms
+
+--- 198.51.100.254 ping statistics ---
+3 packets transmitted, 2 packets received, 33% packet loss
+round-trip min/avg/max = 0.072/0.410/0.749 ms
+""",
+    "ping, inetutils": """\
+PING gw.lg.example (198.51.100.254): 56 data bytes
+64 bytes from gw.lg.example (198.51.100.254): icmp_seq=0 ttl=60 time=0.068 ms
+64 bytes from gw.lg.example (198.51.100.254): icmp_seq=1 ttl=60 time=0.064 ms
+--- gw.lg.example ping statistics ---
+2 packets transmitted, 2 packets received, 0% packet loss
+round-trip min/avg/max/stddev = 0.064/0.066/0.068/0.002 ms
+""",
+    "ping, BusyBox without the option": """\
+ping: invalid option -- 'O'
+BusyBox v1.35.0 (Debian 1:1.35.0-4+deb12u1+b1) multi-call binary.
+
+Usage: ping [OPTIONS] HOST
+""",
     # hops, traceroute -4
     "traceroute": """\
 traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
@@ -676,6 +725,18 @@ traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
  1  gw.pop.lg.example (198.51.100.2)  1.000 ms !N  1.100 ms !N  1.200 ms !N
  2  r2.lg.example (198.51.100.6)  2.000 ms !H * r2.lg.example (198.51.100.6)  2.200 ms !X
  3  r3.lg.example (198.51.100.10)  3.000 ms !<13>  3.100 ms !F-1400  3.200 ms
+""",
+    "traceroute, a lost probe on each side": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 5  * 198.51.100.254 (198.51.100.254)  1227.896 ms *
+""",
+    "traceroute, an extension": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 1  gw.pop.lg.example (198.51.100.2) <MPLS:L=16004,E=0,S=1,T=1>  1.000 ms  1.100 ms  1.200 ms
+""",
+    "traceroute, numeric": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 1  198.51.100.2  1.000 ms 198.51.100.3  1.100 ms *
 """,
     "traceroute, a name that is markup": """\
 traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
@@ -722,49 +783,149 @@ x 1 33002
 h 1 2001:db8:0:2::3
 p 1 3000 33002
 """,
+    # hops, mtr --raw -e towards closed.lg.example, shortened
+    "mtr, unreachable": """\
+x 0 33000
+h 0 198.51.100.2
+p 0 2655 33000
+x 1 33001
+h 1 198.51.100.6
+p 1 7022 33001
+x 2 33002
+h 2 198.51.100.6
+d 2 core1.ams.lg.example
+p 2 7214 33002
+x 3 33003
+x 4 33004
+h 4 198.51.100.6
+p 4 7136 33004
+x 0 33005
+d 0 gw.pop.lg.example
+p 0 2700 33005
+x 1 33006
+p 1 7100 33006
+""",
+    "mtr, the target at 6, then at 4": """\
+x 0 33000
+h 0 198.51.100.2
+p 0 1000 33000
+x 1 33001
+x 2 33002
+x 3 33003
+x 4 33004
+h 4 198.51.100.10
+p 4 5000 33004
+x 5 33005
+h 5 198.51.100.254
+p 5 6000 33005
+x 3 33006
+h 3 198.51.100.254
+p 3 4000 33006
+""",
+    "mtr, names and labels": """\
+x 0 33000
+h 0 198.51.100.2
+m 0 16004 0 1 1
+h 0 198.51.100.2
+m 0 16004 0 1 1
+p 0 1000 33000
+x 1 33001
+h 1 198.51.100.254
+p 1 -512 33001
+x 2 33002
+h 2 198.51.100.254
+d 2 target.lg.example
+p 2 2100 33002
+x 0 33003
+d 0 <img/src=x/onerror=alert(1)>
+p 0 1100 33003
+x 1 33004
+d 1 198.51.100.254
+p 1 2200 33004
+x 0 33005
+h 0 198.51.100.3
+h 0 198.51.100.3
+p 0 1200 33005
+""",
 }
 
 
-def read(name: str, complete: bool = True) -> tuple[lg.Reader, bytes, list[dict[str, Any]]]:
-    """A recorded output through its reader, in pieces of seven bytes: the reader, the text, the events."""
+def parse(name: str, complete: bool = True) -> tuple[Any, bytes, list[dict[str, Any]]]:
+    """A recorded output through its parser, in pieces of seven bytes: the parser, the text, the events."""
     command = name.partition(",")[0]
     target = re.search(r"(?:PING|to) ([0-9a-f.:]+)", RECORDED[name])
     address = target[1] if target else TARGET6 if command.endswith("6") else TARGET4
-    reader = lg.READERS[lg.COMMANDS[command].tool](ipaddress.ip_address(address))
+    parser = lg.parser_for(lg.COMMANDS[command])(ipaddress.ip_address(address))
     output = RECORDED[name].encode()
-    pieces = [reader.feed(output[at : at + 7]) for at in range(0, len(output), 7)] + [reader.end(complete)]
-    return reader, b"".join(text for text, _ in pieces), [event for _, events in pieces for event in events]
+    pieces = [parser.feed(output[at : at + 7]) for at in range(0, len(output), 7)]
+    pieces.append(parser.finish(complete))
+    events = [cast(dict[str, Any], event) for _, events in pieces for event in events]
+    return parser, b"".join(text for text, _ in pieces), events
+
+
+def result(name: str, complete: bool = True) -> dict[str, Any]:
+    return cast(dict[str, Any], parse(name, complete)[0].result())
 
 
 def brief(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Events as tuples without their names and the mtr statistics."""
+    """Events as tuples of their values, without their kind and the statistics of mtr."""
     return [tuple(value for key, value in event.items() if key not in ("stats", "event")) for event in events]
 
 
-def test_ping_replies_and_losses_are_events_when_they_are_known() -> None:
-    assert read("ping, a loss")[2] == [
-        {"event": "reply", "seq": 1, "ttl": 60, "rtt": 32.1},
-        {"event": "lost", "seq": 2},
-        {"event": "reply", "seq": 3, "ttl": 60, "rtt": 32.5},
+def notes(name: str) -> list[str]:
+    return [event["text"] for event in parse(name)[2] if event["event"] == "note"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ping, a loss", [(1, 60, 32.1), (2,), (3, 60, 32.5)]),
+        ("ping6, nothing comes back", [(1,), (2,), (3,)]),
+        ("ping, unreachable", [(1,), (2,), (3,)]),
+        (
+            "ping, duplicates, a late reply and a redirect",
+            [(1, 60, 1.0), (1, 60, 1.5), (2,), (3, 60, 2.0), (2, 60, 1003.0)],
+        ),
+        ("ping, cut off", [(1, 60, 1.0), (2,), (3, 60, 3.0)]),
+        ("ping, no route", []),
+        ("ping, remarks", [(1, 60, 1.15), (2, 60, None), (3, 60, 2.5), (4, 60, None)]),
+        ("ping, more replies than requests", [(1, 60, 1.0)]),
+        ("ping, source quench", [(1, 60, 1.0)]),
+        ("ping, BusyBox", [(0, 60, 0.749), (2, 60, 0.072), (1,)]),
+        ("ping, inetutils", [(0, 60, 0.068), (1, 60, 0.064)]),
+    ],
+)
+def test_ping_replies_and_losses_are_events(name: str, expected: list[tuple[Any, ...]]) -> None:
+    events = [event for event in parse(name)[2] if event["event"] != "note"]
+    assert brief(events) == expected
+    assert [event["event"] for event in events] == [
+        ("lost" if len(each) == 1 else "reply") for each in expected
     ]
-    assert brief(read("ping6, nothing comes back")[2]) == [(1,), (2,), (3,)]
-    assert brief(read("ping, unreachable")[2]) == [
-        ("From 198.51.100.2 icmp_seq=1 Destination Host Unreachable",),
-        (1,),
-        ("From 198.51.100.2 icmp_seq=2 Destination Net Unreachable",),
-        (2,),
-        (3,),
-        ("pipe 2",),
-    ]
-    assert brief(read("ping, duplicates, a late reply and a redirect")[2]) == [
-        ("From 198.51.100.2 icmp_seq=1 Redirect Host(New nexthop: 198.51.100.3)",),
-        (1, 60, 1.0),
-        ("64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.50 ms (DUP!)",),
-        (2,),
-        (3, 60, 2.0),
-        (2, 60, 1003.0),
-    ]
-    assert brief(read("ping, no route")[2]) == [("ping: connect: Network is unreachable",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [
+        ("ping, a loss", ["3 packets transmitted", "rtt min/avg/max/mdev"]),
+        ("ping, unreachable", ["From", "From", "3 packets transmitted", "pipe 2"]),
+        (
+            "ping, duplicates, a late reply and a redirect",
+            [
+                "From",
+                "64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.50 ms (DUP!)",
+                "3 packets",
+                "rtt",
+            ],
+        ),
+        ("ping, remarks", ["64 bytes", "56 bytes", "64 bytes", "64 bytes", "4 packets", "rtt"]),
+        ("ping, source quench", ["From 198.51.100.2: icmp_seq=1 Source Quench"]),
+        ("ping, no route", ["ping: connect: Network is unreachable"]),
+        ("ping, cut off", ["64 bytes fr"]),
+    ],
+)
+def test_lines_of_ping_that_no_event_carries_in_full_are_notes(name: str, starts: list[str]) -> None:
+    found = notes(name)
+    assert [line.startswith(start) for line, start in zip(found, starts, strict=True)] == [True] * len(starts)
 
 
 @pytest.mark.parametrize(
@@ -773,106 +934,119 @@ def test_ping_replies_and_losses_are_events_when_they_are_known() -> None:
         ("ping, a loss", [32.1, 32.5], (32.1, 32.3, 32.5, 3, 2, 1, 33.3333)),
         ("ping6, nothing comes back", [], (None, None, None, 3, 0, 3, 100)),
         ("ping, unreachable", [], (None, None, None, 3, 0, 3, 100)),
-        ("ping, duplicates, a late reply and a redirect", [1, 2, 1003], (1, 335.333, 1003, 3, 3, 0, 0)),
+        ("ping, duplicates, a late reply and a redirect", [1, 1.5, 2, 1003], (1, 335.333, 1003, 3, 3, 0, 0)),
         ("ping, cut off", [1, 3], (1, 2, 3, 3, 2, 1, 33.33)),
-        ("ping, no route", [], (None, None, None, 0, 0, 0, 0)),
+        ("ping, no route", [], (None, None, None, 0, 0, 0, None)),
+        ("ping, remarks", [1.15, 2.5], (1.15, 1.825, 2.5, 4, 4, 0, 0)),
+        ("ping, more replies than requests", [1], (1, 1, 1, 1, 15, 0, 0)),
+        ("ping, BusyBox", [0.749, 0.072], (0.072, 0.41, 0.749, 3, 2, 1, 33)),
+        ("ping, inetutils", [0.068, 0.064], (0.064, 0.066, 0.068, 2, 2, 0, 0)),
     ],
 )
 def test_the_result_of_ping(name: str, rtts: list[float], stats: tuple[float | None, ...]) -> None:
-    reader = read(name)[0]
-    assert reader.result() == {
-        "resolvedAddress": reader.address,
-        "resolvedHostname": None,
+    assert result(name) == {
+        "status": "finished",
+        "resolvedAddress": TARGET4 if name.startswith("ping,") else "2001:db8::66",
+        "resolvedHostname": "gw.lg.example" if "inetutils" in name else None,
         "timings": [{"rtt": rtt, "ttl": 60} for rtt in rtts],
         "stats": dict(zip(("min", "avg", "max", "total", "rcv", "drop", "loss"), stats, strict=True)),
+        "rawOutput": "",
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "hops"),
-    [
-        (
-            "traceroute",
-            [
-                (1, "198.51.100.2", "gw.pop.lg.example", [2.959, 2.933, 2.906]),
-                (2, "198.51.100.6", "core1.ams.lg.example", [6.202, 6.177, 6.106]),
-                (3, None, None, []),
-                (4, "198.51.100.14", "core2.fra.lg.example", [17.132, 15.696]),
-                (5, "198.51.100.254", "target.lg.example", [29.599, 29.598, 31.944]),
-            ],
-        ),
-        (
-            "traceroute6, several routers at a hop, addresses without names, a zone",
-            [
-                (1, "fe80::1", None, [0.5, 0.4, 0.3]),
-                (2, "2001:db8:0:2::2", None, [1, 2]),
-                (10, "2001:db8::254", "target.lg.example", [9, 9.1, 9.2]),
-            ],
-        ),
-        (
-            "traceroute, unreachables",
-            [
-                (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
-                (2, "198.51.100.6", "r2.lg.example", [2, 2.2]),
-                (3, "198.51.100.10", "r3.lg.example", [3, 3.1, 3.2]),
-            ],
-        ),
-        (
-            "traceroute, a name that is markup",
-            [(1, "198.51.100.2", "<img/src=x/onerror=alert(1)>", [1, 1.1, 1.2])],
-        ),
-        (
-            "traceroute, cut off",
-            [
-                (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
-                (2, "198.51.100.6", "core1.ams.lg.example", []),
-            ],
-        ),
-        ("traceroute, no route", []),
+# Of each hop its number, address, name, replies and probes.
+TRACEROUTES: dict[str, list[tuple[Any, ...]]] = {
+    "traceroute": [
+        (1, "198.51.100.2", "gw.pop.lg.example", [2.959, 2.933, 2.906]),
+        (2, "198.51.100.6", "core1.ams.lg.example", [6.202, 6.177, 6.106]),
+        (3, None, None, [None, None, None]),
+        (4, "198.51.100.14", "core2.fra.lg.example", [None, 17.132, 15.696]),
+        (5, "198.51.100.254", "target.lg.example", [29.599, 29.598, 31.944]),
     ],
-)
-def test_each_hop_of_traceroute_is_an_event_and_a_part_of_the_result(
-    name: str, hops: list[tuple[Any, ...]]
-) -> None:
-    reader, text, events = read(name)
-    assert text.decode() == RECORDED[name]
-    assert [event for event in events if event["event"] == "hop"] == [
-        {
-            "event": "hop",
-            "hop": number,
-            "address": address,
-            "hostname": hostname,
-            "timings": [{"rtt": rtt} for rtt in rtts],
-        }
-        for number, address, hostname, rtts in hops
+    "traceroute6, several routers at a hop, addresses without names, a zone": [
+        (1, "fe80::1", None, [0.5, 0.4, 0.3]),
+        (2, "2001:db8:0:2::2", None, [1, {"rtt": 2, "address": "2001:db8:0:2::3"}, None]),
+        (10, "2001:db8::254", "target.lg.example", [9, 9.1, 9.2]),
+    ],
+    "traceroute, unreachables": [
+        (1, "198.51.100.2", "gw.pop.lg.example", [{"rtt": 1 + n / 10, "code": "!N"} for n in range(3)]),
+        (2, "198.51.100.6", "r2.lg.example", [{"rtt": 2, "code": "!H"}, None, {"rtt": 2.2, "code": "!X"}]),
+        (
+            3,
+            "198.51.100.10",
+            "r3.lg.example",
+            [{"rtt": 3, "code": "!<13>"}, {"rtt": 3.1, "code": "!F-1400"}, 3.2],
+        ),
+    ],
+    "traceroute, a lost probe on each side": [(5, "198.51.100.254", None, [None, 1227.896, None])],
+    "traceroute, an extension": [(1, "198.51.100.2", "gw.pop.lg.example", [])],
+    "traceroute, numeric": [(1, "198.51.100.2", None, [1, {"rtt": 1.1, "address": "198.51.100.3"}, None])],
+    "traceroute, a name that is markup": [(1, "198.51.100.2", None, [1, 1.1, 1.2])],
+    "traceroute, cut off": [
+        (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
+        (2, "198.51.100.6", "core1.ams.lg.example", [None]),
+    ],
+    "traceroute, no route": [],
+}
+
+
+@pytest.mark.parametrize(("name", "hops"), TRACEROUTES.items())
+def test_each_hop_of_traceroute_is_an_event_with_its_probes(name: str, hops: list[tuple[Any, ...]]) -> None:
+    shown = [
+        (event["hop"], event["address"], event["hostname"], event["probes"])
+        for event in parse(name)[2]
+        if event["event"] == "hop"
     ]
-    assert reader.result() == {
-        "resolvedAddress": reader.address,
+    assert shown == [
+        (*hop[:3], [probe if isinstance(probe, dict) else {"rtt": probe} for probe in hop[3]]) for hop in hops
+    ]
+
+
+@pytest.mark.parametrize(("name", "hops"), TRACEROUTES.items())
+def test_the_result_of_traceroute_has_the_hops_of_its_events(name: str, hops: list[tuple[Any, ...]]) -> None:
+    parser, text, events = parse(name)
+    assert text.decode() == RECORDED[name]
+    assert parser.result() == {
+        "status": "finished",
+        "resolvedAddress": parser.address,
         "resolvedHostname": "target.lg.example" if hops and hops[-1][2] == "target.lg.example" else None,
         "hops": [
             {
-                "resolvedAddress": address,
-                "resolvedHostname": hostname,
-                "timings": [{"rtt": rtt} for rtt in rtts],
+                "resolvedAddress": event["address"],
+                "resolvedHostname": event["hostname"],
+                "timings": [{"rtt": probe["rtt"]} for probe in event["probes"] if probe["rtt"] is not None],
+                **({"addresses": event["addresses"]} if "addresses" in event else {}),
             }
-            for _, address, hostname, rtts in hops
+            for event in events
+            if event["event"] == "hop"
         ],
+        "rawOutput": "",
     }
 
 
-def test_what_a_hop_of_traceroute_cannot_carry_is_a_note() -> None:
-    def notes(name: str) -> list[str]:
-        return [event["text"].split()[0] for event in read(name)[2] if event["event"] == "note"]
+def test_several_routers_of_a_traceroute_hop_are_its_addresses() -> None:
+    _, second, _ = result("traceroute6, several routers at a hop, addresses without names, a zone")["hops"]
+    assert second["addresses"] == ["2001:db8:0:2::2", "2001:db8:0:2::3"]
 
-    assert notes("traceroute") == notes("traceroute, a name that is markup") == []
-    assert notes("traceroute, unreachables") == ["1", "2", "3"]
-    assert notes("traceroute6, several routers at a hop, addresses without names, a zone") == ["2"]
-    assert notes("traceroute, cut off") == ["2"]
-    assert notes("traceroute, no route") == ["connect:"]
+
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [
+        ("traceroute", []),
+        ("traceroute, unreachables", []),
+        ("traceroute6, several routers at a hop, addresses without names, a zone", []),
+        ("traceroute, a name that is markup", ["1"]),
+        ("traceroute, an extension", ["1"]),
+        ("traceroute, cut off", ["2"]),
+        ("traceroute, no route", ["connect:"]),
+    ],
+)
+def test_what_the_probes_of_a_traceroute_hop_cannot_carry_is_a_note(name: str, starts: list[str]) -> None:
+    assert [line.split()[0] for line in notes(name)] == starts
 
 
 def test_the_hops_of_mtr_are_events_as_they_stand() -> None:
-    _, text, events = read("mtr")
+    _, text, events = parse("mtr")
     assert [
         (event["hop"], event["address"], event["stats"]["rcv"], event["stats"]["drop"]) for event in events
     ] == [
@@ -884,6 +1058,7 @@ def test_the_hops_of_mtr_are_events_as_they_stand() -> None:
         (2, None, 0, 2),
         (3, "198.51.100.254", 1, 1),
         (3, "198.51.100.254", 2, 1),
+        (2, None, 0, 3),
     ]
     assert re.fullmatch(
         r"Start: \S+\n  1\.\|-- 198\.51\.100\.2\n  3\.\|-- 198\.51\.100\.254\nHOST: (.|\n)+", text.decode()
@@ -891,8 +1066,7 @@ def test_the_hops_of_mtr_are_events_as_they_stand() -> None:
 
 
 def test_the_result_of_mtr() -> None:
-    reader = read("mtr")[0]
-    first, silent, last = cast(list[dict[str, Any]], reader.result()["hops"])
+    first, silent, last = result("mtr")["hops"]
     assert first["timings"] == [{"rtt": 2.827}, {"rtt": 2.644}, {"rtt": 2.622}]
     assert first["stats"] == {
         "min": 2.622,
@@ -918,65 +1092,224 @@ def test_the_result_of_mtr() -> None:
     assert (last["resolvedAddress"], last["stats"]["loss"]) == ("198.51.100.254", 33.333)
 
 
-def test_an_mtr_that_was_stopped_counts_no_loss_where_it_still_waited() -> None:
-    hops = cast(list[dict[str, Any]], read("mtr", complete=False)[0].result()["hops"])
+def test_an_mtr_that_was_stopped_counts_no_loss_for_probes_in_flight() -> None:
+    hops = result("mtr", complete=False)["hops"]
     assert [(hop["stats"]["total"], hop["stats"]["drop"]) for hop in hops] == [(3, 0), (2, 2), (3, 1)]
 
 
-def test_mtr_shows_the_router_that_answered_last_and_passes_errors_on() -> None:
-    reader, text, events = read("mtr6, a hop that changes, and an error")
-    hops = cast(list[dict[str, Any]], reader.result()["hops"])
+def test_mtr_has_all_routers_of_a_hop_and_passes_errors_on() -> None:
+    parser, text, events = parse("mtr6, a hop that changes, and an error")
+    hops = cast(Any, parser.result())["hops"]
     assert [hop["resolvedAddress"] for hop in hops] == ["2001:db8:0:1::2", "2001:db8:0:2::3", None]
+    assert hops[1]["addresses"] == ["2001:db8:0:2::2", "2001:db8:0:2::3"]
+    assert [event for event in events if event.get("hop") == 2][-1]["addresses"] == hops[1]["addresses"]
+    assert b"\n        2001:db8:0:2::2" in text.partition(b"HOST")[2]
     assert b"\nmtr: Unexpected mtr-packet error\n" in text
     assert {"event": "note", "text": "mtr: Unexpected mtr-packet error"} in events
 
 
+def test_the_path_of_mtr_ends_at_a_router_that_answers_unreachable() -> None:
+    parser, text, events = parse("mtr, unreachable")
+    hops = cast(Any, parser.result())["hops"]
+    assert [hop["resolvedHostname"] for hop in hops] == ["gw.pop.lg.example", "core1.ams.lg.example"]
+    assert len(text.decode().partition("HOST")[2].splitlines()) == 3
+    assert max(event["hop"] for event in events) == 2
+
+
+def test_a_path_that_gets_shorter_is_an_event() -> None:
+    _, _, events = parse("mtr, the target at 6, then at 4")
+    assert [(event["event"], event.get("hop"), event.get("hops")) for event in events] == [
+        ("hop", 1, None),
+        ("hop", 5, None),
+        ("hop", 6, None),
+        ("hop", 4, None),
+        ("path", None, 4),
+        ("hop", 4, None),
+        ("hop", 2, None),
+        ("hop", 3, None),
+    ]
+
+
+def test_a_hop_that_belongs_to_the_path_again_has_an_event_again() -> None:
+    parser = lg.MtrParser(ipaddress.ip_address(TARGET4))
+    raw = b"x 0 1\nh 0 10.0.0.1\np 0 10 1\nx 1 2\nh 1 10.0.0.2\np 1 20 2\nx 2 3\nh 2 10.0.0.3\np 2 30 3\n"
+    raw += b"x 1 4\nh 1 198.51.100.254\np 1 40 4\nx 1 5\nh 1 10.0.0.2\np 1 50 5\n"
+    events: list[Any] = parser.feed(raw)[1]
+    assert [event.get("hop", "path") for event in events] == [1, 2, 3, "path", 2, 3, 2]
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith("mtr")])
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_last_events_of_mtr_agree_with_its_result(name: str, complete: bool) -> None:
+    parser, _, events = parse(name, complete)
+    assert last_hops(events) == [
+        (hop["resolvedAddress"], hop["resolvedHostname"], hop["stats"])
+        for hop in cast(Any, parser.result())["hops"]
+    ]
+
+
+def last_hops(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """The hops that a client has drawn at the end: address, name and statistics."""
+    drawn: dict[int, tuple[Any, ...]] = {}
+    for event in events:
+        if event["event"] == "hop":
+            drawn[event["hop"]] = event["address"], event["hostname"], event["stats"]
+        elif event["event"] == "path":
+            drawn = {hop: each for hop, each in drawn.items() if hop <= event["hops"]}
+    assert list(range(1, len(drawn) + 1)) == sorted(drawn)
+    return [drawn[hop] for hop in sorted(drawn)]
+
+
+def test_a_name_that_mtr_prints_late_and_beyond_the_target_is_the_targets() -> None:
+    parser, text, events = parse("mtr, names and labels")
+    assert cast(Any, parser.result())["resolvedHostname"] == "target.lg.example"
+    assert [event["hostname"] for event in events if event.get("hop") == 2][-1] == "target.lg.example"
+    assert b"\n  2.|-- target.lg.example (198.51.100.254) " in text
+
+
+def test_a_name_with_other_characters_than_a_host_name_has_is_none() -> None:
+    parser, text, events = parse("mtr, names and labels")
+    assert cast(Any, parser.result())["hops"][0]["resolvedHostname"] is None
+    assert "<img" not in json.dumps(events) + text.decode()
+    assert lg.hostname_of("a" * 253, TARGET4) == "a" * 253
+    assert lg.hostname_of("a" * 254, TARGET4) is None
+    assert lg.hostname_of("gw.lg.example\n", TARGET4) is None
+
+
+def test_a_negative_time_is_a_reply() -> None:
+    second = result("mtr, names and labels")["hops"][1]
+    assert second["timings"] == [{"rtt": -0.512}, {"rtt": 2.2}]
+    assert (second["stats"]["min"], second["stats"]["drop"]) == (-0.512, 0)
+
+
+def test_an_mpls_label_is_a_note_once_and_stands_in_the_table() -> None:
+    _, text, events = parse("mtr, names and labels")
+    label = "[MPLS: Lbl 16004 TC 0 S 1 TTL 1]"
+    assert [event["text"] for event in events if event["event"] == "note"] == [f"hop 1: 198.51.100.2 {label}"]
+    assert f"\n       {label}\n" in text.decode().partition("HOST")[2]
+
+
+def test_each_line_of_another_tool_is_a_note() -> None:
+    command = lg.Command("bgp", ("birdc", "-r", "show", "route", "for", "{address}"), 4, (0,))
+    parser = lg.parser_for(command)(ipaddress.ip_address(TARGET4))
+    text, events = parser.feed(b"BIRD 2.0.12 ready.\n\nTable master4:\n198.51.100")
+    last, more = parser.finish(complete=True)
+    assert text + last == b"BIRD 2.0.12 ready.\n\nTable master4:\n198.51.100"
+    assert brief(cast(Any, events + more)) == [
+        ("BIRD 2.0.12 ready.",),
+        ("",),
+        ("Table master4:",),
+        ("198.51.100",),
+    ]
+    assert parser.result("finished", "raw") == {
+        "status": "finished",
+        "resolvedAddress": TARGET4,
+        "rawOutput": "raw",
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "parser"),
+    [
+        ("ping -c 1 {address}", lg.PingParser),
+        ("/usr/bin/ping -c 1 {address}", lg.PingParser),
+        ("traceroute -T -p 443 {address}", lg.TracerouteParser),
+        ("mtr --raw {address}", lg.MtrParser),
+        ("mtr --report {address}", lg.LineParser),
+        ("dig -x {address}", lg.LineParser),
+    ],
+)
+def test_the_parser_is_chosen_by_the_tool(argv: str, parser: type[lg.OutputParser]) -> None:
+    assert lg.parser_for(lg.Command("name", tuple(argv.split()), 4, (0,))) is parser
+
+
+def lines_like(*patterns: re.Pattern[str]) -> st.SearchStrategy[bytes]:
+    return st.one_of(
+        [st.from_regex(each).map(lambda text: text.encode(errors="replace")) for each in patterns]
+    )
+
+
+RECORDED_LINES = sorted({line for text in RECORDED.values() for line in text.encode().splitlines()})
+OUTPUT = st.lists(
+    st.one_of(
+        st.binary(max_size=200),
+        st.text(max_size=200).map(lambda text: text.encode(errors="replace")),
+        st.sampled_from(RECORDED_LINES),
+        st.sampled_from(RECORDED_LINES).flatmap(
+            lambda line: st.integers(0, len(line)).map(lambda at: line[:at] + line[at + 1 :])
+        ),
+        lines_like(lg.PingParser.REPLY, lg.PingParser.SUMMARY, lg.PingParser.TIMES),
+        lines_like(lg.TracerouteParser.HOP, lg.MtrParser.RAW),
+        st.integers(1, 5000).map(lambda length: b"x" * length),
+    ).map(lambda line: line + b"\n")
+).map(b"".join)
+
+
+def in_pieces(output: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({cut % (len(output) + 1) for cut in cuts})
+    return [output[start:end] for start, end in itertools.pairwise([0, *places, len(output)])]
+
+
 @given(
-    command=st.sampled_from(list(lg.COMMANDS)),
-    output=st.lists(
-        st.one_of(
-            st.binary(max_size=200),
-            st.text(max_size=200).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.sampled_from(
-                [line for text in RECORDED.values() for line in text.encode().splitlines(keepends=True)]
-            ),
-            st.sampled_from(
-                [line for text in RECORDED.values() for line in text.encode().splitlines()]
-            ).flatmap(
-                lambda line: st.integers(0, len(line)).map(lambda at: line[:at] + line[at + 1 :] + b"\n")
-            ),
-            st.from_regex(lg.Ping.REPLY).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Ping.SUMMARY).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Ping.TIMES).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Traceroute.HOP).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Mtr.RAW).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.integers(1, 5000).map(lambda length: b"x" * length),
-        )
-    ),
+    command=st.sampled_from([*lg.COMMANDS, "other"]),
+    output=OUTPUT,
+    cuts=st.lists(st.integers(0, 10_000), max_size=20),
     complete=st.booleans(),
 )
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_readers_take_any_bytes_and_give_json(command: str, output: list[bytes], complete: bool) -> None:
-    reader = lg.READERS[lg.COMMANDS[command].tool](ipaddress.ip_address("198.51.100.254"))
-    pieces = [*map(reader.feed, output), reader.end(complete)]
+def test_the_parsers_accept_any_bytes_and_produce_json(
+    command: str, output: bytes, cuts: list[int], complete: bool
+) -> None:
+    other = lg.Command("other", ("dig", "{address}"), 4, (0,))
+    parser = lg.parser_for(lg.COMMANDS.get(command, other))(ipaddress.ip_address("198.51.100.254"))
+    pieces = [*map(parser.feed, in_pieces(output, cuts)), parser.finish(complete)]
     events = [event for _, events in pieces for event in events]
-    json.dumps([events, reader.result()], allow_nan=False)
+    json.dumps([events, parser.result()], allow_nan=False)
     text = b"".join(text for text, _ in pieces)
-    assert command.startswith("mtr") or text == b"".join(output)
+    assert command.startswith("mtr") or text == output
+
+
+CARRIED = {  # the lines that need no note, since other events carry them or they say nothing
+    "ping": r"|PING .+|--- .+ ping statistics ---|no answer yet for icmp_seq=\d+"
+    r"|\d+ bytes from \S+( \S+)?: (icmp_)?seq=\d+ ttl=\d+ time=[\d.]+ ms",
+    "traceroute": r"|traceroute to .+ packets"
+    r"| ?\d+ ( +(\*|[\w.:%-]+ \([\w.:%]+\)|[\w.:]+|[\d.]+ ms|![^ ]*))+",
+    "mtr": r"|[xhpmd] \d{1,2} .+",
+}
+
+
+@given(
+    tool=st.sampled_from(list(CARRIED)),
+    lines=st.lists(st.sampled_from(RECORDED_LINES) | st.binary(max_size=60)),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_each_line_is_carried_by_an_event_or_is_a_note(tool: str, lines: list[bytes]) -> None:
+    parser = lg.parser_for(lg.COMMANDS[tool])(ipaddress.ip_address("198.51.100.254"))
+    output = b"".join(line + b"\n" for line in lines)
+    events = [*parser.feed(output)[1], *parser.finish(complete=True)[1]]
+    written = Counter(event["text"] for event in events if event["event"] == "note")
+    expected = Counter(
+        line
+        for line in output.decode("utf-8", "replace").split("\n")
+        if not re.fullmatch(CARRIED[tool], line, re.ASCII)
+    )
+    assert expected - written == Counter()
 
 
 def test_a_line_without_end_does_not_grow_in_memory() -> None:
-    reader = lg.Ping(ipaddress.ip_address(TARGET4))
+    parser = lg.PingParser(ipaddress.ip_address(TARGET4))
     for _ in range(100):
-        reader.feed(bytes(1000))
-    assert len(reader.rest) <= lg.LINE_BYTES
+        parser.feed(bytes(1000))
+    assert len(parser.buffer) <= lg.LINE_BYTES
 
+
+# The table at the end, against that of mtr itself. Both runs of mtr get the same answers, from a stand-in for
+# mtr-packet, and names and AS numbers from .ci/hops.
 
 PACKET = f'''#!{sys.executable}
-"""Answers mtr as mtr-packet does, with times and losses that depend on the seed alone."""
+"""Answers as mtr-packet does, with routers, times and losses that depend on the seed and the probe alone."""
 import random, sys
-chance, path = random.Random(SEED), HOPS
-sent = {{}}
+path, sent = PATH, {{}}
 for line in sys.stdin:
     token, command, *rest = line.split()
     if command == "check-support":
@@ -985,62 +1318,147 @@ for line in sys.stdin:
     options = dict(zip(rest[::2], rest[1::2]))
     ttl = min(int(options["ttl"]), len(path))
     count = sent[ttl] = sent.get(ttl, 0) + 1
-    draw = random.Random(f"{{SEED}} {{ttl}} {{options['ttl']}} {{count}}")
-    address = draw.choice(path[ttl - 1]) if path[ttl - 1] else None
-    if address is None or draw.random() < 0.2:
+    draw = random.Random(f"SEED {{ttl}} {{options['ttl']}} {{count}}")
+    choices = [each for each in path[ttl - 1] if ">" not in each or count > int(each.partition(">")[2])]
+    kind, address, *labels = draw.choice(choices).partition(">")[0].split() if choices else ["no-reply", ""]
+    if kind == "no-reply" or (count > SURE and draw.random() < LOSS):
         print(token, "no-reply", flush=True)
         continue
-    kind = "reply" if ttl == len(path) and REACHED else "ttl-expired"
+    if not address[:1].isdigit():
+        print(token, kind, flush=True)
+        continue
     family = "ip-6" if ":" in address else "ip-4"
-    time = draw.choice([draw.randrange(1, 1000), draw.randrange(1, 100_000), draw.randrange(1, 20_000_000)])
-    print(token, kind, family, address, "round-trip-time", time, flush=True)
+    time = draw.randrange(*draw.choice([(-900, 1000), (1, 100_000), (1, 20_000_000)]))
+    print(token, kind, family, address, "round-trip-time", time, *labels, flush=True)
 '''
+GW, CORE1, CORE2, CORE3 = "198.51.100.2", "198.51.100.6", "198.51.100.14", "198.51.100.22"  # they have names
+X4, X6 = "no-route 198.51.100.9", "no-route 2001:db8:0:1::9"
+TARGET_REPLY = f"reply {TARGET4}"
 
 
-TABLES: dict[str, tuple[int, list[list[str]], bool]] = {
-    "reached": (4, [["198.51.100.2"], [], ["198.51.100.6"], ["198.51.100.254"]], True),
-    "not reached": (4, [["198.51.100.2"], ["198.51.100.6"], [], []], False),
-    "long addresses": (
-        6,
-        [["2001:db8:0:1::2"], [], ["2001:db8:ffff:ffff:ffff:ffff:ffff:1"], [TARGET6]],
-        True,
-    ),
-    "several routers": (4, [["198.51.100.2"], ["198.51.100.6", "198.51.100.7"], ["198.51.100.254"]], True),
+def expired(*addresses: str) -> list[str]:
+    return [f"ttl-expired {address}" for address in addresses]
+
+
+TABLES: dict[str, list[list[str]]] = {
+    "reached": [expired(GW), [], expired(CORE2), [TARGET_REPLY]],
+    "no names": [expired("198.51.100.3"), [], expired("198.51.100.7"), ["reply 198.51.100.250"]],
+    "not reached": [expired(GW), expired(CORE1), [], []],
+    "long addresses": [
+        expired("2001:db8:0:1::2"),
+        [],
+        expired("2001:db8:ffff:ffff:ffff:ffff:ffff:1"),
+        [f"reply {TARGET6}"],
+    ],
+    "several routers": [expired(GW), expired("198.51.100.5", "198.51.100.7", "198.51.100.8"), [TARGET_REPLY]],
+    "labels": [
+        expired(f"{GW} mpls 16004,0,1,1"),
+        expired("198.51.100.5 mpls 3,0,0,1,8,2,1,9", "198.51.100.7", "198.51.100.8 mpls 16005,7,1,255"),
+        expired(f"{CORE1} mpls 1,0,1,1", f"{CORE1} mpls 2,0,1,1"),
+        [TARGET_REPLY],
+    ],
+    "unreachable": [expired(GW), [f"no-route {CORE1}"]],
+    "unreachable, IPv6": [expired("2001:db8:0:1::2"), [X6]],
+    "unreachable without an address": [expired(GW), ["no-route none"]],
+    "unreachable at the end": [expired(GW), [], expired("198.51.100.7"), [X4]],
+    "a path that changes": [
+        expired(GW),
+        [*expired("198.51.100.5"), "ttl-expired 198.51.100.7>1"],
+        [*expired("198.51.100.10"), f"{TARGET_REPLY}>2", f"{TARGET_REPLY}>3"],
+        expired(CORE2),
+        [TARGET_REPLY],
+    ],
 }
 
 
 @pytest.fixture(scope="session")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """What mtr prints with --raw and with --report --report-wide, given the same answers."""
-    if not (mtr := shutil.which("mtr")):
-        lacking("the command mtr")
+def name_server(hops: tuple[str, ...]) -> Iterator[None]:
+    """Answers in .ci/hops for the AS of an address as the name server that `mtr -z` asks does."""
+    process = subprocess.Popen([*hops, sys.executable, "-c", NAME_SERVER], stdout=subprocess.PIPE)
+    assert process.stdout and process.stdout.read(5) == b"ready"
+    yield
+    process.kill()
+    process.wait()
+
+
+NAME_SERVER = """
+import socket, struct
+server = socket.socket(type=socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+print("ready", flush=True)
+while True:
+    query, client = server.recvfrom(512)
+    zeros = b"\\x010" * 4  # mtr asks for silent hops too
+    unknown = (b"\\x017\\x03100\\x0251", zeros + b"\\x06origin", zeros + b"\\x07origin6")
+    known = not any(name in query for name in unknown)
+    text = b"64500 | 198.51.100.0/24 | NL | ripencc | 2020-01-01"
+    answer = b"\\xc0\\x0c" + struct.pack(">HHIHB", 16, 1, 60, len(text) + 1, len(text)) + text
+    flags = struct.pack(">HHHHH", 0x8180 if known else 0x8183, 1, known, 0, 0)
+    server.sendto(query[:2] + flags + query[12:] + (answer if known else b""), client)
+"""
+
+
+@pytest.fixture(scope="session")
+def tables(
+    hops: tuple[str, ...], name_server: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, list[str]]]:
+    """For each of TABLES the target and what mtr prints with --raw, with --report, and with --report -z."""
     folder, runs = tmp_path_factory.mktemp("mtr"), {}
-    for name, (version, path, reached) in TABLES.items():
-        packet = folder / name.replace(" ", "-")
-        script = PACKET.replace("SEED", str(secrets.randbelow(1000))).replace("HOPS", repr(path))
-        packet.write_text(script.replace("REACHED", str(reached)))
+    for name, path in TABLES.items():
+        version = 6 if ":" in path[0][0] else 4
+        kind, address = path[-1][0].split() if path[-1] else ("", "")
+        target = address if kind == "reply" else TARGET6 if version == 6 else TARGET4
+        script = PACKET.replace("SEED", str(secrets.randbelow(1000))).replace("PATH", repr(path))
+        script = script.replace("SURE", "0" if name == "no names" else "2")  # mtr looks names up meanwhile
+        packet = folder / re.sub(r"\W", "-", name)
+        packet.write_text(script.replace("LOSS", "0" if "unreachable" in name else "0.2"))
         packet.chmod(0o755)
-        address = TARGET4 if version == 4 else TARGET6
-        common = [f"-{version}", "-n", "-c", "5", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", address]
         environment = {"LC_ALL": "C", "PATH": os.environ["PATH"], "MTR_PACKET": str(packet)}
-        runs[name] = [
-            subprocess.Popen([mtr, *how, *common], env=environment, stdout=subprocess.PIPE, text=True)
-            for how in (["--raw"], ["--report", "--report-wide"])
-        ]
-    return {name: (raw.communicate()[0], report.communicate()[0]) for name, (raw, report) in runs.items()}
+        line = [*hops, *f"mtr -{version} -e -c 5 -i 1 -G 1 -Z 2 -m 30".split()]
+        report = ("--report", "--report-wide", "--show-ips")
+        runs[name] = (
+            target,
+            [
+                subprocess.Popen([*line, *how, target], env=environment, stdout=subprocess.PIPE, text=True)
+                for how in (["--raw"], report, [*report, "-z"])
+            ],
+        )
+    return {name: (target, [each.communicate()[0] for each in them]) for name, (target, them) in runs.items()}
+
+
+def our_table(target: str, raw: str) -> list[str]:
+    parser = lg.MtrParser(ipaddress.ip_address(target))
+    text = parser.feed(raw.encode())[0] + parser.finish(complete=True)[0]
+    return text.decode().partition("HOST: ")[2].split("\n")
+
+
+def its_table(report: str) -> list[str]:
+    """Every line of mtr's; it prints the S bit of a label as the character of that code, and a "u"."""
+    table = re.sub("(?<= S )[\0\1](?=u TTL)", lambda bit: str(ord(bit[0])), report.partition("HOST: ")[2])
+    return table.replace("u TTL ", " TTL ").split("\n")
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_our_table_is_that_of_mtr_to_the_last_digit(tables: Mapping[str, tuple[str, str]], name: str) -> None:
-    raw, report = tables[name]
-    reader = lg.Mtr(ipaddress.ip_address(TARGET4 if TABLES[name][0] == 4 else TARGET6))
-    text, rest = reader.feed(raw.encode())[0], reader.end(complete=True)[0]
-    ours = (text + rest).decode().partition("HOST: ")[2].splitlines()
-    theirs = report.partition("HOST: ")[2].splitlines()
-    assert ours == [
-        line for line in theirs if not re.match(r" {4}(\||  )", line)
-    ]  # without further addresses
-    assert len(ours) > 3
+def test_the_table_is_that_of_mtr_to_the_last_digit(
+    tables: Mapping[str, tuple[str, list[str]]], name: str
+) -> None:
+    target, (raw, report, _) = tables[name]
+    assert len(its_table(report)) > 3
+    assert our_table(target, raw) == its_table(report)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_with_an_as_database_the_table_is_that_of_mtr_z(
+    tables: Mapping[str, tuple[str, list[str]]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, (raw, _, report) = tables[name]
+    known = {"autonomous_system_number": 64500}
+    monkeypatch.setattr(lg, "ASN_LOOKUP", lambda address: None if address == "198.51.100.7" else known)
+    lg.find_as.cache_clear()
+    ours = our_table(target, raw)
+    lg.find_as.cache_clear()
+    assert "AS64500" in report
+    assert ours == its_table(report)
 
 
 # ---- the event stream --------------------------------------------------------------------------------------
@@ -1052,7 +1470,7 @@ def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in response.text.splitlines()]
 
 
-def test_with_accept_the_same_run_is_a_json_object_a_line(serve: Start) -> None:
+def test_events_are_one_json_object_per_line(serve: Start) -> None:
     recorded = RECORDED["ping, a loss"]
     server = serve(
         tools={"ping": f"#!/bin/sh\ncat <<'END'\n{recorded}END\n"}, names={"a.example": ["127.0.0.1"]}
@@ -1070,7 +1488,7 @@ def test_with_accept_the_same_run_is_a_json_object_a_line(serve: Start) -> None:
         "address": "127.0.0.1",
         "family": 4,
     }
-    assert brief(events) == [(1, 60, 32.1), (2,), (3, 60, 32.5)]
+    assert brief(events[:3]) == [(1, 60, 32.1), (2,), (3, 60, 32.5)]
     assert (end["event"], end["status"], end["exit_status"]) == ("end", "finished", 0)
     assert end["duration"] >= 0
     assert end["result"]["rawOutput"] == f"a.example has address 127.0.0.1\n{recorded}"
@@ -1083,7 +1501,7 @@ def test_clients_that_do_not_ask_for_events_get_text(echo: Server, accept: str |
     assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
 
 
-def test_a_run_that_fails_says_so_in_its_end_and_gives_what_is_known(serve: Start) -> None:
+def test_the_end_event_of_a_failed_run_has_the_error_and_a_partial_result(serve: Start) -> None:
     raw = RECORDED["mtr"].partition("x 0 33007")[0]
     script = f"#!/bin/sh\ncat <<'END'\n{raw}END\nsleep 1000\n"
     server = serve(tools={"mtr": script, "traceroute": "#!/bin/sh\nexit 2\n"}, DIAGNOSTIC_TIMEOUT="1")
@@ -1096,7 +1514,7 @@ def test_a_run_that_fails_says_so_in_its_end_and_gives_what_is_known(serve: Star
     assert end["result"]["hops"] == []
 
 
-def test_each_event_comes_when_its_line_is_written(serve: Start, tmp_path: Path) -> None:
+def test_an_event_is_sent_as_soon_as_its_line_is_written(serve: Start, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     wait = f"while [ ! -e {gate} ]; do sleep 0.01; done\n"
     script = f"#!/bin/sh\necho '64 bytes from 127.0.0.1: icmp_seq=1 ttl=60 time=1.0 ms'\n{wait}"
@@ -1110,26 +1528,371 @@ def test_each_event_comes_when_its_line_is_written(serve: Start, tmp_path: Path)
         assert [json.loads(line)["event"] for line in lines] == ["end"]
 
 
-def test_the_events_of_real_runs_are_what_openapi_says(in_hops: Server) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
+# The real tools in .ci/hops: a filtering router, two routers at a hop, duplicates.
 
-    def ask(command: str) -> list[dict[str, Any]]:
+
+REAL_RUNS = [
+    *((command, "target") for command in lg.COMMANDS),
+    *((command, "closed") for command in ("ping", "traceroute", "traceroute6", "mtr", "mtr6")),
+    *((command, "pair") for command in ("traceroute", "mtr", "mtr6")),
+    *((command, "twice") for command in ("ping", "ping6")),
+]
+
+
+@pytest.fixture(scope="session")
+def real_runs(in_hops: Server) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The events of each of REAL_RUNS, all run at once."""
+
+    def ask(command: str, target: str) -> list[dict[str, Any]]:
         client = "import sys, httpx; url, target, accept = sys.argv[1:]\n"
         client += "headers = {'Accept': accept}\n"
         client += "print(httpx.post(url, data={'target': target}, headers=headers, timeout=99).text, end='')"
         url = f"http://127.0.0.1:{in_hops.port}/lookingglass/{command}"
-        line = [*in_hops.prefix, sys.executable, "-c", client, url, "target.lg.example", NDJSON["Accept"]]
+        line = [*in_hops.prefix, sys.executable, "-c", client, url, f"{target}.lg.example", NDJSON["Accept"]]
         done = subprocess.run(line, capture_output=True, text=True, check=True)
         return [json.loads(line) for line in done.stdout.splitlines()]
 
+    with ThreadPoolExecutor(len(REAL_RUNS)) as pool:
+        return dict(zip(REAL_RUNS, pool.map(lambda each: ask(*each), REAL_RUNS), strict=True))
+
+
+Runs = Mapping[tuple[str, str], list[dict[str, Any]]]
+
+
+@pytest.mark.parametrize("command", lg.COMMANDS)
+def test_the_events_of_real_runs_are_what_openapi_says(real_runs: Runs, command: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
     document = lg.openapi()
-    with ThreadPoolExecutor(6) as pool:
-        for command, events in zip(lg.COMMANDS, pool.map(ask, lg.COMMANDS), strict=True):
-            schema = document["paths"][f"/lookingglass/{command}"]["post"]["responses"]["200"]["content"]
-            schema = schema[lg.EVENTS_TYPE]["schema"] | {"components": document["components"]}
-            for event in events:
-                jsonschema.validate(event, schema)
-            assert events[-1]["result"]["resolvedAddress"] == targets(command)[0]
+    schema = document["paths"][f"/lookingglass/{command}"]["post"]["responses"]["200"]["content"]
+    schema = schema[lg.EVENTS_TYPE]["schema"] | {"components": document["components"]}
+    for event in [event for (name, _), events in real_runs.items() if name == command for event in events]:
+        jsonschema.validate(event, schema)
+    assert real_runs[command, "target"][-1]["result"]["resolvedAddress"] == targets(command)[0]
+
+
+def test_real_mtr_hops_have_the_names_of_their_routers(real_runs: Runs) -> None:
+    hops = real_runs["mtr", "target"][-1]["result"]["hops"]
+    assert [hop["resolvedHostname"] for hop in hops] == [
+        "gw.pop.lg.example",
+        "core1.ams.lg.example",
+        None,
+        "core2.fra.lg.example",
+        "target.lg.example",
+    ]
+
+
+@pytest.mark.parametrize("command", ["mtr", "mtr6"])
+def test_a_real_mtr_ends_at_a_router_that_filters(real_runs: Runs, command: str) -> None:
+    *events, end = real_runs[command, "closed"]
+    assert len(end["result"]["hops"]) == 2
+    assert "  3.|--" not in end["result"]["rawOutput"].partition("HOST")[2]
+    assert {event["hop"] for event in events if event["event"] == "hop"} == {1, 2}
+
+
+@pytest.mark.parametrize("command", ["mtr", "mtr6"])
+def test_a_real_mtr_shows_both_routers_of_a_hop(real_runs: Runs, command: str) -> None:
+    *events, end = real_runs[command, "pair"]
+    routers = {"mtr": {"198.51.100.14", "198.51.100.22"}}.get(command, {"2001:db8:0:4::2", "2001:db8:0:6::2"})
+    assert set(end["result"]["hops"][3]["addresses"]) == routers
+    assert set([event for event in events if event.get("hop") == 4][-1]["addresses"]) == routers
+    assert all(router in end["result"]["rawOutput"].partition("HOST")[2] for router in routers)
+
+
+@pytest.mark.parametrize("command", ["traceroute", "traceroute6"])
+def test_a_real_traceroute_has_the_code_of_a_router_that_filters(real_runs: Runs, command: str) -> None:
+    last = [event for event in real_runs[command, "closed"] if event["event"] == "hop"][-1]
+    assert (last["hop"], last["hostname"]) == (2, "core1.ams.lg.example")
+    assert {probe.get("code") for probe in last["probes"]} == {"!X"}
+
+
+def test_a_real_traceroute_says_which_router_answered_which_probe(real_runs: Runs) -> None:
+    fourth = [event for event in real_runs["traceroute", "pair"] if event["event"] == "hop"][3]
+    answered = [probe for probe in fourth["probes"] if probe["rtt"] is not None]
+    addresses = {fourth["address"], *(probe["address"] for probe in answered if "address" in probe)}
+    assert addresses == set(fourth.get("addresses", [fourth["address"]]))
+    assert len(fourth["probes"]) == 3
+
+
+@pytest.mark.parametrize("command", ["ping", "ping6"])
+def test_real_duplicates_are_replies_and_timings(real_runs: Runs, command: str) -> None:
+    *events, end = real_runs[command, "twice"]
+    result = end["result"]
+    replies = Counter(event["seq"] for event in events if event["event"] == "reply")
+    assert max(replies.values()) == 2
+    assert len(result["timings"]) == replies.total() > result["stats"]["rcv"] == len(replies)
+
+
+def test_a_real_ping_that_is_filtered_has_a_note_and_a_loss_for_each_error(real_runs: Runs) -> None:
+    *events, end = real_runs["ping", "closed"]
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert any(re.fullmatch(r"From 198\.51\.100\.6 icmp_seq=\d+ Packet filtered", note) for note in notes)
+    assert any("errors, 100% packet loss" in note for note in notes)
+    assert [event["seq"] for event in events if event["event"] == "lost"] == list(range(1, 16))
+    assert end["result"]["stats"] | {"rcv": 0, "drop": 15, "loss": 100} == end["result"]["stats"]
+
+
+@pytest.mark.parametrize("run", [run for run in REAL_RUNS if run[0].startswith("mtr")], ids="-".join)
+def test_the_last_events_of_a_real_mtr_agree_with_its_result(real_runs: Runs, run: tuple[str, str]) -> None:
+    *events, end = real_runs[run]
+    assert last_hops(events) == [
+        (hop["resolvedAddress"], hop["resolvedHostname"], hop["stats"]) for hop in end["result"]["hops"]
+    ]
+
+
+def test_a_resolver_that_hangs_holds_up_neither_a_probe_nor_the_end(
+    hops: tuple[str, ...], in_hops: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "resolv.conf").write_text("nameserver 198.51.100.66\n")  # hole.lg.example never answers
+    (tmp_path / "nsswitch.conf").write_text("hosts: dns\n")
+    mounts = "".join(
+        f"mount --bind {tmp_path}/{name} /etc/{name}; " for name in ("resolv.conf", "nsswitch.conf")
+    )
+    argv = [{"10": "2"}.get(word, word) for word in lg.COMMANDS["mtr"].argv_for(TARGET4)]
+    begun = time.monotonic()
+    with (tmp_path / "raw").open("w") as raw:
+        line = [*hops, "sh", "-c", f'{mounts}exec "$@"', "sh", *argv]
+        mtr = subprocess.Popen(line, stdout=raw, start_new_session=True)
+        mtr.wait(PATIENCE)
+        os.killpg(mtr.pid, signal.SIGKILL)  # its children wait for the resolver still, as in a real run
+    assert time.monotonic() - begun < 5  # two cycles of a second, and the grace time
+    assert (tmp_path / "raw").read_text().count("x 0 ") == 2
+
+
+# Globalping's published schema of test results, as far as it has to do with these three. Where nothing came
+# back, its hops of mtr have zeros for times; those here have null.
+
+TEXT, MAYBE_TEXT = {"type": "string"}, {"type": ["string", "null"]}
+A_NUMBER, MAYBE_NUMBER, AN_INTEGER = {"type": "number"}, {"type": ["number", "null"]}, {"type": "integer"}
+
+
+def an_object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def a_list(**properties: Any) -> dict[str, Any]:
+    return {"type": "array", "items": an_object(**properties)}
+
+
+COUNTED = {"total": AN_INTEGER, "rcv": AN_INTEGER, "drop": AN_INTEGER, "loss": A_NUMBER}
+TIMES = dict.fromkeys(("min", "avg", "max"), MAYBE_NUMBER)
+JITTER = dict.fromkeys(("stDev", "jMin", "jAvg", "jMax"), MAYBE_NUMBER)
+RESOLVED = {"resolvedAddress": MAYBE_TEXT, "resolvedHostname": MAYBE_TEXT}
+FINISHED = {"status": {"const": "finished"}, "rawOutput": TEXT} | RESOLVED
+GLOBALPING = {
+    "failed": an_object(status={"const": "failed"}, rawOutput=TEXT),
+    "ping": an_object(
+        **FINISHED, stats=an_object(**TIMES, **COUNTED), timings=a_list(rtt=A_NUMBER, ttl=A_NUMBER)
+    ),
+    "traceroute": an_object(**FINISHED, hops=a_list(**RESOLVED, timings=a_list(rtt=A_NUMBER))),
+    "mtr": an_object(
+        **FINISHED,
+        hops=a_list(
+            **RESOLVED,
+            asn={"type": "array", "items": AN_INTEGER},
+            timings=a_list(rtt=A_NUMBER),
+            stats=an_object(**TIMES, **JITTER, **COUNTED),
+        ),
+    ),
+}
+
+
+def run_transcript(name: str, fault: str = "", status: int | None = 0) -> dict[str, Any]:
+    """The end event of a run that printed what is recorded."""
+    command = lg.COMMANDS[name.partition(",")[0]]
+    transcript = lg.Transcript(command, "a.example", ipaddress.ip_address(targets(command.name)[0]), True)
+    events = transcript.start() + transcript.output(RECORDED[name].encode()) + transcript.end(fault, status)
+    return cast(dict[str, Any], json.loads(events.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RECORDED if "no route" not in name and "BusyBox w" not in name]
+)
+def test_a_finished_result_is_valid_for_globalping(name: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    tool = name.partition(",")[0].removesuffix("6")
+    jsonschema.validate(run_transcript(name)["result"], GLOBALPING[tool])
+
+
+@pytest.mark.parametrize("run", REAL_RUNS, ids="-".join)
+def test_the_result_of_a_real_run_is_valid_for_globalping(real_runs: Runs, run: tuple[str, str]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(real_runs[run][-1]["result"], GLOBALPING[run[0].removesuffix("6")])
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_failed_result_is_valid_for_globalping_and_has_what_is_known(name: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    result = run_transcript(name, fault="stopped after 60 s", status=None)["result"]
+    jsonschema.validate(result, GLOBALPING["failed"])
+    assert result.keys() >= {"resolvedAddress", "resolvedHostname"}
+
+
+def test_a_ping_that_lacks_an_option_has_failed() -> None:
+    end = run_transcript("ping, BusyBox without the option", status=1)
+    assert (end["status"], end["error"]) == ("failed", "ping: exit status 1")
+    assert end["result"]["stats"]["loss"] is None
+    assert end["result"]["rawOutput"].endswith("\n--- ping: exit status 1 ---\n")
+
+
+def test_a_ping_without_a_reply_has_finished() -> None:
+    end = run_transcript("ping6, nothing comes back", status=1)
+    assert (end["status"], end["result"]["stats"]["loss"]) == ("finished", 100)
+
+
+# AS numbers, from a database in MaxMind's format that is written here.
+
+
+def mmdb(records: Mapping[str, object], padding: int = 0) -> bytes:
+    """The records of networks as an .mmdb file, as maxmind.github.io/MaxMind-DB has it."""
+
+    def head(kind: int, size: int) -> bytes:
+        size, more = (size, b"") if size < 29 else (29, bytes([size - 29]))
+        return (bytes([kind << 5 | size]) if kind < 8 else bytes([size, kind - 7])) + more
+
+    def encode(value: object) -> bytes:
+        match value:
+            case dict():
+                pairs = b"".join(encode(each) for pair in value.items() for each in pair)
+                return head(7, len(value)) + pairs
+            case list():
+                return head(11, len(value)) + b"".join(map(encode, value))
+            case (int(kind), int(number)):  # unsigned, of 16 bits (5), 32 (6) or 64 (9)
+                size = {5: 2, 6: 4, 9: 8}[kind]
+                return head(kind, size) + number.to_bytes(size, "big")
+            case int():
+                return encode((6, value))
+        text = str(value).encode()
+        return head(2, len(text)) + text
+
+    nodes: list[list[Any]] = [[None, None]]
+    section = bytes(padding)
+    for text, record in records.items():
+        network = ipaddress.ip_network(text)
+        length = network.prefixlen + (96 if network.version == 4 else 0)
+        bits, node = f"{int(network.network_address):0128b}"[:length], 0
+        for bit in map(int, bits[:-1]):
+            if nodes[node][bit] is None:
+                nodes.append([None, None])
+                nodes[node][bit] = len(nodes) - 1
+            node = nodes[node][bit]
+        nodes[node][int(bits[-1])] = f"data {len(section)}"
+        section += encode(record)
+
+    def pointer(entry: object) -> int:
+        if isinstance(entry, str):
+            return len(nodes) + 16 + int(entry.split()[1])
+        return len(nodes) if entry is None else cast(int, entry)
+
+    tree = b"".join(pointer(entry).to_bytes(4, "big") for node in nodes for entry in node)
+    metadata = {
+        "node_count": (6, len(nodes)),
+        "record_size": (5, 32),
+        "ip_version": (5, 6),
+        "database_type": "Test-ASN",
+        "languages": [],
+        "binary_format_major_version": (5, 2),
+        "binary_format_minor_version": (5, 0),
+        "build_epoch": (9, 1),
+        "description": {},
+    }
+    return tree + bytes(16) + section + b"\xab\xcd\xefMaxMind.com" + encode(metadata)
+
+
+GEOLITE = {"autonomous_system_number": 64500, "autonomous_system_organization": "Example"}
+
+
+@pytest.fixture
+def as_database(tmp_path: Path) -> Callable[..., Path]:
+    if not importlib.util.find_spec("maxminddb"):
+        lacking("the package maxminddb")
+
+    def write(record: object = GEOLITE, **options: Any) -> Path:
+        path = tmp_path / "asn.mmdb"
+        path.write_bytes(mmdb(dict.fromkeys(("198.51.100.0/28", "2001:db8::/32"), record), **options))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("vendor", "record"),
+    [
+        ("GeoLite2-ASN, DB-IP, RouteViews", GEOLITE),
+        ("IPinfo Lite", {"asn": "AS64500", "as_name": "Example", "as_domain": "lg.example", "country": "NL"}),
+        ("IPinfo ASN", {"asn": "AS64500", "name": "Example", "domain": "lg.example", "type": "hosting"}),
+    ],
+)
+def test_the_as_numbers_of_each_vendor_are_read(
+    as_database: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, vendor: str, record: object
+) -> None:
+    monkeypatch.setattr(lg, "ASN_LOOKUP", lg.open_asn_database(str(as_database(record))))
+    lg.find_as.cache_clear()
+    found = [lg.find_as(address) for address in ("198.51.100.6", "2001:db8::1", "192.0.2.1", "::::", None)]
+    lg.find_as.cache_clear()
+    assert found == [(64500, "Example"), (64500, "Example"), (None, None), (None, None), (None, None)]
+
+
+@pytest.fixture
+def as_server(serve: Start, as_database: Callable[..., Path]) -> Server:
+    tools = {name: f"#!/bin/sh\ncat <<'END'\n{RECORDED[name]}END\n" for name in ("traceroute", "mtr")}
+    return serve(tools=tools, ASN_DATABASE=str(as_database()), TARGET_ALLOW="198.51.100.0/24")
+
+
+@pytest.mark.parametrize("command", ["traceroute", "mtr"])
+def test_hop_events_have_the_as_of_their_router(as_server: Server, command: str) -> None:
+    events = lines_of(as_server.run(command, TARGET4, headers=NDJSON))
+    hops = {event["hop"]: (event["asn"], event["network"]) for event in events if event["event"] == "hop"}
+    assert (hops[1], hops[2 if command == "mtr" else 3]) == (([64500], "Example"), ([], None))
+
+
+def test_the_result_and_the_table_of_mtr_have_as_numbers(as_server: Server) -> None:
+    result = lines_of(as_server.run("mtr", TARGET4, headers=NDJSON))[-1]["result"]
+    assert [hop["asn"] for hop in result["hops"]] == [[64500], [], []]
+    assert "\n  1. AS64500  198.51.100.2 " in result["rawOutput"]
+    assert "\n  2. AS???    ??? " in result["rawOutput"]
+
+
+def test_the_text_of_traceroute_stays_its_own(as_server: Server) -> None:
+    assert as_server.run("traceroute", TARGET4).text == RECORDED["traceroute"]
+
+
+def test_without_a_database_hops_have_no_as() -> None:
+    assert all(event["asn"] == [] for event in parse("mtr")[2] if event["event"] == "hop")
+
+
+def test_an_as_database_without_the_package_stops_the_start_with_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "maxminddb.py").write_text("raise ImportError\n")
+    line = start_error(ASN_DATABASE="asn.mmdb", PYTHONPATH=str(tmp_path))
+    assert "ASN_DATABASE='asn.mmdb'" in line
+    assert "maxminddb" in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"no database", mmdb({"198.51.100.0/24": {"country": "NL"}})], ids=str
+)
+def test_an_as_database_that_cannot_be_used_stops_the_start_with_one_line(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "asn.mmdb"
+    if content is not None:
+        path.write_bytes(content)
+    line = start_error(ASN_DATABASE=str(path))
+    assert f"ASN_DATABASE='{path}' cannot be used: expected" in line
+
+
+def test_an_as_database_is_mapped_and_not_loaded(serve: Start, as_database: Callable[..., Path]) -> None:
+    path = as_database(padding=32 * 2**20)
+    tools = {"mtr": f"#!/bin/sh\ncat <<'END'\n{RECORDED['mtr']}END\n"}
+    memory = []
+    for database in ("", str(path)):
+        server = serve(tools=tools, TARGET_ALLOW="198.51.100.0/24", ASN_DATABASE=database)
+        server.run("mtr", TARGET4)
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        own = re.search(r"RssAnon:\s+(\d+) kB", status)  # pages of a mapped file are the kernel's to drop
+        assert own
+        memory.append(int(own[1]))
+    assert memory[1] - memory[0] < 4096
 
 
 def test_the_python_of_the_readme_prints_the_replies_of_a_ping(serve: Start) -> None:
@@ -1165,14 +1928,56 @@ def test_the_javascript_of_the_readme_draws_a_live_table_of_an_mtr(
 # ---- the API described -------------------------------------------------------------------------------------
 
 
-def test_the_description_is_valid_openapi(echo: Server) -> None:
+def test_the_description_is_valid_openapi_3_1(echo: Server) -> None:
     validator = pytest.importorskip("openapi_spec_validator")
     document = echo.http.get("/openapi.json").json()
     assert document["openapi"] == "3.1.0"
     validator.validate(document)
 
 
-def test_the_description_has_every_route_and_no_other() -> None:
+def test_the_description_is_made_once() -> None:
+    assert json.loads(lg.openapi_json()) == lg.openapi()
+    assert lg.openapi_json() is lg.openapi_json()
+
+
+@pytest.mark.parametrize(("cls", "event"), zip(get_args(lg.Event), lg.EXAMPLES, strict=True))
+def test_each_example_of_an_event_is_valid_for_its_schema(cls: type, event: object) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = {"$ref": f"#/components/schemas/{cls.__name__}", "components": lg.openapi()["components"]}
+    jsonschema.validate(event, schema)
+
+
+@pytest.mark.parametrize(
+    ("hint", "schema"),
+    [
+        (str, {"type": "string"}),
+        (float | None, {"type": ["number", "null"]}),
+        (list[int], {"type": "array", "items": {"type": "integer"}}),
+        (Literal[4, 6], {"enum": [4, 6]}),
+        (Annotated[str, {"format": "date-time"}], {"type": "string", "format": "date-time"}),
+        (lg.PingResult, {"$ref": "#/components/schemas/PingResult"}),
+        (
+            lg.Probe,
+            {
+                "type": "object",
+                "properties": {
+                    "rtt": {"type": ["number", "null"]},
+                    "address": {"type": "string"},
+                    "code": {"type": "string"},
+                },
+                "required": ["rtt"],
+                "additionalProperties": False,
+            },
+        ),
+    ],
+)
+def test_the_schema_of_a_type(hint: object, schema: dict[str, Any]) -> None:
+    found = lg.schema_of(hint)
+    found.pop("description", None)
+    assert found == schema
+
+
+def test_openapi_describes_every_route_and_no_other() -> None:
     routes = {(route.path, method.lower()) for route in lg.app.routes for method in route.methods}  # type: ignore[attr-defined]
     routes = {(path, method) for path, method in routes if path != "/metrics"}  # for the operator alone
     described = {(path, method) for path, item in lg.openapi()["paths"].items() for method in item}
@@ -1180,7 +1985,7 @@ def test_the_description_has_every_route_and_no_other() -> None:
     assert {(path, method) for path, method in routes if method != "head"} <= described
 
 
-def promised() -> list[tuple[str, str, str]]:
+def described_responses() -> list[tuple[str, str, str]]:
     return [
         (path, method, status)
         for path, item in lg.openapi()["paths"].items()
@@ -1190,7 +1995,7 @@ def promised() -> list[tuple[str, str, str]]:
 
 
 @pytest.fixture(scope="session")
-def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+def server_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
     """Servers that answer with what a status stands for: within limits, beyond them, with no slot free."""
     servers: dict[str, Server] = {}
     rated = ("RATE_LIMIT_DIAGNOSTICS", "RATE_LIMIT_SPEEDTEST", "RATE_LIMIT_SPEEDTEST_10G")
@@ -1211,14 +2016,16 @@ def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
 
 
 # The others have tests of their own: 408 takes its time, and 413 of an upload a gibibyte.
-SOON = [each for each in promised() if each[2] != "408" and each[::2] != ("/speedtest/upload", "413")]
+QUICK_RESPONSES = [
+    each for each in described_responses() if each[2] != "408" and each[::2] != ("/speedtest/upload", "413")
+]
 
 
-@pytest.mark.parametrize(("path", "method", "status"), SOON)
-def test_every_promised_answer_can_be_had(
-    keeper: Callable[[str], Server], path: str, method: str, status: str
+@pytest.mark.parametrize(("path", "method", "status"), QUICK_RESPONSES)
+def test_every_described_response_can_be_provoked(
+    server_for: Callable[[str], Server], path: str, method: str, status: str
 ) -> None:
-    server = keeper(status if status in ("429", "503") else "200")
+    server = server_for(status if status in ("429", "503") else "200")
     target = {"target": "::1" if path.endswith("6") else "127.0.0.1"}
     request: dict[str, Any] = {"json": target} if method == "post" else {}
     if status == "422":
@@ -1239,8 +2046,8 @@ def test_every_promised_answer_can_be_had(
     until(server.idle)
 
 
-def test_each_command_answers_408_as_promised(echo: Server) -> None:
-    paths = [path for path, _, status in promised() if status == "408"]
+def test_a_request_body_that_does_not_arrive_is_408(echo: Server) -> None:
+    paths = [path for path, _, status in described_responses() if status == "408"]
     connections = [echo.connect() for _ in paths]
     for path, connection in zip(paths, connections, strict=True):
         connection.sendall(f"POST {path} HTTP/1.1\r\nHost: lg\r\nContent-Length: 9\r\n\r\n".encode())
@@ -1248,12 +2055,12 @@ def test_each_command_answers_408_as_promised(echo: Server) -> None:
     assert {left(connection)[:12] for connection in connections} == {b"HTTP/1.1 408"}
 
 
-def test_the_description_states_the_limits_as_they_are_configured(serve: Start) -> None:
+def test_openapi_states_the_configured_limits(serve: Start) -> None:
     server = serve(RATE_LIMIT_DIAGNOSTICS="7/minute;70/hour", DIAGNOSTIC_TIMEOUT="33")
     described = server.http.get("/openapi.json").json()["paths"]["/lookingglass/mtr"]["post"]["description"]
     assert "7 per minute and 70 per hour" in described
     assert "33 s" in described
-    assert "mtr -4 --raw -n" in described
+    assert "mtr -4 --raw -e" in described
 
 
 # In a real browser; what the pages take from the CDN comes from the npm packages of the same versions.
@@ -1306,7 +2113,7 @@ def npm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (npm := shutil.which("npm")):
         lacking("npm")
     folder = tmp_path_factory.mktemp("npm")
-    shown = {path.partition("/")[0] for _, files in lg.VIEWERS.values() for path in files}
+    shown = {path.partition("/")[0] for _, files in lg.API_DOCS.values() for path in files}
     for package in shown | {AXE}:
         packed = subprocess.run(
             [npm, "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=False
@@ -1322,7 +2129,7 @@ def npm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "sign"), [("docs", ".swagger-ui .opblock-post"), ("redoc", "[data-section-id]")]
 )
-def test_the_api_is_shown_by_files_whose_hashes_fit(
+def test_the_api_docs_render_with_cdn_files_of_the_expected_hashes(
     echo: Server, page: Page, npm_packages: Path, name: str, sign: str
 ) -> None:
     faults: list[str] = []
@@ -1341,8 +2148,8 @@ def test_the_api_is_shown_by_files_whose_hashes_fit(
     assert [fault for fault in faults if "logo" not in fault] == []  # ReDoc's own logo is from elsewhere
 
 
-@pytest.mark.parametrize("name", lg.VIEWERS)
-def test_without_the_network_the_page_says_what_is_missing(echo: Server, page: Page, name: str) -> None:
+@pytest.mark.parametrize("name", lg.API_DOCS)
+def test_the_api_docs_without_the_cdn_explain_what_is_missing(echo: Server, page: Page, name: str) -> None:
     page.goto(f"http://127.0.0.1:{echo.port}/{name}")
     assert "has not been loaded" in page.inner_text("#viewer")
     page.click("#viewer a")
