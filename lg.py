@@ -7,41 +7,57 @@ Read it from the top: each chapter uses only what is above it.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import concurrent.futures
 import http.client
 import ipaddress
 import json
 import logging
 import math
 import os
+import queue
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
-import ssl
+import struct
 import subprocess
 import sys
 import threading
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from html import escape
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
+from types import FrameType
+from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
 from urllib.parse import parse_qs
 
+import h11
 import idna
 import limits
 import uvicorn
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from limits.storage import MemoryStorage, storage_from_string
 from limits.strategies import MovingWindowRateLimiter
 from starlette.applications import Starlette
@@ -52,183 +68,295 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-if TYPE_CHECKING:
-    from uvicorn.protocols.http.h11_impl import H11Protocol as HTTPProtocol
-else:
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol as HTTPProtocol
+VERSION = "1.0.0"
 
 log = logging.getLogger("lg")
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
-Head = Mapping[str, str]
+Headers = Mapping[str, str]
 T = TypeVar("T")
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
-Rates = tuple[limits.RateLimitItem, ...]
-
-
-class Kind(NamedTuple):
-    """What a setting holds: what is expected of its text, and what reads it (or raises ValueError)."""
-
-    expected: str
-    parse: Callable[[str], Any]
-
-    def __call__(self, default: str) -> Any:
-        """A row of Settings."""
-        return field(metadata={"kind": self, "default": default})
-
-
-def choice(*words: str) -> Kind:
-    return Kind(" or ".join(words), lambda text: words[words.index(text.lower())])
-
-
-def whole(low: int, high: int) -> Kind:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise ValueError
-        return int(text)
-
-    return Kind(f"a whole number from {low} to {high}", parse)
-
-
-def texts(text: str) -> tuple[str, ...]:
-    return tuple(item.strip() for item in text.split(",") if item.strip())
-
-
-def networks(text: str) -> tuple[IPNetwork, ...]:
-    return tuple(ipaddress.ip_network(item) for item in texts(text))
-
-
-def rates(text: str) -> Rates:
-    read = () if text.lower() == "off" else tuple(limits.parse_many(text))
-    if not all(rate.amount for rate in read):
-        raise ValueError
-    return read
-
-
-# As they may stand in a content security policy, which knows no IPv6 addresses.
+BUILT_IN_COMMANDS = ("ping", "ping6", "traceroute", "traceroute6", "mtr", "mtr6")
+LOGO_BYTES = 2**16  # part of each page that is sent
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
+BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
+# As a content security policy takes it, which has no syntax for IPv6 addresses.
 ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
-PLACE = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
+LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
+LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
+CORS_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
+SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)\b", re.DOTALL)
+
+Rates = tuple[limits.RateLimitItem, ...]
+Link = dict[str, str]  # with the keys name and url
+Parser = Callable[[str], T]  # raises ValueError("expected …") for a text that cannot be used
 
 
-def origins(text: str) -> tuple[str, ...]:
-    if not all(ORIGIN.fullmatch(origin) for origin in texts(text)):
-        raise ValueError
-    return texts(text)
+def boolean(value: str) -> bool:
+    if value.lower() not in BOOLEANS:
+        raise ValueError("expected true or false")
+    return BOOLEANS[value.lower()]
 
 
-def places(text: str) -> tuple[dict[str, str], ...]:
-    if not text.startswith("["):
-        raise ValueError
-    found = [(str(place["name"]), PLACE.fullmatch(place["url"])) for place in json.loads(text)]
-    if not all(url and name.encode() for name, url in found):
-        raise ValueError
-    return tuple({"name": name, "url": url[1]} for name, url in found if url)
+def integer(low: int, high: int) -> Parser[int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", value) or not low <= int(value) <= high:
+            raise ValueError(f"expected an integer from {low} to {high}")
+        return int(value)
+
+    return parse
 
 
-TEXT = Kind("a text", str)
-LIST = Kind("a list, separated by commas", texts)
-ORIGINS = Kind("origins such as https://www.example.com, separated by commas", origins)
-CIDRS = Kind("addresses and networks in CIDR notation, separated by commas", networks)
-PROXIES = Kind(CIDRS.expected + "; not *, which would believe what any client says of itself", networks)
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-BOOLEAN = Kind("true or false", lambda text: BOOLEANS[text.lower()])
-RATES = Kind("rates such as 2/minute;30/hour, or off", rates)
-PLACES = Kind('JSON like [{"name": "Amsterdam", "url": "https://ams.example.com"}], no IPv6 address', places)
-COUNT = whole(1, 10000)
-URI = Kind("the URI of a storage", lambda text: text)  # not str: empty is the default
+def choice(*options: str) -> Parser[str]:
+    def parse(value: str) -> str:
+        if value.lower() not in options:
+            raise ValueError(f"expected {', '.join(options[:-1])} or {options[-1]}, not {value!r}")
+        return value.lower()
+
+    return parse
+
+
+def matching(pattern: str | re.Pattern[str], expected: str) -> Parser[str]:
+    def parse(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"expected {expected}, not {value!r}")
+        return value
+
+    return parse
+
+
+def comma_separated(parse_entry: Parser[T]) -> Parser[tuple[T, ...]]:
+    def parse(value: str) -> tuple[T, ...]:
+        return tuple(parse_entry(entry.strip()) for entry in value.split(",") if entry.strip())
+
+    return parse
+
+
+def network(value: str) -> IPNetwork:
+    with suppress(ValueError):
+        return ipaddress.ip_network("" if "%" in value else value)  # a zone matches no client and no target
+    hint = ""
+    with suppress(ValueError):
+        hint = f": did you mean {ipaddress.ip_network(value.partition('%')[0], strict=False)}?"
+    raise ValueError(f"expected an address or a network like 192.0.2.0/24, not {value!r}{hint}")
+
+
+def proxy(value: str) -> IPNetwork:
+    if value == "*":
+        raise ValueError("expected addresses and networks, not '*': any client could forge its address")
+    return network(value)
+
+
+def rates(value: str) -> Rates:
+    with suppress(ValueError):
+        parsed = () if value.lower() == "off" else tuple(limits.parse_many(value))
+        if all(rate.amount for rate in parsed):
+            return parsed
+    raise ValueError("expected rates like 2/minute;30/hour, or off")
+
+
+def json_links(url_pattern: re.Pattern[str], example: str) -> Parser[tuple[Link, ...]]:
+    """A JSON list of objects with `name` and `url`, which is the pattern's group; other keys are ignored."""
+
+    def parse_entry(entry: Any) -> Link:
+        with suppress(LookupError, TypeError, ValueError, AttributeError):
+            if entry["name"].strip().encode() and (url := url_pattern.fullmatch(entry["url"])):
+                return {"name": entry["name"], "url": url[1]}
+        raise ValueError(f"expected entries like {example}, not {json.dumps(entry)}")
+
+    def parse(value: str) -> tuple[Link, ...]:
+        with suppress(json.JSONDecodeError, RecursionError):
+            if isinstance(entries := json.loads(value or "[]"), list):
+                return tuple(map(parse_entry, entries))
+        raise ValueError(f"expected JSON like [{example}]")
+
+    return parse
+
+
+def extra_commands(value: str) -> Mapping[str, tuple[str, ...]]:
+    """The argv of each command by name, split as a shell splits words. NAME takes the name NAME6 too."""
+    pairs = None
+    with suppress(ValueError, RecursionError):
+        pairs = json.loads(value, object_pairs_hook=tuple)
+    if not isinstance(pairs, tuple):
+        raise ValueError('expected JSON like {"bgp": "birdc -r show route for {address} all"}')
+    commands: dict[str, tuple[str, ...]] = {}
+    taken = set(BUILT_IN_COMMANDS)
+    for name, line in pairs:
+        if not re.fullmatch("[a-z0-9-]+", name):
+            raise ValueError(f"expected names of the characters a-z, 0-9 and -, not {name!r}")
+        if taken & {name, f"{name}6"}:
+            raise ValueError(f"expected another name than {name!r}: it or {name}6 is taken")
+        with suppress(AttributeError, ValueError):
+            commands[name] = tuple(shlex.split(line))
+        if not any("{address}" in word for word in commands.get(name, ())[1:]):
+            raise ValueError(f"expected a command line with {{address}} among its arguments for {name!r}")
+        taken |= {name, f"{name}6"}
+    return commands
+
+
+def logo(path: str) -> str:
+    """The SVG or PNG file at `path` as a data: URI."""
+    if not path:
+        return ""
+    try:
+        with Path(path).open("rb") as file:
+            image = file.read(LOGO_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"expected a file that can be read ({error.strerror})") from None
+    kind = "png" if image.startswith(b"\x89PNG\r\n\x1a\n") else "svg+xml" if SVG.match(image) else ""
+    if not kind or len(image) > LOGO_BYTES:
+        raise ValueError(f"expected an SVG or PNG file of at most {LOGO_BYTES // 1024} KiB")
+    return f"data:image/{kind};base64,{b64encode(image).decode()}"
+
+
+def setting(default: str, parse: Parser[T]) -> T:
+    """A row of Settings. Where `parse` takes no empty text, set but empty means the default."""
+    row: T = field(metadata={"default": default, "parse": parse})
+    return row
+
+
+words = comma_separated(str)
+networks = comma_separated(network)
+origins = comma_separated(matching(ORIGIN, "origins like https://www.example.com"))
+cors_origins = comma_separated(matching(CORS_ORIGIN, "* or origins like https://www.example.com"))
+built_in_commands = comma_separated(choice(*BUILT_IN_COMMANDS))
+links = json_links(LINK_URL, '{"name": "Terms", "url": "https://www.example.com/terms"}')
+locations = json_links(LOCATION_URL, '{"name": "Amsterdam", "url": "https://ams-lg.example.com"}')
 
 
 @dataclass(frozen=True)
 class Settings:
     """What an operator chooses, with its default; .env.example says what each does."""
 
-    HOST: str = TEXT("")
-    PORT: int = whole(1, 65535)("8000")
-    SSL_CERTFILE: str = TEXT("")
-    SSL_KEYFILE: str = TEXT("")
-    LOG_LEVEL: str = choice("critical", "error", "warning", "info", "debug")("info")
-    FORWARDED_ALLOW_IPS: tuple[IPNetwork, ...] = PROXIES("127.0.0.1,::1")
-    NETWORK_LOCATION: str = TEXT("Unknown Location")
-    NETWORK_FACILITY: str = TEXT("Unknown Facility")
-    NETWORK_MAP_URL: str = TEXT("")
-    NETWORK_FACILITY_URL: str = TEXT("")
-    NETWORK_IPV4: str = TEXT("")
-    NETWORK_IPV6: str = TEXT("")
-    CORS_ORIGINS: tuple[str, ...] = LIST("*")
-    CORS_METHODS: tuple[str, ...] = LIST("*")
-    CORS_HEADERS: tuple[str, ...] = LIST("*")
-    CORS_CREDENTIALS: bool = BOOLEAN("false")
-    RATE_LIMIT_DIAGNOSTICS: Rates = RATES("2/minute")
-    RATE_LIMIT_SPEEDTEST: Rates = RATES("2/minute")
-    RATE_LIMIT_SPEEDTEST_10G: Rates = RATES("1/minute")
-    RATE_LIMIT_STORAGE_URI: str = URI("memory://")
-    MAX_DIAGNOSTICS: int = COUNT("20")
-    MAX_DIAGNOSTICS_PER_CLIENT: int = COUNT("4")
-    MAX_SPEEDTESTS: int = COUNT("20")
-    MAX_SPEEDTESTS_PER_CLIENT: int = COUNT("4")
-    DIAGNOSTIC_TIMEOUT: int = whole(1, 3600)("60")
-    TARGET_ALLOW: tuple[IPNetwork, ...] = CIDRS("127.0.0.0/8,::1/128")
-    TARGET_DENY: tuple[IPNetwork, ...] = CIDRS("")
-    LOCATIONS: tuple[dict[str, str], ...] = PLACES("[]")
-    FRAME_ANCESTORS: tuple[str, ...] = ORIGINS("")
+    HOST: str = setting("", str)
+    PORT: int = setting("8000", integer(1, 65535))
+    LOG_LEVEL: str = setting("info", choice("critical", "error", "warning", "info", "debug"))
+    FORWARDED_ALLOW_IPS: tuple[IPNetwork, ...] = setting("127.0.0.1,::1", comma_separated(proxy))
+    NETWORK_LOCATION: str = setting("Unknown Location", str)
+    NETWORK_FACILITY: str = setting("Unknown Facility", str)
+    NETWORK_MAP_URL: str = setting("", str)
+    NETWORK_FACILITY_URL: str = setting("", str)
+    NETWORK_IPV4: str = setting("", str)
+    NETWORK_IPV6: str = setting("", str)
+    CORS_ORIGINS: tuple[str, ...] = setting("*", cors_origins)
+    CORS_METHODS: tuple[str, ...] = setting("*", words)
+    CORS_HEADERS: tuple[str, ...] = setting("*", words)
+    CORS_CREDENTIALS: bool = setting("false", boolean)
+    RATE_LIMIT_DIAGNOSTICS: Rates = setting("2/minute", rates)
+    RATE_LIMIT_SPEEDTEST: Rates = setting("2/minute", rates)
+    RATE_LIMIT_SPEEDTEST_10G: Rates = setting("1/minute", rates)
+    RATE_LIMIT_LOOKUPS: Rates = setting("20/minute", rates)
+    RATE_LIMIT_EXEMPT: tuple[IPNetwork, ...] = setting("", networks)
+    RATE_LIMIT_STORAGE_URI: str = setting("memory://", matching("[a-z+]+:.*", "a URI like redis://HOST:6379"))
+    MAX_DIAGNOSTICS: int = setting("20", integer(1, 10000))
+    MAX_DIAGNOSTICS_PER_CLIENT: int = setting("4", integer(1, 10000))
+    MAX_SPEEDTESTS: int = setting("20", integer(0, 10000))
+    MAX_SPEEDTESTS_PER_CLIENT: int = setting("4", integer(1, 10000))
+    DIAGNOSTIC_TIMEOUT: int = setting("60", integer(1, 3600))
+    TARGET_ALLOW: tuple[IPNetwork, ...] = setting("127.0.0.0/8,::1/128", networks)
+    TARGET_DENY: tuple[IPNetwork, ...] = setting("", networks)
+    COMMANDS: tuple[str, ...] = setting(",".join(BUILT_IN_COMMANDS), built_in_commands)
+    EXTRA_COMMANDS: Mapping[str, tuple[str, ...]] = setting("{}", extra_commands)
+    ASN_DATABASE: str = setting("", str)
+    METRICS_ALLOW_IPS: tuple[IPNetwork, ...] = setting("127.0.0.1,::1", networks)
+    PAGE_TITLE: str = setting("", str)
+    PAGE_LOGO: str = setting("", logo)
+    PAGE_COLOR: str = setting("", matching("(?:#[0-9A-Fa-f]{6})?", "a colour like #0a7cff"))
+    PAGE_LINKS: tuple[Link, ...] = setting("", links)
+    LOCATIONS: tuple[Link, ...] = setting("[]", locations)
+    FRAME_ANCESTORS: tuple[str, ...] = setting("", origins)
 
 
-def unusable(reason: str, **values: object) -> SystemExit:
-    """The one line that an operator gets to read when settings stop the start."""
+SETTING_NAMES = [row.name for row in fields(Settings)]
+
+
+def settings_error(reason: str, **values: object) -> SystemExit:
+    """The one line that is printed when these settings stop the start."""
     named = ", ".join(f"{name}={str(value)!r}" for name, value in values.items())
     return SystemExit(f"lg.py: {named} cannot be used: {reason}")
 
 
 def load_settings(environment: Mapping[str, str | None]) -> Settings:
-    """Settings from the texts in `environment`, by name. Raises SystemExit for the first that cannot be used.
-
-    Set but empty means empty for texts and lists, and the default for the rest.
-    """
+    """Settings from the texts in `environment`. Raises SystemExit for the first that cannot be used."""
     values = {}
     for row in fields(Settings):
-        kind, default = row.metadata["kind"], row.metadata["default"]
-        text = (environment.get(row.name, default) or "").strip()
-        if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # `docker run --env-file` keeps quotes
-            text = text[1:-1]
-        if not text and kind.parse not in (str, texts, origins, networks):
-            text = default
+        default, parse = row.metadata["default"], row.metadata["parse"]
+        value = (environment.get(row.name, default) or "").strip()
+        if quoted := re.fullmatch(r"(['\"])(.*)\1", value, re.DOTALL):  # `docker run --env-file` keeps quotes
+            value = quoted[2]
         try:
-            text.encode()  # no bytes that are not UTF-8
-            values[row.name] = kind.parse(text)
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise unusable(f"expected {kind.expected}", **{row.name: text}) from None
+            value.encode()  # raises for bytes that are not UTF-8
+            values[row.name] = parse(value)
+        except UnicodeEncodeError:
+            raise settings_error("expected UTF-8", **{row.name: value}) from None
+        except ValueError as error:
+            if value:
+                raise settings_error(str(error), **{row.name: value}) from None
+            values[row.name] = parse(default)
     return Settings(**values)
 
 
 def read_env_file(path: Path) -> Mapping[str, str | None]:
-    """The settings in a `.env` file, if there is one; raises SystemExit where it cannot be read."""
+    """The settings in a `.env` file, if there is one. Raises SystemExit where it cannot be used."""
     try:
-        return dotenv_values(path)
+        content = path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        return {}
     except (OSError, UnicodeError) as error:
-        raise SystemExit(f"lg.py: {path} cannot be read: {error}") from None
+        raise SystemExit(f"lg.py: {path} cannot be used: expected a text file ({error})") from None
+    for binding in parse_stream(StringIO(content)):
+        if binding.error or (binding.key and binding.value is None):
+            line = f"{path}, line {binding.original.line}"
+            raise SystemExit(f"lg.py: {line}: expected NAME=value, not {binding.original.string.strip()!r}")
+    return dotenv_values(stream=StringIO(content))
 
 
-SETTINGS = load_settings({**read_env_file(Path(__file__).with_name(".env")), **os.environ})
+def unknown_settings(names: Iterable[str]) -> Iterator[str]:
+    """A line for each name that is no setting, with the setting nearest to it."""
+    for name in names:
+        if name not in SETTING_NAMES:
+            nearest = get_close_matches(name.upper(), SETTING_NAMES, 1, 0.5)
+            yield f"{name} in .env is not a setting" + "".join(f": did you mean {word}?" for word in nearest)
+
+
+def parse_command_line(arguments: Sequence[str]) -> str:
+    """What to do: "serve" or "health". --help, --version and mistakes end the program here."""
+    parser = argparse.ArgumentParser(
+        "lg.py",
+        description="Serve a looking glass: ping, traceroute, mtr and speed tests over HTTP.",
+        epilog="Settings come from the environment and from .env beside lg.py: see .env.example.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lg.py {VERSION}")
+    parser.add_argument("command", nargs="?", choices=["health"], help="health asks the running server")
+    return parser.parse_args(arguments).command or "serve"
+
+
+# Before the settings are read, so that --help works whatever they are.
+ACTION = parse_command_line(sys.argv[1:]) if __name__ == "__main__" else ""
+ENV_FILE = read_env_file(Path(__file__).with_name(".env"))
+SETTINGS = load_settings({**ENV_FILE, **os.environ})
 
 
 # ---- targets -----------------------------------------------------------------------------------------------
 
 RESOLVE_SECONDS = 5
-# With calls that nobody waits for any more: a resolver may take its time to give up. Slow names leave room
-# for the shared store.
+# Threads that may run at once, including those that are late and abandoned: a resolver may take minutes to
+# give up. Slow names leave room for the shared store.
 LOOKUP_THREADS, STORE_THREADS = 100, 200
 
 IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}", re.ASCII)
 IPV6 = re.compile(r"\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Fa-f:.]{2,45}")
 LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
-# A last label with which resolvers read a name as an IPv4 address.
+# A last label that makes resolvers read a name as an IPv4 address.
 NUMERIC = r"(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?$"
 NAME = re.compile(rf"(?=.{{1,253}}\.?$)(?!(?:.*\.)?{NUMERIC}){LABEL}(?:\.{LABEL})*\.?")
 
@@ -275,43 +403,45 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, deprecated
 
 
-class Refusal(Exception):  # noqa: N818 - a client's request is refused; nothing is in error here
-    """A request that is not carried out: the status, JSON body and headers of the answer that says why."""
+class RequestError(Exception):
+    """A request that is refused: the status, JSON body and headers of its answer."""
 
-    def __init__(self, status: int, body: Mapping[str, object], headers: Head | None = None) -> None:
+    def __init__(self, status: int, body: Mapping[str, object], headers: Headers | None = None) -> None:
         super().__init__(status, body)
         self.status, self.body, self.headers = status, body, dict(headers or {})
 
 
-def invalid(message: str, value: object, kind: str = "value_error") -> Refusal:
+def validation_error(message: str, value: object, kind: str = "value_error") -> RequestError:
     """422 for the field `target`, in FastAPI's shape; `message` tells a person what to do."""
-    fault = {"type": kind, "loc": ["body", "target"], "msg": message, "input": value}
-    return Refusal(422, {"detail": [fault]})
+    error = {"type": kind, "loc": ["body", "target"], "msg": message, "input": value}
+    return RequestError(422, {"detail": [error]})
 
 
-def read_form(text: str) -> dict[str, str | list[str]]:
-    """The fields of an URL-encoded form; one that is given several times is a list."""
+def parse_form(text: str) -> dict[str, str | list[str]]:
+    """The fields of a URL-encoded form; a field that is sent several times is a list."""
     form = parse_qs(text, keep_blank_values=True)
-    return {name: given if len(given) > 1 else given[0] for name, given in form.items()}
+    return {name: values if len(values) > 1 else values[0] for name, values in form.items()}
 
 
-def read_target(body: bytes) -> str:
-    """The `target` of a request's body, JSON object or form; raises Refusal where there is none."""
+def parse_body(body: bytes) -> str:
+    """The `target` of a request's body, a JSON object or a form. Raises RequestError."""
     example = 'send JSON like {"target": "example.com"} or a form like target=example.com'
     try:
         text = body.decode("utf-8-sig").strip()
-        values = json.loads(text) if text.startswith("{") else read_form(text)
+        values = json.loads(text) if text.startswith("{") else parse_form(text)
     except (ValueError, RecursionError):
-        raise invalid(f"The body cannot be read: {example}", None, "json_invalid") from None
+        raise validation_error(f"The body cannot be parsed: {example}", None, "json_invalid") from None
     if "target" not in values:
-        raise invalid(f"There is no target: {example}", None, "missing")
+        raise validation_error(f"The target is missing: {example}", None, "missing")
     if not isinstance(values["target"], str):
-        raise invalid("The target must be one string: an address or a name", values["target"], "string_type")
+        raise validation_error(
+            "The target must be one string: an address or a name", values["target"], "string_type"
+        )
     return values["target"]
 
 
 def parse_target(text: str) -> IPAddress | str:
-    """The address that `text` is, or the host name, in ASCII; raises Refusal for anything else.
+    """The address that `text` is, or the host name in ASCII. Raises RequestError for anything else.
 
     `[2001:db8::1]` and `2001:db8::1` are the same; `bücher.example` becomes `xn--bcher-kva.example` (UTS 46).
     """
@@ -328,105 +458,135 @@ def parse_target(text: str) -> IPAddress | str:
         expected = (
             "an IPv4 address like 192.0.2.1, an IPv6 address like 2001:db8::1 or a name like example.com"
         )
-        raise invalid(f"Not a target: send {expected}", text)
+        raise validation_error(f"Not a target: send {expected}", text)
     return name
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether this is a public unicast address, or NAT64's form of one."""
+    """Whether this is a public unicast address, or the NAT64 form of one."""
     if address in NAT64:
         return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
     return next(public for network, public in ROUTES if address in network)
 
 
-def carried(address: IPAddress) -> list[IPAddress]:
-    """The IPv4 addresses that stand inside an IPv6 address: mapped, compatible, NAT64, 6to4, Teredo."""
+def embedded_ipv4(address: IPAddress) -> list[IPAddress]:
+    """The IPv4 addresses inside an IPv6 address: mapped, compatible, NAT64, 6to4, Teredo."""
     if address.version == 4:
         return []
     low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    inside = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    inside += [low for network in (NAT64, COMPATIBLE) if address in network and int(address) > 1]
-    return [each for each in inside if each]
+    embedded = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    embedded += [low for network in (NAT64, COMPATIBLE) if address in network and int(address) > 1]
+    return [each for each in embedded if each]
 
 
 def is_allowed(address: IPAddress) -> bool:
     """Whether this address may be measured: public or in TARGET_ALLOW, and not in TARGET_DENY."""
-    if any(each in network for each in (address, *carried(address)) for network in SETTINGS.TARGET_DENY):
+    candidates = (address, *embedded_ipv4(address))
+    if any(each in network for each in candidates for network in SETTINGS.TARGET_DENY):
         return False
     return is_public(address) or any(address in network for network in SETTINGS.TARGET_ALLOW)
 
 
-async def in_thread(function: Callable[[], T], seconds: float, threads: int) -> T:
-    """Call a function that blocks, in a thread of its own, where there are no more than so many.
+class Calls:
+    """Blocking calls, each in a thread of its own.
 
-    Raises TimeoutError when it is late, RuntimeError where there are more. asyncio's pool has few,
-    which slow names or a dead store would hold while others wait, and the server's end waits for it. A thread
-    that is late here is left to itself.
+    asyncio's pool has a few threads only: slow names or a dead store would occupy all of them, and the loop
+    waits for them when it closes. A thread that is late here is abandoned.
     """
-    if threading.active_count() > threads:
-        raise RuntimeError("too many threads")
-    future: concurrent.futures.Future[T] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()
 
-    def call() -> None:
+    pending: ClassVar[set[asyncio.Future[Any]]] = set()
+
+    @classmethod
+    async def run(cls, function: Callable[[], T], seconds: float, threads: int) -> T:
+        """What `function` returns. Raises TimeoutError after `seconds`, RuntimeError beyond `threads`."""
+        if threading.active_count() > threads:
+            raise RuntimeError("too many threads")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def settle(method: Callable[[Any], None], outcome: object) -> None:
+            if not future.done():
+                method(outcome)
+
+        def call() -> None:
+            method: Callable[[Any], None] = future.set_result
+            try:
+                outcome: object = function()
+            except Exception as error:
+                method, outcome = future.set_exception, error
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, method, outcome)
+
+        threading.Thread(target=call, daemon=True).start()
+        cls.pending.add(future)
         try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
+            async with asyncio.timeout(seconds):
+                return await future
+        finally:
+            cls.pending.discard(future)
 
-    threading.Thread(target=call, daemon=True).start()
-    async with asyncio.timeout(seconds):
-        return await asyncio.wrap_future(future)
+    @classmethod
+    def fail(cls, error: Exception) -> None:
+        """Raise `error` wherever the result of a call is awaited."""
+        for future in cls.pending:
+            if not future.done():
+                future.set_exception(error)
 
 
 async def resolve(target: IPAddress | str, version: int) -> IPAddress:
-    """The address to measure: of a name, the first of this IP version that is allowed. Raises Refusal."""
+    """The address to measure: of a name, the first of this version that is allowed. Raises RequestError."""
     if not isinstance(target, str):
         if not is_allowed(target):
-            raise invalid(f"{target} may not be measured here: it is not a public address", str(target))
+            message = f"{target} may not be measured here: it is not a public address"
+            raise validation_error(message, str(target))
         return target
     family = socket.AF_INET if version == 4 else socket.AF_INET6
-    ask = partial(socket.getaddrinfo, target.encode("ascii"), None, family, socket.SOCK_STREAM)
+    lookup = partial(socket.getaddrinfo, target.encode("ascii"), None, family, socket.SOCK_STREAM)
+    answers = []
     try:
-        found = await in_thread(ask, RESOLVE_SECONDS, LOOKUP_THREADS)
+        answers = await Calls.run(lookup, RESOLVE_SECONDS, LOOKUP_THREADS)
     except TimeoutError:
-        late = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or an address"
-        raise invalid(late, target) from None
+        late = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or send an address"
+        raise validation_error(late, target) from None
     except (OSError, RuntimeError, UnicodeError) as error:
-        if isinstance(error, socket.gaierror) and error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
-            raise invalid(f"{target} has no IPv{version} address: check the name", target) from None
-        raise invalid(f"{target} cannot be resolved now: try again, or an address", target) from None
-    for *_, sockaddr in found:
+        if not isinstance(error, socket.gaierror) or error.errno not in (
+            socket.EAI_NONAME,
+            socket.EAI_NODATA,
+        ):
+            message = f"{target} cannot be resolved now: try again, or send an address"
+            raise validation_error(message, target) from None
+    for *_, sockaddr in answers:
         address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
         if is_allowed(address):
             return address
-    raise invalid(f"{target} may not be measured here: it has no public IPv{version} address", target)
+    # One message for both, so that nobody can list the names that only this network resolves.
+    raise validation_error(f"{target} has no public IPv{version} address: check the name", target)
 
 
 # ---- limits ------------------------------------------------------------------------------------------------
 
-STORE_SECONDS = 2  # what a shared store may take for an answer
-STORE_REST_SECONDS = 30  # how long it is left alone after it failed
-SWEEP_SECONDS = 60  # how long clients without a hit may be kept in memory
-BUSY_SECONDS = 5  # Retry-After where no slot is free: commands take about 15 s, and end at different times
-LATER = {"Retry-After": str(BUSY_SECONDS)}
+STORE_SECONDS = 2  # within which a shared store must answer
+STORE_REST_SECONDS = 30  # for which a store that failed is not asked again
+SWEEP_SECONDS = 60  # after which clients whose hits have expired are removed from memory
+RETRY_SECONDS = 5  # where no slot is free: commands take about 15 s, and end at different times
+RETRY_LATER = {"Retry-After": str(RETRY_SECONDS)}
 RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 
-STOPPING = asyncio.Event()  # set when the server is about to end: nothing is begun any more
+SHUTTING_DOWN = asyncio.Event()  # set when the server begins to stop: nothing is started any more
 
 
-def limited_as(client: IPAddress) -> str:
-    """Who is counted: the IPv4 address, or the /64 of an IPv6 one, which is what one subscriber gets."""
+def rate_limit_key(client: IPAddress) -> str:
+    """What counts as one client: an IPv4 address, or the /64 of an IPv6 address, as one subscriber has."""
     return str(client) if client.version == 4 else str(ipaddress.ip_network((int(client) >> 64 << 64, 64)))
 
 
-def stopping() -> Refusal:
-    """The answer to what would begin, or has not yet begun, when the server is about to end."""
-    return Refusal(503, {"error": "The server is being stopped: try again in a moment"}, LATER)
+def shutting_down() -> RequestError:
+    """The answer to a request that would start something while the server stops."""
+    return RequestError(503, {"error": "The server is shutting down: try again in a moment"}, RETRY_LATER)
 
 
 class Slots:
-    """Room for `total` at once, `per_client` of them for one client; `what` they are."""
+    """Room for `total` runs at once, `per_client` of them for one client; `what` names them in errors."""
 
     def __init__(self, what: str, total: int, per_client: int) -> None:
         self.what, self.total, self.per_client = what, total, per_client
@@ -434,15 +594,15 @@ class Slots:
 
     @contextmanager
     def take(self, client: str) -> Iterator[None]:
-        """Hold a slot; raises Refusal where there is none."""
-        if STOPPING.is_set():
-            raise stopping()
+        """Hold a slot. Raises RequestError where none is free."""
+        if SHUTTING_DOWN.is_set():
+            raise shutting_down()
         if self.taken[client] >= self.per_client:
-            mine = f"You may run {self.per_client} {self.what} at once: wait until one has ended"
-            raise Refusal(429, {"error": mine}, LATER)
+            message = f"You may run {self.per_client} {self.what} at once: wait until one has ended"
+            raise RequestError(429, {"error": message}, RETRY_LATER)
         if self.taken.total() >= self.total:
-            all_taken = f"The server is full, with {self.total} {self.what} at once: try again soon"
-            raise Refusal(503, {"error": all_taken}, LATER)
+            message = f"All {self.total} slots for {self.what} are taken: try again soon"
+            raise RequestError(503, {"error": message}, RETRY_LATER)
         self.taken[client] += 1
         try:
             yield
@@ -456,22 +616,29 @@ DIAGNOSTICS = Slots("commands", SETTINGS.MAX_DIAGNOSTICS, SETTINGS.MAX_DIAGNOSTI
 SPEEDTESTS = Slots("speed tests", SETTINGS.MAX_SPEEDTESTS, SETTINGS.MAX_SPEEDTESTS_PER_CLIENT)
 
 
-def hit(limiter: MovingWindowRateLimiter, rates: Rates, *key: str) -> dict[str, str] | Refusal:
-    """Use up one of each rate, or nothing where one is exhausted: the headers that say so, or the refusal.
-
-    They are of the tightest rate.
-    """
-    exhausted = [rate for rate in rates if not limiter.test(rate, *key)]
-    if not exhausted:  # so each hit succeeds, but where another server is faster
-        exhausted = [rate for rate in rates if not limiter.hit(rate, *key)]
-    stand = [(rate, limiter.get_window_stats(rate, *key)) for rate in exhausted or rates]
-    rate, stats = min(stand, key=lambda each: (each[1].remaining, -each[1].reset_time))
+def rate_headers(
+    limiter: MovingWindowRateLimiter, rates: Rates, exhausted: Sequence[limits.RateLimitItem], *key: str
+) -> Headers:
+    """The headers of the tightest rate. Raises RequestError (429) where some are exhausted."""
+    windows = [(rate, limiter.get_window_stats(rate, *key)) for rate in exhausted or rates]
+    rate, stats = min(windows, key=lambda each: (each[1].remaining, -each[1].reset_time))
     values = (rate.amount, max(0, stats.remaining), math.ceil(stats.reset_time))
     headers = dict(zip(RATE_HEADERS, map(str, values), strict=True))
-    if not exhausted:
-        return headers
-    retry = {"Retry-After": str(max(1, math.ceil(stats.reset_time - time.time())))}
-    return Refusal(429, {"error": f"Rate limit exceeded: {rate}"}, retry | headers)
+    if exhausted:
+        headers["Retry-After"] = str(max(1, math.ceil(stats.reset_time - time.time())))
+        raise RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers)
+    return headers
+
+
+def check(limiter: MovingWindowRateLimiter, rates: Rates, *key: str) -> Headers:
+    """The headers of rates that allow one more request, without consuming it. Raises RequestError (429)."""
+    return rate_headers(limiter, rates, [rate for rate in rates if not limiter.test(rate, *key)], *key)
+
+
+def consume(limiter: MovingWindowRateLimiter, rates: Rates, *key: str) -> Headers:
+    """Consume one of each rate, or of none where one is exhausted. Raises RequestError (429)."""
+    check(limiter, rates, *key)  # then each hit succeeds, unless another server with the same store is faster
+    return rate_headers(limiter, rates, [rate for rate in rates if not limiter.hit(rate, *key)], *key)
 
 
 class Limits:
@@ -494,20 +661,55 @@ class Limits:
             store = storage_from_string(uri, **dict.fromkeys(names, STORE_SECONDS))
             self.shared = MovingWindowRateLimiter(store)
         except Exception as error:  # each client library has its own
-            raise unusable(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
+            raise settings_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
 
-    async def hit(self, rates: Rates, *key: str) -> dict[str, str]:
-        """The headers of an answer within its rates; raises Refusal beyond them."""
-        if not rates:
+    async def check(self, rates: Rates, name: str, client: IPAddress) -> Headers:
+        """The headers of rates that allow one more `name` of this client. Raises RequestError."""
+        return await self.ask(check, rates, name, client)
+
+    async def consume(self, rates: Rates, name: str, client: IPAddress) -> Headers:
+        """Count a `name` of this client; the headers of its answer. Raises RequestError."""
+        return await self.ask(consume, rates, name, client)
+
+    async def ask(
+        self, operation: Callable[..., Headers], rates: Rates, name: str, client: IPAddress
+    ) -> Headers:
+        if not rates or any(client in network for network in SETTINGS.RATE_LIMIT_EXEMPT):
             return {}
         self.sweep()
-        answer = await self.hit_shared(rates, *key) or hit(self.memory, rates, *key)
-        if isinstance(answer, Refusal):
-            raise answer
-        return answer
+        arguments = (rates, name, rate_limit_key(client))
+        if self.shared and time.monotonic() >= self.asleep_until:
+            with suppress(ConnectionError):
+                return await self.ask_shared(partial(operation, self.shared, *arguments))
+        try:
+            return operation(self.memory, *arguments)
+        except RuntimeError:  # the storage starts a thread that removes expired entries
+            message = "The server has no thread left: try again soon"
+            raise RequestError(503, {"error": message}, RETRY_LATER) from None
+
+    async def ask_shared(self, operation: Callable[[], Headers]) -> Headers:
+        """Raises RequestError, or ConnectionError when the store fails. Failure and recovery are logged."""
+        try:
+            headers = await Calls.run(operation, STORE_SECONDS, STORE_THREADS)
+        except RequestError:
+            self.note_recovery()
+            raise
+        except Exception as error:  # each client library has its own
+            self.asleep_until = time.monotonic() + STORE_REST_SECONDS
+            if not self.failing:
+                log.warning("The rate-limit store fails, limits are kept in memory for now: %r", error)
+            self.failing = True
+            raise ConnectionError from error
+        self.note_recovery()
+        return headers
+
+    def note_recovery(self) -> None:
+        if self.failing:
+            log.warning("The rate-limit store answers again")
+        self.failing = False
 
     def sweep(self) -> None:
-        """Let go of clients without a hit, which `limits` keeps, and of all when the clock was set back."""
+        """Remove clients without a hit, which `limits` keeps, and all of them when the clock was set back."""
         before, self.now = self.now, time.time()
         if self.now < before:  # hits of the future would count for long
             self.entries.reset()
@@ -517,26 +719,69 @@ class Limits:
                 self.entries.clear(key)
             self.swept = self.now
 
-    async def hit_shared(self, rates: Rates, *key: str) -> dict[str, str] | Refusal | None:
-        """None where there is no shared store, or where it fails."""
-        if self.shared is None or time.monotonic() < self.asleep_until:
-            return None
-        try:
-            ask = partial(hit, self.shared, rates, *key)
-            answer = await in_thread(ask, STORE_SECONDS, STORE_THREADS)
-        except Exception as error:  # each client library has its own
-            self.asleep_until = time.monotonic() + STORE_REST_SECONDS
-            if not self.failing:
-                log.warning("The rate-limit store fails, limits are kept in memory for now: %r", error)
-            self.failing = True
-            return None
-        if self.failing:
-            log.warning("The rate-limit store answers again")
-        self.failing = False
-        return answer
-
 
 LIMITS = Limits(SETTINGS.RATE_LIMIT_STORAGE_URI)
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """A diagnostic: its name in the API and what is run for it."""
+
+    name: str
+    argv: tuple[str, ...]  # {address} stands for the target's
+    version: int  # of IP
+    ok_statuses: tuple[int, ...]  # exit statuses that are results rather than faults
+
+    @property
+    def tool(self) -> str:
+        return self.argv[0]
+
+    def argv_for(self, address: IPAddress | str) -> list[str]:
+        return [word.replace("{address}", str(address)) for word in self.argv]
+
+
+PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56", "{address}")
+TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30", "{address}")
+MTR = ("--raw", "-n", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", "{address}")
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("ping", ("ping", "-4", *PING), 4, (0, 1)),  # 1: no reply
+        Command("ping6", ("ping", "-6", *PING), 6, (0, 1)),
+        Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4, (0,)),
+        Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6, (0,)),
+        Command("mtr", ("mtr", "-4", *MTR), 4, (0,)),
+        Command("mtr6", ("mtr", "-6", *MTR), 6, (0,)),
+    )
+}
+PACKAGES = {"ping": "iputils-ping", "traceroute": "traceroute", "mtr": "mtr-tiny"}  # Debian's names
+
+# Debian keeps some tools in directories that are on root's PATH only.
+ENVIRONMENT = {"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"}
+
+
+def check_version(target: IPAddress | str, command: Command) -> None:
+    """Raises RequestError for an address of the other IP version, and names the command to use."""
+    if not isinstance(target, str) and target.version != command.version:
+        other = f"{command.name}6" if command.version == 4 else command.name.removesuffix("6")
+        raise validation_error(f"{target} is an IPv{target.version} address: use {other}", str(target))
+
+
+def missing_tools() -> list[str]:
+    """The tools that are not installed or not executable; looked for at most once a second."""
+    return find_missing_tools(int(time.monotonic()))
+
+
+@lru_cache(1)
+def find_missing_tools(second: int) -> list[str]:
+    return [tool for tool in PACKAGES if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
+
+
+def install_hint(tools: Sequence[str]) -> str:
+    return "apt-get install " + " ".join(PACKAGES.get(tool, tool) for tool in tools)
 
 
 # ---- reading what the tools print --------------------------------------------------------------------------
@@ -816,58 +1061,15 @@ class Mtr(Reader):
         }
 
 
-# ---- commands ----------------------------------------------------------------------------------------------
-
-
-class Command(NamedTuple):
-    """A diagnostic."""
-
-    argv: tuple[str, ...]  # what the address is added to
-    version: int  # of IP
-    results: tuple[int, ...]  # exit statuses that are results rather than faults
-    reader: type[Reader]
-
-
-PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56")
-TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30")
-MTR = ("--raw", "-n", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30")
-
-COMMANDS = {
-    "ping": Command(("ping", "-4", *PING), 4, (0, 1), Ping),
-    "ping6": Command(("ping", "-6", *PING), 6, (0, 1), Ping),
-    "traceroute": Command(("traceroute", "-4", *TRACEROUTE), 4, (0,), Traceroute),
-    "traceroute6": Command(("traceroute", "-6", *TRACEROUTE), 6, (0,), Traceroute),
-    "mtr": Command(("mtr", "-4", *MTR), 4, (0,), Mtr),
-    "mtr6": Command(("mtr", "-6", *MTR), 6, (0,), Mtr),
-}
-PACKAGES = {"ping": "iputils-ping", "traceroute": "traceroute", "mtr": "mtr-tiny"}  # as Debian calls them
-
-# Debian keeps some tools where only root's PATH looks.
-ENVIRONMENT = {"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"}
-
-
-def check_version(target: IPAddress | str, name: str) -> None:
-    """Raises Refusal for an address of the IP version that the command `name` is not for."""
-    version = COMMANDS[name].version
-    if not isinstance(target, str) and target.version != version:
-        other = f"{name}6" if version == 4 else name.removesuffix("6")
-        raise invalid(f"{target} is an IPv{target.version} address: use {other}", str(target))
-
-
-def missing_tools() -> list[str]:
-    return [tool for tool in PACKAGES if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
-
-
-def install_hint(tools: Sequence[str]) -> str:
-    return "apt-get install " + " ".join(PACKAGES[tool] for tool in tools)
+READERS: dict[str, type[Reader]] = {"ping": Ping, "traceroute": Traceroute, "mtr": Mtr}
 
 
 # ---- running a command -------------------------------------------------------------------------------------
 
 OUTPUT_BYTES = 2**20  # what one command may write
-READ_BYTES = 2**16  # a pipe holds as much
-TICK_SECONDS = 0.1  # how often a silent command is looked at
-FAREWELL_SECONDS = 0.5  # what a command has to print its summary after SIGINT
+READ_BYTES = 2**16  # the capacity of a pipe
+POLL_SECONDS = 0.1  # between two looks at a silent command
+GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT
 
 
 class Process:
@@ -875,11 +1077,11 @@ class Process:
 
     running: ClassVar[set[Process]] = set()
 
-    def __init__(self, argv: Sequence[str], results: Sequence[int], seconds: float) -> None:
-        """Start it for at most `seconds`; exit statuses in `results` are no fault. Raises OSError."""
-        self.results, self.fault = results, ""
+    def __init__(self, argv: Sequence[str], ok_statuses: Sequence[int], seconds: float) -> None:
+        """Start it for at most `seconds`; exit statuses in `ok_statuses` are no fault. Raises OSError."""
+        self.ok_statuses, self.fault = ok_statuses, ""
         self.loop = asyncio.get_running_loop()
-        self.ready = asyncio.Event()
+        self.readable = asyncio.Event()
         self.pipe, writable = os.pipe()
         try:
             self.tool = subprocess.Popen(
@@ -896,29 +1098,29 @@ class Process:
         finally:
             os.close(writable)
         os.set_blocking(self.pipe, False)
-        self.loop.add_reader(self.pipe, self.ready.set)
+        self.loop.add_reader(self.pipe, self.readable.set)
         self.timer = self.loop.call_later(seconds, self.stop, f"stopped after {seconds} s")
         self.running.add(self)
 
-    def stop(self, why: str) -> None:
-        """End it, with a moment for its summary; what it writes can be read until then."""
-        self.fault = self.fault or why
+    def stop(self, reason: str) -> None:
+        """Interrupt it, and kill it after a moment for its summary; until then its output can be read."""
+        self.fault = self.fault or reason
         self.signal(signal.SIGINT)
         self.timer.cancel()
-        self.timer = self.loop.call_later(FAREWELL_SECONDS, self.signal, signal.SIGKILL)
+        self.timer = self.loop.call_later(GRACE_SECONDS, self.signal, signal.SIGKILL)
 
     def signal(self, number: int) -> None:
-        """To the whole group: mtr has children, which would live on and keep the pipe open."""
+        """Signal the whole group: mtr has children, which would live on and keep the pipe open."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.tool.pid, number)
 
     def has_ended(self) -> bool:
-        """Asked without reaping, so that the group's number stays its own until `end` has killed it."""
+        """Does not reap, so that no other group gets this number before `kill_and_reap` has used it."""
         return os.waitid(os.P_PID, self.tool.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     async def output(self) -> AsyncGenerator[bytes]:
-        """Chunks of what it writes, as they come, until it has ended or has written too much."""
-        left = OUTPUT_BYTES
+        """Chunks of output as they are written, until the tool has ended or has written too much."""
+        remaining = OUTPUT_BYTES
         while True:
             if ended := self.has_ended():
                 self.signal(signal.SIGKILL)  # to children that live on
@@ -927,35 +1129,35 @@ class Process:
             except BlockingIOError:
                 if ended:  # a child has left the group and holds the pipe
                     return
-                self.ready.clear()
+                self.readable.clear()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(TICK_SECONDS):
-                        await self.ready.wait()
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await self.readable.wait()
                 continue
             if not chunk:
                 break
-            if len(chunk) > left:
+            if len(chunk) > remaining:
                 self.fault = self.fault or f"output cut at {OUTPUT_BYTES // 2**20} MiB"
-                yield chunk[:left]
+                yield chunk[:remaining]
                 return
-            left -= len(chunk)
+            remaining -= len(chunk)
             yield chunk
         self.loop.remove_reader(self.pipe)
-        pause = TICK_SECONDS / 100  # closing its output is mostly the last thing that a tool does
+        pause = POLL_SECONDS / 100  # most tools exit right after they have closed their output
         while not self.has_ended():
             await asyncio.sleep(pause)
-            pause = min(2 * pause, TICK_SECONDS)
+            pause = min(2 * pause, POLL_SECONDS)
 
-    async def end(self) -> None:
-        """Nothing is left of it: its group is dead, it is reaped, its pipe is closed."""
+    async def kill_and_reap(self) -> None:
+        """Leave nothing of it: its group is dead, it is reaped, its pipe is closed."""
         self.running.discard(self)
         self.timer.cancel()
         self.loop.remove_reader(self.pipe)
         os.close(self.pipe)
         self.signal(signal.SIGKILL)
-        await asyncio.shield(asyncio.create_task(self.reap()))  # goes on where this is cancelled
+        await asyncio.shield(asyncio.create_task(self.reap()))  # which goes on when this is cancelled
         status = self.tool.returncode
-        if not self.fault and status not in self.results:
+        if not self.fault and status not in self.ok_statuses:
             self.fault = f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
 
     async def reap(self) -> None:
@@ -965,35 +1167,39 @@ class Process:
 
 @asynccontextmanager
 async def started(command: Command, address: IPAddress) -> AsyncIterator[Process]:
-    """The command's tool, running towards an address; gone when the context is left. Raises Refusal."""
-    tool = command.argv[0]
-    if STOPPING.is_set():
-        raise stopping()
+    """The command's tool, running towards an address until the context is left. Raises RequestError."""
+    tool = command.tool
+    if SHUTTING_DOWN.is_set():
+        raise shutting_down()
     try:
-        process = Process([*command.argv, str(address)], command.results, SETTINGS.DIAGNOSTIC_TIMEOUT)
+        process = Process(command.argv_for(address), command.ok_statuses, SETTINGS.DIAGNOSTIC_TIMEOUT)
     except (FileNotFoundError, PermissionError):
-        log.error("%s is not installed or may not run here: %s", tool, install_hint([tool]))
-        raise Refusal(503, {"error": f"{tool} is not installed on this server, or may not run"}) from None
+        log.error("%s is not installed or not executable: %s", tool, install_hint([tool]))
+        message = f"{tool} is not installed on this server, or may not run"
+        raise RequestError(503, {"error": message}) from None
     except OSError as error:
         log.error("%s cannot be started: %s", tool, error)
-        raise Refusal(503, {"error": f"The server cannot start {tool} now: try again soon"}, LATER) from None
+        message = f"The server cannot start {tool} now: try again soon"
+        raise RequestError(503, {"error": message}, RETRY_LATER) from None
     try:
         yield process
     finally:
-        await process.end()
+        await process.kill_and_reap()
 
 
 class Transcript:
-    """What a client is told of a run as it goes on: text, or a JSON object a line for each event."""
+    """What a client reads of a run as it goes on: text, or a JSON object a line for each event."""
 
-    def __init__(self, name: str, target: IPAddress | str, address: IPAddress, structured: bool) -> None:
-        self.name, self.target, self.address, self.structured = name, target, address, structured
-        self.reader = COMMANDS[name].reader(address)
+    def __init__(
+        self, command: Command, target: IPAddress | str, address: IPAddress, as_events: bool
+    ) -> None:
+        self.command, self.target, self.address, self.as_events = command, target, address, as_events
+        self.reader = READERS[command.tool](address)
         self.begun = time.monotonic()
         self.raw = bytearray()  # what a text client has read: all of it, or just the end
 
     def say(self, text: bytes, events: Sequence[Event]) -> bytes:
-        if not self.structured:
+        if not self.as_events:
             self.raw[:] = text[-1:] or self.raw
             return text
         self.raw += text
@@ -1003,291 +1209,126 @@ class Transcript:
         version = self.address.version
         kind = "address" if version == 4 else "IPv6 address"
         text = f"{self.target} has {kind} {self.address}\n" if isinstance(self.target, str) else ""
-        about: Event = {"event": "start", "command": self.name, "target": str(self.target)}
+        about: Event = {"event": "start", "command": self.command.name, "target": str(self.target)}
         about |= {"address": str(self.address), "family": version}
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return self.say(text.encode(), [about | {"time": now}])
+
+    def output(self, chunk: bytes) -> bytes:
+        return self.say(*self.reader.feed(chunk))
 
     def end(self, fault: str, status: int | None) -> bytes:
         """The end, with what was wrong in `fault`, and the tool's exit status where it has one."""
         said = self.say(*self.reader.end(complete=not fault))
         if fault:
             line = "" if self.raw.endswith(b"\n") or not self.raw else "\n"
-            said += self.say(f"{line}--- {self.name}: {fault} ---\n".encode(), [])
+            said += self.say(f"{line}--- {self.command.name}: {fault} ---\n".encode(), [])
         outcome: Event = {"status": "failed" if fault else "finished"}
-        outcome |= {"error": f"{self.name}: {fault}"} if fault else {}
+        outcome |= {"error": f"{self.command.name}: {fault}"} if fault else {}
         outcome |= {"exit_status": status, "duration": round(time.monotonic() - self.begun, 3)}
         result = self.reader.result() | {"rawOutput": self.raw.decode("utf-8", "replace")}
         return said + self.say(b"", [{"event": "end", **outcome, "result": result}])
 
 
-async def diagnose(
-    name: str, target: IPAddress | str, client: IPAddress, structured: bool
-) -> AsyncGenerator[Head | bytes]:
-    """Run the command `name`, from the free slot to the line in the log.
+@dataclass(frozen=True)
+class Diagnosis:
+    """A run of a command: what was asked for, and what becomes known as it goes on."""
 
-    Gives the headers of the rate limit first, then what the client reads; before that it may raise Refusal.
+    command: Command
+    target: IPAddress | str
+    client: IPAddress
+    as_events: bool
+    headers: asyncio.Future[Headers]  # of the rate limit, once the tool runs
+    output: asyncio.Queue[bytes | None]  # what the client reads; None is the end
+
+    async def run(self) -> None:
+        """From the free slot to the line in the log. Raises RequestError."""
+        command, target, client = self.command, self.target, self.client
+        with DIAGNOSTICS.take(rate_limit_key(client)):
+            begun, address, outcome = time.monotonic(), None, "client gone"
+            headers = await LIMITS.check(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
+            try:
+                if isinstance(target, str):
+                    await LIMITS.consume(SETTINGS.RATE_LIMIT_LOOKUPS, "lookup", client)
+                address = await resolve(target, command.version)
+                headers = await LIMITS.consume(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
+                async with started(command, address) as process:
+                    self.headers.set_result(headers)
+                    transcript = Transcript(command, target, address, self.as_events)
+                    self.output.put_nowait(transcript.start())
+                    async with aclosing(process.output()) as chunks:
+                        async for chunk in chunks:
+                            self.output.put_nowait(transcript.output(chunk))
+                outcome = process.fault or "finished"
+            except RequestError as error:
+                outcome = "refused"
+                error.headers = {**headers, **error.headers}
+                raise
+            finally:
+                seconds = time.monotonic() - begun
+                fields = (command.name, target, address, client, outcome, seconds)
+                log.info("%s target=%s address=%s client=%s outcome=%r seconds=%.1f", *fields)
+        status = process.tool.returncode
+        self.output.put_nowait(transcript.end(process.fault, status if status >= 0 else None))
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        while (chunk := await self.output.get()) is not None:
+            yield chunk
+
+
+@asynccontextmanager
+async def diagnosis(
+    command: Command, target: IPAddress | str, client: IPAddress, as_events: bool
+) -> AsyncIterator[tuple[Headers, AsyncIterator[bytes]]]:
+    """Run a command: the headers of its rate limit, and what the client reads. Raises RequestError.
+
+    It runs in a task of its own, which frees the slot and the process when the tool has ended, however slowly
+    the client reads. What waits to be read is bounded by OUTPUT_BYTES.
     """
-    command, who = COMMANDS[name], limited_as(client)
-    with DIAGNOSTICS.take(who):
-        head = await LIMITS.hit(SETTINGS.RATE_LIMIT_DIAGNOSTICS, name, who)
-        begun, address, outcome = time.monotonic(), None, "client gone"
-        try:
-            address = await resolve(target, command.version)
-            async with started(command, address) as process:
-                transcript = Transcript(name, target, address, structured)
-                yield head
-                yield transcript.start()
-                async with aclosing(process.output()) as chunks:
-                    async for chunk in chunks:
-                        yield transcript.say(*transcript.reader.feed(chunk))
-            outcome = process.fault or "finished"
-        except Refusal as refusal:
-            outcome = "refused"
-            refusal.headers.update(head)
-            raise
-        finally:
-            about = (name, target, address, client, outcome, time.monotonic() - begun)
-            log.info("%s target=%s address=%s client=%s outcome=%r seconds=%.1f", *about)
-    status = process.tool.returncode
-    yield transcript.end(process.fault, status if status >= 0 else None)
-
-
-async def detached(items: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    """The items of a generator that runs in a task of its own, not held up by who takes them.
-
-    What waits to be taken is bounded by OUTPUT_BYTES.
-    """
-    queue: asyncio.Queue[T | None] = asyncio.Queue()
-
-    async def drive() -> None:
-        try:
-            async with aclosing(items):
-                async for item in items:
-                    queue.put_nowait(item)
-        finally:
-            queue.put_nowait(None)
-
-    task = asyncio.create_task(drive())
+    headers: asyncio.Future[Headers] = asyncio.get_running_loop().create_future()
+    diagnosis = Diagnosis(command, target, client, as_events, headers, asyncio.Queue())
+    run = asyncio.create_task(diagnosis.run())
+    run.add_done_callback(lambda _: diagnosis.output.put_nowait(None))
     try:
-        while (item := await queue.get()) is not None:
-            yield item
-        await task
+        await asyncio.wait((run, headers), return_when=asyncio.FIRST_COMPLETED)
+        if not headers.done():
+            await run
+        yield headers.result(), diagnosis.chunks()
+        await run
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        run.cancel()
+        await asyncio.wait((run,))
 
 
-# ---- speed tests -------------------------------------------------------------------------------------------
+# ---- connections -------------------------------------------------------------------------------------------
 
-BLOCK = bytes(2**21)  # blocks of 1 to 4 MiB reach what a bare socket reaches; a stalled one keeps as much
-STALL_SECONDS = 30  # a peer that takes or sends nothing for so long is dropped
-UPLOAD_BYTES = 2**30
-
-
-class Size(NamedTuple):
-    """A download: how many bytes, a multiple of the block, and its rates."""
-
-    length: int
-    rates: Rates
-
-
-SIZES = {
-    "100M": Size(100 * 2**20, SETTINGS.RATE_LIMIT_SPEEDTEST),
-    "1G": Size(2**30, SETTINGS.RATE_LIMIT_SPEEDTEST),
-    "10G": Size(10 * 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST_10G),
-}
-
-
-async def zeros(name: str, client: IPAddress) -> AsyncGenerator[Head | bytes]:
-    """The headers of the rate limit, then the same block again and again; raises Refusal."""
-    size, who = SIZES[name], limited_as(client)
-    with SPEEDTESTS.take(who):
-        head = await LIMITS.hit(size.rates, f"speedtest {name}", who)
-        begun, left = time.monotonic(), size.length
-        try:
-            yield head
-            while left:
-                yield BLOCK
-                left -= len(BLOCK)
-        finally:
-            outcome = "broken off" if left else "finished"
-            about = (name, client, outcome, size.length - left, time.monotonic() - begun)
-            log.info("speedtest %s client=%s outcome=%r bytes=%d seconds=%.1f", *about)
+MAX_CONNECTIONS = 4000  # of all clients: about 40 MiB, and the kernel's buffers
+MAX_CONNECTIONS_PER_CLIENT = 100  # proxies excepted; a browser opens 6 to a server
+RESERVED_FILES = 200  # descriptors for commands, lookups, the store and the log
+REQUEST_HEADER_SECONDS = 10  # within which the header of a request must be complete
+REQUEST_BYTES = 2**16  # given to the parser for one request: h11 takes 60 ms for as much in one-byte chunks
+BODY_BYTES = 4096  # of a body that is read
+BODY_SECONDS = 10  # within which it must be complete
+LINGER_SECONDS = 5  # for the rest of a body after its answer
+STALL_SECONDS = 30  # after which a peer that takes or sends nothing is dropped
+STOP_SECONDS = 3  # uvicorn's limit for the end of requests when the server stops; ours end before
+ADDRESS_CHARS = 64  # the longest text that is parsed, and cached, as an address: one with its zone is shorter
+FRAMING = {b"content-length", b"transfer-encoding"}  # the headers that give the length of a body
+CLOSE = (b"connection", b"close")
+RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: closing discards what has not been sent, and sends RST
+# Shared by all connections: what is read into it is used before another connection is read.
+RECEIVE_BUFFER = memoryview(bytearray(2**18))
+# What the application receives in the place of a large body, whose bytes are counted and not kept.
+ZEROS = memoryview(bytes(2**20))
 
 
-def declared_length(request: Request) -> int:
-    """What Content-Length says, 0 where there is none."""
-    return int(request.headers.get("content-length", "0"))
-
-
-class Sink(asyncio.BufferedProtocol):
-    """Takes the rest of a body in place of the HTTP protocol, which would copy every byte several times."""
-
-    buffer = bytearray(2**18)  # of everybody: nothing is read from it
-
-    def __init__(self, transport: asyncio.Transport, length: int) -> None:
-        self.transport, self.left, self.arrived = transport, length, asyncio.Event()
-        self.http = cast("Protocol", transport.get_protocol())
-        transport.set_protocol(self)
-        self.http.flow.resume_reading()
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return memoryview(self.buffer)[: self.left]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.left -= nbytes
-        self.arrived.set()
-        if not self.left:
-            self.transport.pause_reading()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.http.connection_lost(exc)
-        self.arrived.set()
-
-    async def counts(self) -> AsyncGenerator[int]:
-        """How many bytes have come, each time that some have. Raises ClientDisconnect."""
-        try:
-            while before := self.left:
-                await self.arrived.wait()
-                self.arrived.clear()
-                if self.left == before:
-                    raise ClientDisconnect
-                yield before - self.left
-        finally:
-            if not self.transport.is_closing():  # one of TLS has let go of its protocols then
-                self.transport.set_protocol(self.http)
-
-
-async def arrivals(request: Request) -> AsyncGenerator[int]:
-    """The lengths of the pieces in which a body comes. Raises ClientDisconnect."""
-    length = declared_length(request)
-    transport = request.scope.get("state", {}).get("transport")
-    async with aclosing(request.stream()) as chunks:
-        async for chunk in chunks:
-            length -= len(chunk)
-            yield len(chunk)
-            if transport and length > 0:
-                break
-        else:
-            return
-    async with aclosing(Sink(transport, length).counts()) as counts:
-        async for count in counts:
-            yield count
-
-
-async def receive_upload(counts: AsyncIterator[int], client: IPAddress) -> tuple[Event, Head]:
-    """Take an upload and keep nothing: how many bytes, in what time from the first to the last, in megabits a
-    second (null where that took no time), and the headers of the rate limit. Raises Refusal."""
-    who = limited_as(client)
-    with SPEEDTESTS.take(who):
-        head = await LIMITS.hit(SETTINGS.RATE_LIMIT_SPEEDTEST, "speedtest upload", who)
-        begun, first, last, length, outcome = time.monotonic(), 0.0, 0.0, 0, "broken off"
-        try:
-            async with asyncio.timeout(STALL_SECONDS) as patience:
-                async for count in counts:
-                    last = time.monotonic()
-                    first, length = first or last, length + count
-                    if length > UPLOAD_BYTES:
-                        raise Refusal(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"}, head)
-                    patience.reschedule(asyncio.get_running_loop().time() + STALL_SECONDS)
-            outcome = "finished"
-        except TimeoutError:
-            raise Refusal(408, {"detail": f"Nothing came for {STALL_SECONDS} s"}, head) from None
-        finally:
-            about = (client, outcome, length, time.monotonic() - begun)
-            log.info("speedtest upload client=%s outcome=%r bytes=%d seconds=%.1f", *about)
-    seconds = last - first
-    speed = round(length * 8 / 1e6 / seconds, 3) if seconds else None
-    return {"bytes": length, "seconds": round(seconds, 6), "mbps": speed}, head
-
-
-# ---- endpoints ---------------------------------------------------------------------------------------------
-
-ESTABLISHED = b"\1"  # the first byte of Linux' struct tcp_info is the connection's state
-LOOK_SECONDS = 0.5  # how often it is looked at
-BODY_BYTES = 4096
-BODY_SECONDS = 10
-ADDRESS_CHARS = 64  # more than one with its zone has: of what is longer, no more is kept in a cache
-
-
-class Stream(Response):
-    """A response from a generator: first its further headers, then the pieces of its body.
-
-    What the generator raises before its first item is the answer instead. It is closed on every way out: at
-    its end, when the client leaves, when the server stops. (StreamingResponse leaves that to the garbage
-    collector.)
-    """
-
-    open: ClassVar[set[asyncio.Task[None]]] = set()
-
-    def __init__(self, items: AsyncGenerator[Head | bytes], headers: Mapping[str, str]) -> None:
-        self.items, self.fixed = items, headers
-        self.begun = False
-
-    async def send_all(self, send: Send) -> None:
-        async with aclosing(self.items) as items:
-            head = [*self.fixed.items(), *cast(Head, await anext(items)).items()]
-            raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in head]
-            self.begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": raw})
-            async for body in items:
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-                await asyncio.sleep(0)  # send does not wait for a reader that is fast, or gone: others would
-        await send({"type": "http.response.body", "body": b""})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.create_task(self.send_all(send))
-        leaving = [asyncio.create_task(disconnected(receive)), asyncio.create_task(hung_up(scope))]
-        self.open.add(sending)
-        try:
-            await asyncio.wait((sending, *leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self.open.discard(sending)
-            for task in (sending, *leaving):
-                task.cancel()
-            await asyncio.wait((sending, *leaving))
-        if not sending.cancelled():
-            sending.result()
-        elif not self.begun:  # uvicorn, where it has not noticed, would send 500 for saying nothing
-            raise stopping() if STOPPING.is_set() else ClientDisconnect
-
-
-async def disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def hung_up(scope: Scope) -> None:
-    """Returns when the peer has closed the connection, which uvicorn does not notice while bytes of a next
-    request wait. Without our Protocol, as under `uvicorn lg:app`, it never does."""
-    transport = scope.get("state", {}).get("transport")
-    connection = transport.get_extra_info("socket") if transport else None
-    with suppress(OSError):  # closed on our side
-        while not connection or connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == ESTABLISHED:
-            await asyncio.sleep(LOOK_SECONDS)
-
-
-async def read_body(request: Request) -> bytes:
-    """The body of a small request; raises Refusal when it is too large or too slow."""
-    body = b""
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            if declared_length(request) <= BODY_BYTES:
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > BODY_BYTES:
-                        break
-                else:
-                    return body
-    except TimeoutError:
-        raise Refusal(408, {"detail": f"The body did not come within {BODY_SECONDS} s"}) from None
-    raise Refusal(413, {"detail": f"The body is larger than {BODY_BYTES} bytes: send the target alone"})
+class TransferAborted(Exception):  # noqa: N818 - not an error of the application's
+    """Raised to break off an answer that has begun: its connection is reset."""
 
 
 @lru_cache(1000)
-def ip_address(text: str) -> IPAddress | None:
-    """The address that is written here, IPv6 without its zone, IPv4 where it is mapped into IPv6."""
+def parse_address(text: str) -> IPAddress | None:
+    """The address in a text: IPv6 without its zone, IPv4 if it is mapped into IPv6; None for other texts."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0] if ":" in text else text)
     except ValueError:
@@ -1295,34 +1336,431 @@ def ip_address(text: str) -> IPAddress | None:
     return (address.version == 6 and address.ipv4_mapped) or address
 
 
+FORWARDED = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
+
+
+def parse_forwarded(text: str) -> IPAddress | None:
+    """The address in an entry of X-Forwarded-For: with or without brackets, with or without a port."""
+    text = text.strip()[:ADDRESS_CHARS]
+    if match := FORWARDED.fullmatch(text):
+        text = match["bracketed"] or match["ipv4"] or ""
+    return parse_address(text)
+
+
 @lru_cache(1000)
-def is_believed(peer: IPAddress | None) -> bool:
+def is_trusted_proxy(peer: IPAddress | None) -> bool:
     return peer is not None and any(peer in network for network in SETTINGS.FORWARDED_ALLOW_IPS)
 
 
 @cache
-def warn_of_proxy() -> None:
-    """Say it once."""
+def warn_of_untrusted_proxy() -> None:
+    """Log it once."""
     log.warning(
-        "A forwarding header is not believed: its peer is not in FORWARDED_ALLOW_IPS. If this server stands "
-        "behind a proxy, add the proxy's address there: until then all its clients share one limit"
+        "A forwarding header is ignored: its sender is not in FORWARDED_ALLOW_IPS. If this server is behind "
+        "a proxy, add the proxy's address there: until then all its clients share one limit"
     )
 
 
-def client_of(request: Request) -> IPAddress:
-    """Who is limited, logged and shown as `your_ip`: the peer, or whom a believed peer forwards for."""
-    peer = ip_address(request.scope["peer"])
-    named = request.headers.get("x-real-ip", "")[:ADDRESS_CHARS]
-    if is_believed(peer):
-        # By ProxyHeadersMiddleware.
-        forwarded = ip_address(request.client.host[:ADDRESS_CHARS]) if request.client else None
-        if forwarded and not is_believed(forwarded):
-            return forwarded
-        peer = ip_address(named) or peer
-    elif (said := f"{named}{request.headers.get('x-forwarded-for', '')}") and str(peer) not in said:
-        warn_of_proxy()  # where the peer is in it, uvicorn has believed it before, as under `uvicorn lg:app`
-    return peer or ipaddress.IPv4Address(0)  # a Unix socket's peer, under `uvicorn lg:app`
+def peer_address(request: Request) -> IPAddress | None:
+    """None is a Unix socket's peer, under `uvicorn lg:app`."""
+    return parse_address(request.client.host[:ADDRESS_CHARS]) if request.client else None
 
+
+def client_address(request: Request) -> IPAddress:
+    """Who is limited, logged and shown as `your_ip`: the peer, or the client that a trusted proxy names.
+
+    That is the rightmost address of X-Forwarded-For that is no trusted proxy, else X-Real-IP: the entries to
+    the left of it were sent by the client.
+    """
+    peer = peer_address(request)
+    forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
+    real_ip = request.headers.get("x-real-ip", "")[:ADDRESS_CHARS]
+    if is_trusted_proxy(peer):
+        entries = map(parse_forwarded, reversed(forwarded.split(",")))
+        client = next((address for address in entries if not is_trusted_proxy(address)), None)
+        return client or parse_address(real_ip) or peer or ipaddress.IPv4Address(0)
+    if (forwarded or real_ip) and str(peer) not in forwarded + real_ip:
+        warn_of_untrusted_proxy()  # else `uvicorn lg:app` has put the client in the peer's place already
+    return peer or ipaddress.IPv4Address(0)
+
+
+def client_scheme(request: Request) -> str:
+    """`https` where a trusted proxy says that the client came by it."""
+    forwarded = (
+        request.headers.get("x-forwarded-proto", "") if is_trusted_proxy(peer_address(request)) else ""
+    )
+    return "https" if "https" in (forwarded.lower(), request.url.scheme) else "http"
+
+
+@cache
+def max_connections() -> int:
+    """MAX_CONNECTIONS, or as many as the limit for open files allows."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(MAX_CONNECTIONS, files - RESERVED_FILES))
+
+
+class Connection(H11Protocol, asyncio.BufferedProtocol):
+    """A client's connection: uvicorn's protocol with a bound for everything that a client may send.
+
+    Reading is never paused, so that a client that leaves is noticed at once. Of what is read, REQUEST_BYTES
+    are parsed for a request, including what follows it; the rest of a body with a larger Content-Length is
+    counted, and anything else is discarded.
+    """
+
+    per_client: ClassVar[Counter[str]] = Counter()
+    cycle: RequestResponseCycle | None  # type: ignore[assignment]  # of the request in progress, or the last
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.application, self.app = self.app, cast(Any, self.answer)
+        self.key = ""  # of the client in `per_client`; none for a trusted proxy
+        self.parsed = 0  # bytes given to the parser since the last answer
+        self.to_count = 0  # bytes of the body that have not come yet and will not be parsed
+        self.counted = 0  # bytes that were not parsed and that the application has not received yet
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.header_timer = self.loop.call_later(REQUEST_HEADER_SECONDS, transport.close)
+        peer = parse_address(self.client[0]) if self.client else None  # None: it has left already
+        if peer and not is_trusted_proxy(peer):
+            self.key = rate_limit_key(peer)
+            self.per_client[self.key] += 1
+        too_many = self.per_client[self.key] > MAX_CONNECTIONS_PER_CLIENT
+        if not peer or too_many or len(self.connections) > max_connections():
+            self.reset()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.header_timer.cancel()
+        if self.key:
+            self.per_client[self.key] -= 1
+            if not self.per_client[self.key]:
+                del self.per_client[self.key]
+        super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        """Treat a half-closed connection as closed: nothing tells the two apart."""
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Tell the application that the client is gone."""
+        if self.cycle:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self.flow.resume_writing()
+
+    def reset(self) -> None:
+        self.disconnect()
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self.transport.abort()
+
+    def is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return RECEIVE_BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
+        start = 0
+        while start < nbytes:
+            end = min(nbytes, start + (self.to_count or REQUEST_BYTES - self.parsed))
+            if self.to_count:
+                self.count(end - start)
+            elif start < end:
+                self.parsed += end - start
+                self.data_received(bytes(RECEIVE_BUFFER[start:end]))
+            else:
+                self.discard()
+                return
+            start = end
+
+    def data_received(self, data: bytes) -> None:
+        if self.header_timer.cancelled() and not self.is_answering():
+            self.header_timer = self.loop.call_later(REQUEST_HEADER_SECONDS, self.transport.close)
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        previous = self.cycle
+        super().handle_events()
+        self.flow.resume_reading()
+        if self.cycle and self.cycle is not previous:
+            self.header_timer.cancel()
+            length = declared_length(self.cycle.scope["headers"])
+            if self.cycle.more_body and length and length > REQUEST_BYTES:
+                self.to_count = length - len(self.cycle.body)
+
+    def count(self, nbytes: int) -> None:
+        """Take bytes of a body without parsing them, and wake the application."""
+        assert self.cycle
+        self.to_count -= nbytes
+        self.counted += nbytes
+        self.cycle.more_body = self.to_count > 0
+        self.cycle.message_event.set()
+
+    def discard(self) -> None:
+        """What is thrown away here may be half of a request: none is parsed after it."""
+        if self.cycle and self.is_answering():
+            self.cycle.keep_alive = False
+        else:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Also called for a body that turns out to be malformed while the application runs."""
+        answering = self.is_answering()
+        self.disconnect()
+        if answering and self.cycle and self.cycle.response_started:
+            self.transport.abort()
+        else:
+            super().send_400_response(msg)
+
+    def on_response_complete(self) -> None:
+        if self.conn.their_state is h11.SEND_BODY:  # its parser has not seen the counted body
+            self.conn = h11.Connection(h11.SERVER)
+        self.parsed, self.counted = len(self.conn.trailing_data[0]), 0
+        super().on_response_complete()
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application for a request of this connection."""
+        try:
+            if {name for name, _ in scope["headers"]} >= FRAMING:  # proxies differ on which of them counts
+                body = {"detail": "Send Content-Length or Transfer-Encoding, not both"}
+                await JSONResponse(body, 400, {"Connection": "close"})(scope, receive, send)
+            elif self.cycle and self.cycle.more_body:
+                await self.answer_with_body(self.cycle, scope, receive, send)
+            else:
+                await self.application(scope, receive, send)
+        except TransferAborted:
+            self.reset()
+
+    async def answer_with_body(
+        self, cycle: RequestResponseCycle, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Run the application while the request's body is still coming.
+
+        When it answers before the body is complete, the connection is closed afterwards, but not at once: the
+        client's system could throw away an answer that is followed by a reset (RFC 9112, 9.6).
+        """
+
+        async def receive_body() -> Message:
+            message = await receive()
+            if message["type"] == "http.request" and self.counted:
+                if not message["body"]:
+                    message["body"] = ZEROS[: self.counted]
+                    self.counted -= len(message["body"])
+                message["more_body"] = cycle.more_body or self.counted > 0
+                if self.counted:
+                    cycle.message_event.set()
+            return message
+
+        async def send_and_close(message: Message) -> None:
+            if cycle.more_body and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], CLOSE]}
+            elif cycle.more_body and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_SECONDS):
+                        while cycle.more_body and (await receive())["type"] == "http.request":
+                            pass
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        await self.application(scope, receive_body, send_and_close)
+
+
+def declared_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """The Content-Length, whose form the parser has checked; None where there is none."""
+    return next((int(value) for name, value in headers if name == b"content-length"), None)
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a small request. Raises RequestError when it is too large or too slow."""
+    body = b""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            if (declared_length(request.scope["headers"]) or 0) <= BODY_BYTES:
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > BODY_BYTES:
+                        break
+                else:
+                    return body
+    except TimeoutError:
+        raise RequestError(408, {"detail": f"The body did not come within {BODY_SECONDS} s"}) from None
+    raise RequestError(413, {"detail": f"The body is larger than {BODY_BYTES} bytes: send the target alone"})
+
+
+Exchange = AbstractAsyncContextManager[tuple[Headers, AsyncIterator[bytes]]]
+
+
+class StreamedResponse(Response):
+    """An answer whose body is an async iterator, and whose work ends when the client leaves.
+
+    The work is an async context manager that gives further headers and the body. What it raises before is the
+    answer instead. It is left on every way out. (Starlette's StreamingResponse leaves its generator to the
+    garbage collector.)
+    """
+
+    def __init__(self, exchange: Exchange, headers: Headers) -> None:
+        self.exchange, self.fixed_headers = exchange, headers
+        self.begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(None) as connected:  # expires when the client leaves
+
+                async def watch() -> None:
+                    while (await receive())["type"] != "http.disconnect":
+                        pass
+                    connected.reschedule(0)
+
+                watcher = asyncio.create_task(watch())
+                try:
+                    await self.stream(send)
+                finally:
+                    watcher.cancel()
+        except TimeoutError:
+            if not connected.expired():
+                raise
+            if not self.begun:
+                raise ClientDisconnect from None
+
+    async def stream(self, send: Send) -> None:
+        async with self.exchange as (headers, chunks):
+            items = {**self.fixed_headers, **headers}.items()
+            raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in items]
+            self.begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": raw})
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await asyncio.sleep(0)  # other requests go on although this client reads as fast as we write
+        await send({"type": "http.response.body", "body": b""})
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which stops what runs before it waits for it to end."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second signal changes nothing: the end takes a few seconds at most."""
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        SHUTTING_DOWN.set()
+        Calls.fail(shutting_down())
+        for process in Process.running:
+            process.stop("stopped, the server is shutting down")
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=2 * GRACE_SECONDS)
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self.drop)
+        await super().shutdown(sockets)
+
+    def drop(self) -> None:
+        """End what is still open: downloads, answers that are not read, requests that do not come."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+# ---- speed tests -------------------------------------------------------------------------------------------
+
+# Pages of zeros that are never written share one page of memory. From Python 3.12 on, asyncio keeps a view of
+# what waits to be sent; before, it copies it.
+BLOCK = bytes(2**23 if sys.version_info >= (3, 12) else 2**21)
+PACE = 2**16  # bytes/s that a transfer must reach on average: a trickle holds no slot
+UPLOAD_BYTES = 2**30
+UPLOAD_SECONDS = 120  # after which an upload is answered with what has come
+
+
+class Size(NamedTuple):
+    """A download: its name, its bytes and its rates."""
+
+    name: str
+    length: int
+    rates: Rates
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size("100M", 100 * 2**20, SETTINGS.RATE_LIMIT_SPEEDTEST),
+        Size("1G", 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST),
+        Size("10G", 10 * 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST_10G),
+    )
+}
+
+
+@asynccontextmanager
+async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, AsyncIterator[bytes]]]:
+    """The headers of the rate limit and the same block again and again.
+
+    Raises RequestError, or TransferAborted when the client takes less than PACE.
+    """
+    with SPEEDTESTS.take(rate_limit_key(client)):
+        headers = await LIMITS.consume(size.rates, f"speedtest {size.name}", client)
+        loop = asyncio.get_running_loop()
+        begun, remaining, outcome = loop.time(), size.length, "broken off"
+
+        async def blocks() -> AsyncIterator[bytes]:
+            nonlocal remaining
+            while remaining:
+                sent = size.length - remaining
+                deadline.reschedule(begun + (sent + len(BLOCK)) / PACE)
+                yield BLOCK[:remaining]
+                remaining -= min(len(BLOCK), remaining)
+
+        try:
+            async with asyncio.timeout(None) as deadline:
+                yield headers, blocks()
+            outcome = "finished"
+        except TimeoutError:
+            outcome = "too slow"
+            raise TransferAborted from None
+        finally:
+            fields = (size.name, client, outcome, size.length - remaining, loop.time() - begun)
+            log.info("speedtest %s client=%s outcome=%r bytes=%d seconds=%.1f", *fields)
+
+
+class Upload(TypedDict):
+    """The answer to an upload: from the first byte to the last; `mbps` is null where that took no time."""
+
+    bytes: int
+    seconds: float
+    mbps: float | None
+
+
+async def receive_upload(chunks: AsyncIterator[bytes], client: IPAddress) -> tuple[Upload, Headers]:
+    """Take an upload and keep nothing: its measurement, and the headers of the rate limit.
+
+    After UPLOAD_SECONDS it is measured by what has come; after STALL_SECONDS already, where that is less than
+    PACE. Raises RequestError, or ClientDisconnect.
+    """
+    with SPEEDTESTS.take(rate_limit_key(client)):
+        headers = await LIMITS.consume(SETTINGS.RATE_LIMIT_SPEEDTEST, "speedtest upload", client)
+        loop = asyncio.get_running_loop()
+        begun = first = last = loop.time()
+        length, outcome = 0, "broken off"
+        try:
+            async with asyncio.timeout(STALL_SECONDS) as deadline:
+                async for chunk in chunks:
+                    last = loop.time()
+                    first = first if length else last
+                    length += len(chunk)
+                    if last - begun > STALL_SECONDS and length < PACE * (last - begun):
+                        break
+                    deadline.reschedule(min(last + STALL_SECONDS, begun + UPLOAD_SECONDS))
+            outcome = "finished"
+        except TimeoutError:
+            if loop.time() < begun + UPLOAD_SECONDS:
+                message = f"No byte came for {STALL_SECONDS} s"
+                raise RequestError(408, {"detail": message}, headers) from None
+            outcome = "finished"
+        finally:
+            fields = (client, outcome, length, loop.time() - begun)
+            log.info("speedtest upload client=%s outcome=%r bytes=%d seconds=%.1f", *fields)
+    seconds = last - first
+    mbps = round(length * 8 / 1e6 / seconds, 3) if seconds else None
+    return {"bytes": length, "seconds": round(seconds, 6), "mbps": mbps}, headers
+
+
+# ---- endpoints ---------------------------------------------------------------------------------------------
 
 TEXT_TYPE, EVENTS_TYPE = "text/plain; charset=utf-8", "application/x-ndjson"
 FORM_TYPE = "application/x-www-form-urlencoded"
@@ -1334,35 +1772,40 @@ STREAM_HEADERS = {
 }
 
 
-async def diagnostic(name: str, request: Request) -> Response:
-    target = parse_target(read_target(await read_body(request)))
-    check_version(target, name)
-    structured = EVENTS_TYPE in request.headers.get("accept", "").lower()
-    headers = STREAM_HEADERS | {"Content-Type": EVENTS_TYPE if structured else TEXT_TYPE}
-    if structured:  # when a page stops, browsers may read on for 5 s, to use the connection again
+async def diagnostic(command: Command, request: Request) -> Response:
+    target = parse_target(parse_body(await read_body(request)))
+    check_version(target, command)
+    as_events = EVENTS_TYPE in request.headers.get("accept", "").lower()
+    headers = STREAM_HEADERS | {"Content-Type": EVENTS_TYPE if as_events else TEXT_TYPE}
+    if as_events:  # when a page stops, browsers may read on for 5 s, to use the connection again
         headers["Connection"] = "close"
-    return Stream(detached(diagnose(name, target, client_of(request), structured)), headers)
+    return StreamedResponse(diagnosis(command, target, client_address(request), as_events), headers)
 
 
-async def speedtest(name: str, request: Request) -> Response:
+async def speedtest(size: Size, request: Request) -> Response:
     headers = {
         "Content-Type": "application/octet-stream",
-        "Content-Length": str(SIZES[name].length),
-        "Content-Disposition": f"attachment; filename=speedtest_{name}.bin",
+        "Content-Length": str(size.length),
+        "Content-Disposition": f"attachment; filename=speedtest_{size.name}.bin",
         "Cache-Control": "no-store, no-transform",
         "Timing-Allow-Origin": "*",
     }
     if request.method == "HEAD":
         return Response(headers=headers)
-    return Stream(zeros(name, client_of(request)), headers)
+    return StreamedResponse(download(size, client_address(request)), headers)
 
 
 async def upload(request: Request) -> Response:
-    if declared_length(request) > UPLOAD_BYTES:
-        raise Refusal(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
-    async with aclosing(arrivals(request)) as counts:
-        measured, head = await receive_upload(counts, client_of(request))
-    return JSONResponse(measured, headers={"Cache-Control": "no-store", "Timing-Allow-Origin": "*", **head})
+    length = declared_length(request.scope["headers"])
+    if length is None:
+        raise RequestError(411, {"detail": "Send Content-Length: an upload without it is not accepted"})
+    if length > UPLOAD_BYTES:
+        raise RequestError(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
+    async with aclosing(request.stream()) as chunks:
+        measured, headers = await receive_upload(chunks, client_address(request))
+    return JSONResponse(
+        measured, headers={"Cache-Control": "no-store", "Timing-Allow-Origin": "*", **headers}
+    )
 
 
 async def health(request: Request) -> Response:
@@ -1370,7 +1813,7 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "degraded", "missing": missing} if missing else {"status": "ok"})
 
 
-def about_here(client: IPAddress) -> dict[str, str]:
+def location_info(client: IPAddress) -> dict[str, str]:
     return {
         "location": SETTINGS.NETWORK_LOCATION,
         "map_url": SETTINGS.NETWORK_MAP_URL,
@@ -1383,7 +1826,7 @@ def about_here(client: IPAddress) -> dict[str, str]:
 
 
 async def network_info(request: Request) -> Response:
-    return JSONResponse(about_here(client_of(request)))
+    return JSONResponse(location_info(client_address(request)))
 
 
 USAGE = """\
@@ -1399,7 +1842,7 @@ The same for programs, a JSON object a line:
 Measure the way to here (100M, 1G, 10G) and from you, ask where this is and how it is, and what else there is:
 
     curl -o /dev/null {base}/speedtest/100M
-    head -c 100M /dev/zero | curl -T - -X POST {base}/speedtest/upload
+    head -c 100M /dev/zero | curl --data-binary @- {base}/speedtest/upload
     curl {base}/network/info
     curl {base}/health
     curl {base}/openapi.json
@@ -1409,34 +1852,37 @@ Limits for each client: {limits}.
 HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.IGNORECASE)
 
 
-def describe(items: Rates) -> str:
+def describe_rates(items: Rates) -> str:
     return " and ".join(map(str, items)) or "no limit"
 
 
-def limits_text() -> str:
-    each, test = describe(SETTINGS.RATE_LIMIT_DIAGNOSTICS), describe(SETTINGS.RATE_LIMIT_SPEEDTEST)
-    return f"{each} of each command, {test} of each speed test, {describe(SIZES['10G'].rates)} of 10G"
+def rate_limits_text() -> str:
+    each, test = (
+        describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS),
+        describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST),
+    )
+    return f"{each} of each command, {test} of each speed test, {describe_rates(SIZES['10G'].rates)} of 10G"
 
 
 async def usage(request: Request) -> Response:
     host = request.headers.get("host", "")
     if not HOST.fullmatch(host):  # it is printed into lines that people paste into a shell
         host = f"localhost:{SETTINGS.PORT}"
-    base = f"{'https' if request.url.scheme in ('https', 'wss') else 'http'}://{host}"
+    base = f"{client_scheme(request)}://{host}"
     commands = "".join(f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in COMMANDS)
     about = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
-    text = USAGE.format(base=base, commands=commands, limits=limits_text(), **about)
+    text = USAGE.format(base=base, commands=commands, limits=rate_limits_text(), **about)
     return PlainTextResponse(text, headers={"Vary": "Accept"})
 
 
-async def answer_refusal(request: Request, refusal: Exception) -> Response:
-    assert isinstance(refusal, Refusal)
+async def answer_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
     try:
-        return JSONResponse(refusal.body, refusal.status, refusal.headers)
+        return JSONResponse(error.body, error.status, error.headers)
     except (ValueError, RecursionError):  # what the client sent, to be echoed, cannot be written as JSON
-        detail = cast(list[dict[str, object]], refusal.body["detail"])
+        detail = cast(list[dict[str, object]], error.body["detail"])
         body = {"detail": [{**each, "input": None} for each in detail]}
-        return JSONResponse(body, refusal.status, refusal.headers)
+        return JSONResponse(body, error.status, error.headers)
 
 
 async def answer_http(request: Request, error: Exception) -> Response:
@@ -1597,6 +2043,7 @@ def command_operation(name: str) -> Schema:
         {"type": "string", "format": f"ipv{command.version}"},
         {"type": "string", "pattern": f"^(?:{NAME.pattern})$"},
     ]
+    line = " ".join(command.argv_for("ADDRESS"))
     target = {"description": "An address or a host name.", "anyOf": forms, "examples": ["example.com"]}
     body = {"schema": {"type": "object", "properties": {"target": target}, "required": ["target"]}}
     examples = {event: {"summary": about, "value": value} for event, (about, _, value) in EVENTS.items()}
@@ -1607,8 +2054,8 @@ def command_operation(name: str) -> Schema:
         f"{command.argv[0]} over IPv{command.version}",
         answer(what, stream, RATED),
         (408, 413, 422, 429, 503),
-        description=f"Runs `{' '.join(command.argv)} ADDRESS`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "
-        f"Limit: {describe(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}.",
+        description=f"Runs `{line}`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "
+        f"Limit: {describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}.",
         operationId=name,
         requestBody={"required": True, "content": dict.fromkeys(("application/json", FORM_TYPE), body)},
     )
@@ -1619,7 +2066,7 @@ def speedtest_operations(name: str) -> dict[str, Schema]:
     zeros: dict[str, Schema] = {"application/octet-stream": {"schema": {}}}
     summary = f"{size.length} zero bytes"
     get = operation(summary, answer("The bytes.", zeros, RATED), (429, 503), operationId=f"speedtest_{name}")
-    get["description"] = f"Limit: {describe(size.rates)}."
+    get["description"] = f"Limit: {describe_rates(size.rates)}."
     return {"get": get, "head": operation(f"{summary}: the headers", {"description": "The headers alone."})}
 
 
@@ -1629,7 +2076,7 @@ def upload_operation() -> Schema:
         "Takes bytes, keeps nothing, says how fast they came",
         answer("The speed, from the first byte to the last.", {"application/json": measured}, RATED),
         (408, 413, 429, 503),
-        description=f"Limit: {describe(SETTINGS.RATE_LIMIT_SPEEDTEST)}.",
+        description=f"Limit: {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}.",
         operationId="speedtest_upload",
         requestBody={"content": {"application/octet-stream": {"schema": {}}}},
     )
@@ -1637,7 +2084,7 @@ def upload_operation() -> Schema:
 
 def openapi() -> Schema:
     """The description of this API, OpenAPI 3.1, from the tables that make it work."""
-    info = dict.fromkeys(about_here(ipaddress.IPv4Address(0)), STRING)
+    info = dict.fromkeys(location_info(ipaddress.IPv4Address(0)), STRING)
     missing = array(enum(*PACKAGES)) | {"optional": True}
     health = json_answer("It.", status=enum("ok", "degraded"), missing=missing)
     page = {"text/html; charset=utf-8": {"schema": STRING}}
@@ -1646,9 +2093,9 @@ def openapi() -> Schema:
         "openapi": "3.1.0",
         "info": {
             "title": "Looking glass",
-            "version": "1.0.0",
+            "version": VERSION,
             "description": f"Ping, traceroute, mtr and speed tests from {SETTINGS.NETWORK_LOCATION}. "
-            f"Limits for each client: {limits_text()}.",
+            f"Limits for each client: {rate_limits_text()}.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "paths": {
@@ -1694,7 +2141,7 @@ LOAD = {
 }
 
 
-def hash_of(script: str) -> str:
+def script_hash(script: str) -> str:
     """How a content security policy names a script that stands in the page."""
     return f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'"
 
@@ -1705,7 +2152,9 @@ async def viewer(name: str, request: Request) -> Response:
     tags = "".join(LOAD[path.rpartition(".")[2]].format(CDN + path, files[path]) for path in files)
     run = f"addEventListener('DOMContentLoaded', () => {call});"
     sources = " ".join(CDN + path for path in files)
-    policy = f"default-src 'none'; script-src {hash_of(run)} {sources}; style-src 'unsafe-inline' {sources}; "
+    policy = (
+        f"default-src 'none'; script-src {script_hash(run)} {sources}; style-src 'unsafe-inline' {sources}; "
+    )
     policy += "img-src 'self' data:; connect-src 'self'; worker-src blob:; base-uri 'none'; "
     policy += "form-action 'none'; frame-ancestors 'none'"
     html = f"""<!doctype html>
@@ -2224,7 +2673,7 @@ function pingView(argv) {
     };
   }
   function take({ event, seq, rtt = null, text, result }) {
-    if (event === "note") node.append(make("p", text));
+    if (event === "note") node.append(make("p", str));
     if (seq) draw(seq, (rtts[seq] = rtt));
     if (!seq && !result) return;
     stats = result?.stats ?? reckon();
@@ -2280,7 +2729,7 @@ function hopView(columns) {
   }
   function take({ event, hop, text, result, ...found }) {
     // Over as many columns as there are on the narrowest screen.
-    if (event === "note") body.append(make("tr", make("td"), set(make("td", text), { colSpan: 4 })));
+    if (event === "note") body.append(make("tr", make("td"), set(make("td", str), { colSpan: 4 })));
     // No packet makes more hops; a number beyond fails in draw.
     while (rows.length < Math.min(hop ?? result?.hops.length, 255)) add();
     if (hop) draw(rows[hop - 1], found);
@@ -2570,8 +3019,8 @@ LEAN_SCRIPT = re.sub(r"(?<=[;,{(])\n|[;,]?\n(?=[})])|(?<=\{) | (?=\})", "", LEAN
 LEAN_SCRIPT = re.sub(r" (=>|===?|&&|\|\||\?\?|[-+*<>=])\s", r"\1", LEAN_SCRIPT)
 POLICY = {
     "default-src": ("'none'",),
-    "script-src": (hash_of(LEAN_SCRIPT),),
-    "style-src": (hash_of(LEAN_STYLE),),
+    "script-src": (script_hash(LEAN_SCRIPT),),
+    "style-src": (script_hash(LEAN_STYLE),),
     "connect-src": ("'self'", *(f"{place['url']}/" for place in SETTINGS.LOCATIONS)),
     "img-src": ("data:",),
     "form-action": ("'self'",),
@@ -2605,14 +3054,14 @@ def page(about: Mapping[str, str], command: str, target: str) -> str:
         style=LEAN_STYLE,
         script=LEAN_SCRIPT,
         command=command,
-        argv=" ".join(COMMANDS[command].argv),
+        argv=" ".join(COMMANDS[command].argv[:-1]),
         target=escape(target),
         alone="" if SETTINGS.LOCATIONS else " hidden",
         places="".join(
             f'<option value="{escape(place["url"])}">{escape(place["name"])}</option>' for place in choices
         ),
         commands="".join(
-            f'<label><input type="radio" name="command" value="{name}" data-argv="{" ".join(each.argv)}"'
+            f'<label><input type="radio" name="command" value="{name}" data-argv="{" ".join(each.argv[:-1])}"'
             f"{' checked' if name == command else ''}>{name}</label>\n"
             for name, each in COMMANDS.items()
         ),
@@ -2626,7 +3075,7 @@ async def front(request: Request) -> Response:
     """The page for browsers, the usage for others."""
     if "text/html" not in request.headers.get("accept", "").lower():
         return await usage(request)
-    about = about_here(client_of(request))
+    about = location_info(client_address(request))
     command = request.query_params.get("command", "")
     if command not in COMMANDS:
         command = "ping6" if ":" in about["your_ip"] else "ping"
@@ -2634,62 +3083,15 @@ async def front(request: Request) -> Response:
     return HTMLResponse(page(about, command, target), headers=PAGE_HEADERS)
 
 
-# ---- the routes and the app --------------------------------------------------------------------------------
-
-HEAD_SECONDS = 10  # for the head of a request, on a new connection and on one that is kept
-MAX_CONNECTIONS = 4000
-SPARE_CONNECTIONS = 100  # beyond, which are told that there are too many
-LINGER_SECONDS = 5  # for what still comes of a request's body after its answer
-STOP_SECONDS = 3  # what uvicorn waits for answers that are not taken when the server ends
-FRAMING = {b"content-length", b"transfer-encoding"}  # the headers that say how long a body is
-
-
-async def linger(request: Request) -> None:
-    """Take the rest of a body after its answer: where the connection is closed before, the client's system
-    may throw the answer away, unread (RFC 9112, 9.6)."""
-    with suppress(TimeoutError, ClientDisconnect):
-        async with asyncio.timeout(LINGER_SECONDS), aclosing(arrivals(request)) as lengths:
-            async for _ in lengths:
-                pass
-
-
-class Edge:
-    """Keeps who is connected, before ProxyHeadersMiddleware writes over it, and closes the connection, though
-    not at once, after an answer that did not wait for the whole body of its request."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["peer"] = (scope.get("client") or ("",))[0]
-        framing = {name for name, _ in scope.get("headers", ()) if name in FRAMING}
-        if framing == FRAMING:  # proxies differ on which of them counts
-            both = {"detail": "Content-Length and Transfer-Encoding"}
-            return await JSONResponse(both, 400, {"Connection": "close"})(scope, receive, send)
-        unread = bool(framing)
-
-        async def watch() -> Message:
-            nonlocal unread
-            message = await receive()
-            unread = message.get("more_body", False)
-            return message
-
-        async def close(message: Message) -> None:
-            if unread and message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
-            elif unread and not message.get("more_body"):
-                await send({**message, "more_body": True})
-                await linger(Request(scope, receive))
-                message = {"type": "http.response.body"}
-            await send(message)
-
-        return await (self.app(scope, watch, close) if unread else self.app(scope, receive, send))
+# ---- routes and app ----------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Says at the start what an operator has to know."""
-    log.info("Limits for each client: %s", limits_text())
+    for line in unknown_settings(ENV_FILE):
+        log.warning(line)
+    log.info("Limits for each client: %s", rate_limits_text())
     log.info(
         "At once: %d commands, %d for a client; %d speed tests, %d for a client",
         *(DIAGNOSTICS.total, DIAGNOSTICS.per_client, SPEEDTESTS.total, SPEEDTESTS.per_client),
@@ -2712,15 +3114,13 @@ app = Starlette(
         Route("/openapi.json", describe_api),
         *(Route(f"/{name}", partial(viewer, name), name=name) for name in VIEWERS),
         *(
-            Route(f"/lookingglass/{name}", partial(diagnostic, name), methods=["POST"], name=name)
-            for name in COMMANDS
+            Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"], name=name)
+            for name, command in COMMANDS.items()
         ),
-        *(Route(f"/speedtest/{name}", partial(speedtest, name), name=name) for name in SIZES),
+        *(Route(f"/speedtest/{name}", partial(speedtest, size), name=name) for name, size in SIZES.items()),
         Route("/speedtest/upload", upload, methods=["POST"]),
     ],
     middleware=[
-        Middleware(Edge),
-        Middleware(ProxyHeadersMiddleware, trusted_hosts=[*map(str, SETTINGS.FORWARDED_ALLOW_IPS)]),
         Middleware(
             CORSMiddleware,
             allow_origins=SETTINGS.CORS_ORIGINS,
@@ -2728,10 +3128,10 @@ app = Starlette(
             allow_headers=SETTINGS.CORS_HEADERS,
             allow_credentials=SETTINGS.CORS_CREDENTIALS and "*" not in SETTINGS.CORS_ORIGINS,
             expose_headers=["Retry-After", *RATE_HEADERS],
-        ),
+        )
     ],
     exception_handlers={
-        Refusal: answer_refusal,
+        RequestError: answer_request_error,
         HTTPException: answer_http,
         ClientDisconnect: answer_nobody,
         Exception: answer_defect,
@@ -2741,69 +3141,10 @@ app = Starlette(
 app.router.redirect_slashes = False  # it would write what a client sends as Host into Location
 
 
-class Protocol(HTTPProtocol):
-    """uvicorn's, with a time limit for a request's head, a bound for connections, and its transport shown."""
+# ---- serving -----------------------------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, "transport": transport}
-        self.head_timer = self.loop.call_later(HEAD_SECONDS, transport.close)
-        if not self.client or len(self.connections) > max_connections() + SPARE_CONNECTIONS:
-            transport.abort()  # too many, or gone before it was accepted
-        elif len(self.connections) > max_connections():
-            self.app = cast(Any, crowded)
-
-    def data_received(self, data: bytes) -> None:
-        waiting = self.cycle is None or self.cycle.response_complete
-        if waiting and self.head_timer.cancelled():
-            self.head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-        super().data_received(data)
-        if self.cycle and not self.cycle.response_complete:
-            self.head_timer.cancel()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.head_timer.cancel()
-        self._unset_keepalive_if_required()  # uvicorn's timer would hold on to one that was reset
-        super().connection_lost(exc)
-
-    def send_400_response(self, msg: str) -> None:
-        """Also for a body that turns out malformed: no more is sent then, and what has begun breaks off."""
-        if self.cycle and not self.cycle.response_complete:
-            self.cycle.disconnected = True
-            if self.cycle.response_started:
-                return self.transport.abort()
-        return super().send_400_response(msg)
-
-
-@cache
-def max_connections() -> int:
-    """As many as there may be files, less those that commands, lookups and the rest need."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(8, min(MAX_CONNECTIONS, files - SPARE_CONNECTIONS - 4 * DIAGNOSTICS.total - LOOKUP_THREADS))
-
-
-async def crowded(scope: Scope, receive: Receive, send: Send) -> None:
-    full = {"error": "The server has too many connections: try again soon"}
-    await JSONResponse(full, 503, LATER | {"Connection": "close"})(scope, receive, send)
-
-
-class Server(uvicorn.Server):
-    """uvicorn's, but what would go on is ended first: it waits for that, and then ends the loop."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        STOPPING.set()
-        for process in Process.running:
-            process.stop("stopped, the server is shutting down")
-        with suppress(TimeoutError):
-            async with asyncio.timeout(2 * FAREWELL_SECONDS):  # downloads, which it cancels then, take longer
-                await asyncio.gather(*Stream.open, return_exceptions=True)
-        asyncio.get_running_loop().call_later(FAREWELL_SECONDS, self.drop)
-        await super().shutdown(sockets)
-
-    def drop(self) -> None:
-        """What is still open: downloads, answers that are not read, requests that do not come."""
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
+LOG_LINES = 1000  # that may wait to be written
+LOG_SECONDS = 1  # for them to be written at the end
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -2829,41 +3170,74 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def serve() -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=SETTINGS.LOG_LEVEL.upper())
-    certificate, key = SETTINGS.SSL_CERTFILE or None, SETTINGS.SSL_KEYFILE or None
-    if certificate or key:
+class LogHandler(logging.Handler):
+    """Writes the log in a thread of its own: a log that nobody reads does not hold up the service."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: queue.Queue[str] = queue.Queue(LOG_LINES)
+        self.dropped = 0
+        threading.Thread(target=self.write, daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate or "", key, lambda: b"")
-        except OSError as error:
-            reason = f"expected a certificate and its key, in PEM ({error})"
-            raise unusable(reason, SSL_CERTFILE=certificate or "", SSL_KEYFILE=key or "") from None
+            self.lines.put_nowait(self.format(record) + "\n")
+        except queue.Full:
+            self.dropped += 1
+
+    def write(self) -> None:
+        while True:
+            line = self.lines.get()
+            if dropped := self.dropped:
+                self.dropped -= dropped
+                line += f"{dropped} lines of the log were dropped here: it was not read fast enough\n"
+            data = line.encode(errors="backslashreplace")
+            with suppress(OSError):  # a full disk, a pipe without a reader
+                while data:
+                    data = data[os.write(2, data) :]
+            self.lines.task_done()
+
+    def close(self) -> None:
+        """Wait a moment for what is still to be written."""
+        deadline = time.monotonic() + LOG_SECONDS
+        while self.lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+        super().close()
+
+
+def configure_logging() -> None:
+    handler = LogHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=SETTINGS.LOG_LEVEL.upper())
+    if SETTINGS.LOG_LEVEL != "debug":  # uvicorn warns of every malformed request: anybody could fill the disk
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+
+
+def serve() -> None:
+    configure_logging()
     try:
         sockets = listen(SETTINGS.HOST, SETTINGS.PORT)
     except (OSError, UnicodeError) as error:
         reason = f"expected an address of this machine and a free port ({error})"
-        raise unusable(reason, HOST=SETTINGS.HOST, PORT=SETTINGS.PORT) from None
+        raise settings_error(reason, HOST=SETTINGS.HOST, PORT=SETTINGS.PORT) from None
     config = uvicorn.Config(
         app,
-        http=Protocol,
+        http=Connection,
+        loop="asyncio",
         ws="none",
         workers=1,
         log_config=None,
-        log_level=SETTINGS.LOG_LEVEL,
         access_log=SETTINGS.LOG_LEVEL == "debug",
-        proxy_headers=False,  # the app does that
+        proxy_headers=False,  # client_address does that
         server_header=False,
-        ssl_certfile=certificate,
-        ssl_keyfile=key,
         timeout_graceful_shutdown=STOP_SECONDS,
     )
     for listening in sockets:
         host, port = listening.getsockname()[:2]
-        url = f"{'https' if certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-        log.info("Listening on %s", url)
+        log.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    # Where a parent left it ignored, tools would be reaped before they are waited for.
+    # If the parent left it ignored, tools would be reaped before they are waited for.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal ends the commands too
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
@@ -2872,12 +3246,9 @@ def serve() -> None:
 
 
 def ask_health() -> None:
-    """Print what /health of the server with these settings answers; raises SystemExit where none does."""
+    """Print what /health of the server with these settings answers. Raises SystemExit where none does."""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(SETTINGS.HOST, SETTINGS.HOST)  # noqa: S104
-    connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
-    if SETTINGS.SSL_CERTFILE:  # which is for the public name
-        connect = partial(http.client.HTTPSConnection, context=ssl._create_unverified_context())  # noqa: S323
-    connection = connect(host, SETTINGS.PORT, timeout=BUSY_SECONDS)
+    connection = http.client.HTTPConnection(host, SETTINGS.PORT, timeout=RETRY_SECONDS)
     try:
         connection.request("GET", "/health")
         print(connection.getresponse().read().decode())
@@ -2885,10 +3256,9 @@ def ask_health() -> None:
         raise SystemExit(f"No answer from {host} port {SETTINGS.PORT}: {error}") from None
 
 
+def main() -> None:
+    ask_health() if ACTION == "health" else serve()
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["health"]:
-        ask_health()
-    elif sys.argv[1:]:
-        raise SystemExit(__doc__)
-    else:
-        serve()
+    main()
