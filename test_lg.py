@@ -4478,6 +4478,15 @@ def test_scripts_of_the_readme_parse(text: str, tmp_path: Path) -> None:
         run_tool("node", "--check", tmp_path / "script.mjs")
 
 
+def test_fetch_example_of_the_readme_streams_into_the_page(serve: Start, page: Page) -> None:
+    script = snippet("js", containing="AbortController")
+    server = serve(tools={"mtr": "#!/bin/sh\necho 'line of mtr'\n"}, names={"*": ["127.0.0.1"]})
+    page.goto(f"http://127.0.0.1:{server.port}/health")
+    page.set_content("<pre></pre>")
+    page.evaluate(f"void (async () => {{ {script.replace('https://lg.example.com', '')} }})()")
+    page.wait_for_function("document.querySelector('pre').innerText.includes('line of mtr')")
+
+
 def test_refused_setting_is_reported_as_the_readme_shows() -> None:
     shown = snippet("console", containing="PORT=http").splitlines()[1]
     environment = {"PATH": os.environ["PATH"], "PORT": "http"}
