@@ -4715,7 +4715,7 @@ def test_manifests_of_the_readme_are_valid(tmp_path: Path) -> None:
         if "kind: DaemonSet" in text:
             run_tool("kubernetes-validate", "--strict", path)
         else:
-            run_tool("promtool", "check", "config", path)
+            run_tool("promtool", "check", "rules" if text.startswith("groups:") else "config", path)
 
 
 def unit_options() -> dict[str, str]:
