@@ -4699,7 +4699,6 @@ def test_compose_section_works_in_a_fresh_clone(tmp_path: Path) -> None:
     script = snippet("sh", "compose")
     files, _, commands = script.partition("docker compose")
     shutil.copy(HERE / ".env.example", tmp_path)
-    shutil.copy(HERE / "Dockerfile", tmp_path)
     run_tool("bash", "-euc", files, cwd=tmp_path)
     run_tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", tmp_path / "compose.yaml")
     assert (tmp_path / "Caddyfile").read_text() == snippet(
