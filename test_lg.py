@@ -4521,7 +4521,8 @@ def test_curl_lines_of_the_readme_work(serve: Start, line: str) -> None:
     names = {"example.com": ["127.0.0.1"]}
     tools = dict.fromkeys(("ping", "traceroute", "mtr"), ECHO)
     server = serve(names=names, tools=tools, TARGET_ALLOW="127.0.0.0/8,2001:db8::/32")
-    line = line.replace("localhost:8000", f"localhost:{server.port}").replace("curl ", "curl -fsS ")
+    line = line.replace("localhost:8000", f"localhost:{server.port}")
+    line = line.replace("curl ", f"{tool('curl')} -fsS ")
     run_tool("bash", "-o", "pipefail", "-c", line)
 
 
@@ -4540,6 +4541,7 @@ def test_health_check_of_the_readme_tells_ok_from_degraded(
     if server.http.get("/health").json().get("missing", []) != list(tools):
         lacking("a machine that has no tools where root looks for them")
     line = snippet("sh", containing="grep -Fxq").replace(":8000", f":{server.port}")
+    line = line.replace("curl ", f"{tool('curl')} ")
     assert subprocess.run([tool("bash"), "-o", "pipefail", "-c", line], check=False).returncode == status
 
 
@@ -4730,10 +4732,8 @@ def test_systemd_unit_passes_verification(tmp_path: Path) -> None:
 ICMP_CLOSED = 'ip link set lo up && echo "1 0" >/proc/sys/net/ipv4/ping_group_range && exec "$@"'
 
 
-def test_service_user_of_the_systemd_unit_may_send_icmp(serve: Start, tmp_path: Path) -> None:
+def test_service_user_of_the_systemd_unit_may_send_icmp(serve: Start) -> None:
     """As a user other than root with the unit's capabilities, where the kernel lets no group ping."""
-    if os.geteuid():
-        lacking("root, to become a service user")
     options = unit_options()
     assert options["AmbientCapabilities"] == options["CapabilityBoundingSet"] == "CAP_NET_RAW"
     assert options["NoNewPrivileges"] == "yes"
@@ -4742,12 +4742,14 @@ def test_service_user_of_the_systemd_unit_may_send_icmp(serve: Start, tmp_path: 
     sets = [f"--{name}={capabilities}" for name in ("inh-caps", "ambient-caps", "bounding-set")]
     user = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *sets, "--no-new-privs")
     prefix = ("unshare", "--net", "sh", "-c", ICMP_CLOSED, "sh", *user)
+    if subprocess.run([*prefix, "true"], check=False).returncode:
+        lacking("the right to make a network namespace and to become a service user")
     server = serve(prefix=prefix, PATH=os.environ["PATH"])
     url = f"http://127.0.0.1:{server.port}"
 
     def ask(path: str, *arguments: str) -> str:
         inside = ("nsenter", "--net", "--target", str(server.process.pid))
-        argv = [*inside, "curl", "-sSN", "-m", "60", *arguments, url + path]
+        argv = [*inside, tool("curl"), "-sSN", "-m", "60", *arguments, url + path]
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
     with ThreadPoolExecutor() as pool:
@@ -4758,44 +4760,53 @@ def test_service_user_of_the_systemd_unit_may_send_icmp(serve: Start, tmp_path: 
     assert json.loads(ask("/health")) == {"status": "ok"}
 
 
-def test_firewall_of_the_readme_lets_traces_work() -> None:
-    """On the path of namespaces, with the rules on the host that traces."""
-    hops = HopsWithFirewall()
-    try:
-        trace = hops.exec("mtr", "-4", "-n", "--report", "-c", "2", "-i", "1", "-G", "1", TARGET4)
-        ping = hops.exec("ping", "-6", "-c", "1", "-W", "2", TARGET6)
-        route = hops.exec("traceroute", "-4", "-n", "-q", "1", "-w", "2", TARGET4)
-    finally:
-        hops.down()
-    assert re.search(rf"\|-- {TARGET4} +0\.0%", trace)
-    assert "1 received" in ping
-    assert TARGET4 in route.splitlines()[-1]
+def test_metrics_of_the_readme_are_those_of_the_service(serve: Start) -> None:
+    documented = set(re.findall(r"\blg_\w+", README))
+    answer = serve().http.get("/metrics").text
+    assert documented == set(re.findall(r"^# TYPE (\w+) ", answer, re.M))
 
 
-class HopsWithFirewall:
-    """A small internet of its own whose first host has the README's rules."""
+def keys(line: str) -> list[str]:
+    """The keys of a line of the log."""
+    return re.findall(r"(?:^| )(\w+)=", re.sub(r'"[^"]*"', '""', line))
 
-    def __init__(self) -> None:
-        if os.geteuid() or not shutil.which("nft"):
-            lacking("root and nftables, for network namespaces")
-        self.environment = os.environ | {"HOPS": f"firewall{os.getpid()}-"}
-        subprocess.run([HOPS, "up"], env=self.environment, check=True, capture_output=True)
-        self.exec("nft", "-f", "-", input=snippet("nft"))
 
-    def exec(self, *argv: str, **options: Any) -> str:
-        result = subprocess.run(
-            [HOPS, "exec", *argv],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            **options,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        return str(result.stdout)
+def test_log_of_the_readme_has_the_keys_of_the_services(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/minute")
+    assert [server.run("ping").status_code for _ in range(2)] == [200, 429]
+    server.http.get("/speedtest/100M")
+    shown = snippet("console", containing="msg=started").splitlines()[1:]
+    messages = [cast(re.Match[str], re.search(r" msg=\S+ ", line))[0] for line in shown]
+    until(lambda: all(message in server.log for message in messages))
+    logged = [next(line for line in server.log.splitlines() if message in line) for message in messages]
+    assert list(map(keys, logged)) == list(map(keys, shown))
 
-    def down(self) -> None:
-        subprocess.run([HOPS, "down"], env=self.environment, check=True, capture_output=True)
+
+@pytest.fixture
+def behind_firewall(hops: tuple[str, ...]) -> Iterator[Callable[..., str]]:
+    """Runs a command on the first host of the small internet, with the README's rules on it."""
+
+    def run(*argv: str, **options: Any) -> str:
+        return run_tool("env", *hops[1:], *argv, **options)
+
+    run("nft", "-f", "-", input=snippet("nft"))
+    yield run
+    run("nft", "delete", "table", "inet", "filter")
+
+
+def test_firewall_of_the_readme_lets_traces_work(behind_firewall: Callable[..., str]) -> None:
+    commands: list[tuple[str, ...]] = [
+        ("ping", "-6", "-i", "0.2", "-c", "5", "-W", "2", TARGET6),
+        ("traceroute", "-4", "-n", "-q", "3", "-w", "2", TARGET4),
+        ("mtr", "-4", "-n", "--report", "-c", "5", "-i", "0.5", "-G", "1", TARGET4),
+    ]
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(behind_firewall, *command) for command in commands]
+    ping, traceroute, mtr = (run.result() for run in runs)
+    assert re.search(r" [1-5] received", ping)
+    assert re.fullmatch(rf" 5 .*{TARGET4}.*", traceroute.splitlines()[-1])
+    assert re.search(rf"5\.\|-- {TARGET4} +[0-9]", mtr)
+    assert not re.search(rf"{TARGET4} +100\.0", mtr)
 
 
 def test_docker_lines_of_the_readme_are_a_build_and_a_run() -> None:
