@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import http.client
 import ipaddress
 import json
@@ -28,7 +29,7 @@ import sys
 import threading
 import time
 from base64 import b64encode
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -41,10 +42,12 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from html import escape
+from importlib.util import find_spec
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -92,6 +95,14 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
 LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
 LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
 CORS_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
+STORE_PACKAGES = {
+    "memory": "limits",
+    "redis": "redis",
+    "rediss": "redis",
+    "valkey": "valkey",
+    "valkeys": "valkey",
+}
+STORE_PACKAGES |= {"mongodb": "pymongo"}  # with memcached no window can move
 SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)\b", re.DOTALL)
 
 Rates = tuple[limits.RateLimitItem, ...]
@@ -160,6 +171,15 @@ def rates(value: str) -> Rates:
         if all(rate.amount for rate in parsed):
             return parsed
     raise ValueError("expected rates like 2/minute;30/hour, or off")
+
+
+def storage_uri(value: str) -> str:
+    package = STORE_PACKAGES.get(re.split("[+:]", value)[0])
+    if not package or "://" not in value:
+        raise ValueError("expected a URI of memory, redis, valkey or mongodb, like redis://HOST:6379")
+    if not find_spec(package):
+        raise ValueError(f"expected the Python package {package} to be installed: pip install {package}")
+    return value
 
 
 def json_links(url_pattern: re.Pattern[str], example: str) -> Parser[tuple[Link, ...]]:
@@ -255,7 +275,7 @@ class Settings:
     RATE_LIMIT_SPEEDTEST_10G: Rates = setting("1/minute", rates)
     RATE_LIMIT_LOOKUPS: Rates = setting("20/minute", rates)
     RATE_LIMIT_EXEMPT: tuple[IPNetwork, ...] = setting("", networks)
-    RATE_LIMIT_STORAGE_URI: str = setting("memory://", matching("[a-z+]+:.*", "a URI like redis://HOST:6379"))
+    RATE_LIMIT_STORAGE_URI: str = setting("memory://", storage_uri)
     MAX_DIAGNOSTICS: int = setting("20", integer(1, 10000))
     MAX_DIAGNOSTICS_PER_CLIENT: int = setting("4", integer(1, 10000))
     MAX_SPEEDTESTS: int = setting("20", integer(0, 10000))
@@ -404,17 +424,21 @@ COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, deprecated
 
 
 class RequestError(Exception):
-    """A request that is refused: the status, JSON body and headers of its answer."""
+    """A request that is refused: the status, JSON body and headers of its answer, and the reason to count."""
 
-    def __init__(self, status: int, body: Mapping[str, object], headers: Headers | None = None) -> None:
+    def __init__(
+        self, status: int, body: Mapping[str, object], headers: Headers | None = None, reason: str = "invalid"
+    ) -> None:
         super().__init__(status, body)
-        self.status, self.body, self.headers = status, body, dict(headers or {})
+        self.status, self.body, self.headers, self.reason = status, body, dict(headers or {}), reason
 
 
-def validation_error(message: str, value: object, kind: str = "value_error") -> RequestError:
+def validation_error(
+    message: str, value: object, kind: str = "value_error", reason: str = "invalid"
+) -> RequestError:
     """422 for the field `target`, in FastAPI's shape; `message` tells a person what to do."""
     error = {"type": kind, "loc": ["body", "target"], "msg": message, "input": value}
-    return RequestError(422, {"detail": [error]})
+    return RequestError(422, {"detail": [error]}, reason=reason)
 
 
 def parse_form(text: str) -> dict[str, str | list[str]]:
@@ -538,7 +562,7 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
     if not isinstance(target, str):
         if not is_allowed(target):
             message = f"{target} may not be measured here: it is not a public address"
-            raise validation_error(message, str(target))
+            raise validation_error(message, str(target), reason="target")
         return target
     family = socket.AF_INET if version == 4 else socket.AF_INET6
     lookup = partial(socket.getaddrinfo, target.encode("ascii"), None, family, socket.SOCK_STREAM)
@@ -547,20 +571,21 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
         answers = await Calls.run(lookup, RESOLVE_SECONDS, LOOKUP_THREADS)
     except TimeoutError:
         late = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or send an address"
-        raise validation_error(late, target) from None
+        raise validation_error(late, target, reason="target") from None
     except (OSError, RuntimeError, UnicodeError) as error:
         if not isinstance(error, socket.gaierror) or error.errno not in (
             socket.EAI_NONAME,
             socket.EAI_NODATA,
         ):
             message = f"{target} cannot be resolved now: try again, or send an address"
-            raise validation_error(message, target) from None
+            raise validation_error(message, target, reason="target") from None
     for *_, sockaddr in answers:
         address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
         if is_allowed(address):
             return address
     # One message for both, so that nobody can list the names that only this network resolves.
-    raise validation_error(f"{target} has no public IPv{version} address: check the name", target)
+    message = f"{target} has no public IPv{version} address: check the name"
+    raise validation_error(message, target, reason="target")
 
 
 # ---- limits ------------------------------------------------------------------------------------------------
@@ -570,6 +595,7 @@ STORE_REST_SECONDS = 30  # for which a store that failed is not asked again
 SWEEP_SECONDS = 60  # after which clients whose hits have expired are removed from memory
 RETRY_SECONDS = 5  # where no slot is free: commands take about 15 s, and end at different times
 RETRY_LATER = {"Retry-After": str(RETRY_SECONDS)}
+MINUTE_SECONDS, MINUTE_CLIENTS = 60, 1000  # refusals are logged for so many clients a minute, once for each
 RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 
 SHUTTING_DOWN = asyncio.Event()  # set when the server begins to stop: nothing is started any more
@@ -582,7 +608,8 @@ def rate_limit_key(client: IPAddress) -> str:
 
 def shutting_down() -> RequestError:
     """The answer to a request that would start something while the server stops."""
-    return RequestError(503, {"error": "The server is shutting down: try again in a moment"}, RETRY_LATER)
+    body = {"error": "The server is shutting down: try again in a moment"}
+    return RequestError(503, body, RETRY_LATER, "unavailable")
 
 
 class Slots:
@@ -599,10 +626,10 @@ class Slots:
             raise shutting_down()
         if self.taken[client] >= self.per_client:
             message = f"You may run {self.per_client} {self.what} at once: wait until one has ended"
-            raise RequestError(429, {"error": message}, RETRY_LATER)
+            raise RequestError(429, {"error": message}, RETRY_LATER, "client slots")
         if self.taken.total() >= self.total:
             message = f"All {self.total} slots for {self.what} are taken: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER)
+            raise RequestError(503, {"error": message}, RETRY_LATER, "server slots")
         self.taken[client] += 1
         try:
             yield
@@ -626,7 +653,7 @@ def rate_headers(
     headers = dict(zip(RATE_HEADERS, map(str, values), strict=True))
     if exhausted:
         headers["Retry-After"] = str(max(1, math.ceil(stats.reset_time - time.time())))
-        raise RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers)
+        raise RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers, "rate limit")
     return headers
 
 
@@ -685,7 +712,7 @@ class Limits:
             return operation(self.memory, *arguments)
         except RuntimeError:  # the storage starts a thread that removes expired entries
             message = "The server has no thread left: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER) from None
+            raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
 
     async def ask_shared(self, operation: Callable[[], Headers]) -> Headers:
         """Raises RequestError, or ConnectionError when the store fails. Failure and recovery are logged."""
@@ -697,11 +724,20 @@ class Limits:
         except Exception as error:  # each client library has its own
             self.asleep_until = time.monotonic() + STORE_REST_SECONDS
             if not self.failing:
-                log.warning("The rate-limit store fails, limits are kept in memory for now: %r", error)
+                store = "The rate-limit store fails: limits are kept in memory until it answers"
+                log.warning(store, {"error": repr(error)})
             self.failing = True
             raise ConnectionError from error
         self.note_recovery()
         return headers
+
+    async def probe(self) -> None:
+        """Ask the shared store once, so that the log has it at the start when it does not answer."""
+        if self.shared:
+            with suppress(ConnectionError, RequestError):
+                await self.ask_shared(
+                    partial(check, self.shared, (limits.RateLimitItemPerMinute(1),), "start")
+                )
 
     def note_recovery(self) -> None:
         if self.failing:
@@ -721,6 +757,34 @@ class Limits:
 
 
 LIMITS = Limits(SETTINGS.RATE_LIMIT_STORAGE_URI)
+
+
+def sample(name: str, **labels: str) -> str:
+    """A time series as Prometheus' text format names it. No client may choose the value of a label."""
+    escaped = {
+        label: value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        for label, value in labels.items()
+    }
+    pairs = ",".join(f'{label}="{value}"' for label, value in escaped.items())
+    return f"{name}{{{pairs}}}" if labels else name
+
+
+REFUSAL_REASONS = ("invalid", "target", "rate limit", "client slots", "server slots", "unavailable")
+# Of each sample since the start; at 0 those that are known, so that Prometheus sees their first increase.
+COUNTERS: defaultdict[str, float] = defaultdict(float)
+COUNTERS |= dict.fromkeys((sample("lg_refusals_total", reason=reason) for reason in REFUSAL_REASONS), 0.0)
+LOGGED_REFUSALS: dict[str, float] = {}  # the time of each client's last
+
+
+def count_refusal(client: IPAddress, path: str, reason: str) -> None:
+    """Count a refused request, and log it, at most once a minute for each client."""
+    COUNTERS[sample("lg_refusals_total", reason=reason)] += 1
+    now, key = time.monotonic(), rate_limit_key(client)
+    while LOGGED_REFUSALS and (oldest := next(iter(LOGGED_REFUSALS.items())))[1] + MINUTE_SECONDS < now:
+        del LOGGED_REFUSALS[oldest[0]]
+    if reason != "invalid" and key not in LOGGED_REFUSALS and len(LOGGED_REFUSALS) < MINUTE_CLIENTS:
+        LOGGED_REFUSALS[key] = now
+        log.info("refused", {"path": path, "client": client, "reason": reason})
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
@@ -745,19 +809,38 @@ class Command(NamedTuple):
 PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56", "{address}")
 TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30", "{address}")
 MTR = ("--raw", "-n", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", "{address}")
-
+BUILT_IN = (
+    Command("ping", ("ping", "-4", *PING), 4, (0, 1)),  # 1: no reply
+    Command("ping6", ("ping", "-6", *PING), 6, (0, 1)),
+    Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4, (0,)),
+    Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6, (0,)),
+    Command("mtr", ("mtr", "-4", *MTR), 4, (0,)),
+    Command("mtr6", ("mtr", "-6", *MTR), 6, (0,)),
+)
+EXTRA = (
+    Command(
+        f"{name}6" if version == 6 else name,
+        tuple(word.replace("{version}", str(version)) for word in argv),
+        version,
+        (0, 1) if argv[0] == "ping" else (0,),
+    )
+    for name, argv in SETTINGS.EXTRA_COMMANDS.items()
+    for version in (4, 6)
+)
 COMMANDS = {
     command.name: command
-    for command in (
-        Command("ping", ("ping", "-4", *PING), 4, (0, 1)),  # 1: no reply
-        Command("ping6", ("ping", "-6", *PING), 6, (0, 1)),
-        Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4, (0,)),
-        Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6, (0,)),
-        Command("mtr", ("mtr", "-4", *MTR), 4, (0,)),
-        Command("mtr6", ("mtr", "-6", *MTR), 6, (0,)),
-    )
+    for command in (*(each for each in BUILT_IN if each.name in SETTINGS.COMMANDS), *EXTRA)
 }
-PACKAGES = {"ping": "iputils-ping", "traceroute": "traceroute", "mtr": "mtr-tiny"}  # Debian's names
+COUNTERS |= {sample("lg_runs_total", command=name, outcome="finished"): 0 for name in COMMANDS}
+TOOLS = tuple(dict.fromkeys(command.tool for command in COMMANDS.values()))
+# Debian's packages.
+PACKAGES = {
+    "ping": "iputils-ping",
+    "traceroute": "traceroute",
+    "mtr": "mtr-tiny",
+    "birdc": "bird2",
+    "vtysh": "frr",
+}
 
 # Debian keeps some tools in directories that are on root's PATH only.
 ENVIRONMENT = {"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"}
@@ -767,7 +850,8 @@ def check_version(target: IPAddress | str, command: Command) -> None:
     """Raises RequestError for an address of the other IP version, and names the command to use."""
     if not isinstance(target, str) and target.version != command.version:
         other = f"{command.name}6" if command.version == 4 else command.name.removesuffix("6")
-        raise validation_error(f"{target} is an IPv{target.version} address: use {other}", str(target))
+        hint = f"use {other}" if other in COMMANDS else f"{command.name} is for IPv{command.version}"
+        raise validation_error(f"{target} is an IPv{target.version} address: {hint}", str(target))
 
 
 def missing_tools() -> list[str]:
@@ -777,7 +861,7 @@ def missing_tools() -> list[str]:
 
 @lru_cache(1)
 def find_missing_tools(second: int) -> list[str]:
-    return [tool for tool in PACKAGES if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
+    return [tool for tool in TOOLS if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
 
 
 def install_hint(tools: Sequence[str]) -> str:
@@ -1174,13 +1258,13 @@ async def started(command: Command, address: IPAddress) -> AsyncIterator[Process
     try:
         process = Process(command.argv_for(address), command.ok_statuses, SETTINGS.DIAGNOSTIC_TIMEOUT)
     except (FileNotFoundError, PermissionError):
-        log.error("%s is not installed or not executable: %s", tool, install_hint([tool]))
+        log.error(f"{tool} is not installed or not executable", {"install": install_hint([tool])})
         message = f"{tool} is not installed on this server, or may not run"
-        raise RequestError(503, {"error": message}) from None
+        raise RequestError(503, {"error": message}, reason="unavailable") from None
     except OSError as error:
-        log.error("%s cannot be started: %s", tool, error)
+        log.error(f"{tool} cannot be started", {"error": error})
         message = f"The server cannot start {tool} now: try again soon"
-        raise RequestError(503, {"error": message}, RETRY_LATER) from None
+        raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
     try:
         yield process
     finally:
@@ -1265,11 +1349,24 @@ class Diagnosis:
                 error.headers = {**headers, **error.headers}
                 raise
             finally:
-                seconds = time.monotonic() - begun
-                fields = (command.name, target, address, client, outcome, seconds)
-                log.info("%s target=%s address=%s client=%s outcome=%r seconds=%.1f", *fields)
+                if outcome != "refused":
+                    self.record(address, outcome, time.monotonic() - begun)
         status = process.tool.returncode
         self.output.put_nowait(transcript.end(process.fault, status if status >= 0 else None))
+
+    def record(self, address: IPAddress | None, outcome: str, seconds: float) -> None:
+        """Count a run that has ended, and log it."""
+        labels = {"command": self.command.name, "outcome": outcome}
+        COUNTERS[sample("lg_runs_total", **labels)] += 1
+        COUNTERS[sample("lg_run_seconds_total", **labels)] += seconds
+        level = logging.INFO if outcome in ("finished", "client gone") else logging.WARNING
+        pairs = {
+            "command": self.command.name,
+            "target": self.target,
+            "address": address,
+            "client": self.client,
+        }
+        log.log(level, "run", {**pairs, "outcome": outcome, "seconds": f"{seconds:.1f}"})
 
     async def chunks(self) -> AsyncIterator[bytes]:
         while (chunk := await self.output.get()) is not None:
@@ -1298,6 +1395,43 @@ async def diagnosis(
     finally:
         run.cancel()
         await asyncio.wait((run,))
+
+
+PROBE_SECONDS = 1  # a tool without permission ends long before
+# ping of iputils, BusyBox and GNU inetutils, and mtr.
+DENIED = re.compile(rb".*(?:permission denied|not permitted|privilege|cap_net_raw).*", re.IGNORECASE)
+FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
+
+
+async def probe_tool(command: Command) -> None:
+    """Run a command on loopback: a tool that lacks the permission to send is logged and kept in FORBIDDEN."""
+    denied: object = None
+    try:
+        loopback = ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
+        process = Process(command.argv_for(loopback), command.ok_statuses, PROBE_SECONDS)
+        output = bytearray()
+        try:
+            async with aclosing(process.output()) as chunks:
+                async for chunk in chunks:
+                    output += chunk
+        finally:
+            await process.kill_and_reap()
+        if line := DENIED.search(output):
+            denied = line[0].decode(errors="replace")
+    except PermissionError as error:  # file capabilities that this process may not have
+        denied = error if shutil.which(command.tool, path=ENVIRONMENT["PATH"]) else None
+    except OSError:
+        return
+    if denied:
+        FORBIDDEN.add(command.tool)
+        hint = "grant NET_RAW (Docker: --cap-add NET_RAW) or widen net.ipv4.ping_group_range"
+        log.warning(f"{command.tool} lacks the permission to send: {hint}", {"error": denied})
+
+
+async def probe_tools() -> None:
+    """Probe each tool of the built-in commands once."""
+    commands = {command.tool: command for command in reversed(BUILT_IN) if command.name in COMMANDS}
+    await asyncio.gather(*map(probe_tool, commands.values()))
 
 
 # ---- connections -------------------------------------------------------------------------------------------
@@ -1336,6 +1470,7 @@ def parse_address(text: str) -> IPAddress | None:
     return (address.version == 6 and address.ipv4_mapped) or address
 
 
+FORWARDING = {b"x-forwarded-for", b"x-real-ip"}  # the headers in which a proxy names its client
 FORWARDED = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
 
 
@@ -1352,13 +1487,18 @@ def is_trusted_proxy(peer: IPAddress | None) -> bool:
     return peer is not None and any(peer in network for network in SETTINGS.FORWARDED_ALLOW_IPS)
 
 
-@cache
-def warn_of_untrusted_proxy() -> None:
+UNTRUSTED_PROXIES: list[IPAddress | None] = []  # the first only
+
+
+def warn_of_untrusted_proxy(peer: IPAddress | None) -> None:
     """Log it once."""
-    log.warning(
-        "A forwarding header is ignored: its sender is not in FORWARDED_ALLOW_IPS. If this server is behind "
-        "a proxy, add the proxy's address there: until then all its clients share one limit"
-    )
+    if not UNTRUSTED_PROXIES:
+        UNTRUSTED_PROXIES.append(peer)
+        log.warning(
+            "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it "
+            "is your proxy, add its address there, or all its clients share one rate limit",
+            {"peer": peer},
+        )
 
 
 def peer_address(request: Request) -> IPAddress | None:
@@ -1373,23 +1513,24 @@ def client_address(request: Request) -> IPAddress:
     the left of it were sent by the client.
     """
     peer = peer_address(request)
+    if not any(name in FORWARDING for name, _ in request.scope["headers"]):
+        return peer or ipaddress.IPv4Address(0)
     forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
     real_ip = request.headers.get("x-real-ip", "")[:ADDRESS_CHARS]
     if is_trusted_proxy(peer):
         entries = map(parse_forwarded, reversed(forwarded.split(",")))
         client = next((address for address in entries if not is_trusted_proxy(address)), None)
         return client or parse_address(real_ip) or peer or ipaddress.IPv4Address(0)
-    if (forwarded or real_ip) and str(peer) not in forwarded + real_ip:
-        warn_of_untrusted_proxy()  # else `uvicorn lg:app` has put the client in the peer's place already
+    if str(peer) not in forwarded + real_ip:  # where `uvicorn lg:app` has put the client in the peer's place
+        warn_of_untrusted_proxy(peer)
     return peer or ipaddress.IPv4Address(0)
 
 
 def client_scheme(request: Request) -> str:
-    """`https` where a trusted proxy says that the client came by it."""
-    forwarded = (
-        request.headers.get("x-forwarded-proto", "") if is_trusted_proxy(peer_address(request)) else ""
-    )
-    return "https" if "https" in (forwarded.lower(), request.url.scheme) else "http"
+    """`http` or `https`: what a trusted proxy names, else the connection's own."""
+    forwarded = request.headers.get("x-forwarded-proto", "").lower()
+    trusted = is_trusted_proxy(peer_address(request))
+    return forwarded if trusted and forwarded in ("http", "https") else request.url.scheme
 
 
 @cache
@@ -1413,7 +1554,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.application, self.app = self.app, cast(Any, self.answer)
-        self.key = ""  # of the client in `per_client`; none for a trusted proxy
+        self.key = ""  # of the client in `per_client`
         self.parsed = 0  # bytes given to the parser since the last answer
         self.to_count = 0  # bytes of the body that have not come yet and will not be parsed
         self.counted = 0  # bytes that were not parsed and that the application has not received yet
@@ -1422,10 +1563,10 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         super().connection_made(transport)
         self.header_timer = self.loop.call_later(REQUEST_HEADER_SECONDS, transport.close)
         peer = parse_address(self.client[0]) if self.client else None  # None: it has left already
-        if peer and not is_trusted_proxy(peer):
+        if peer:
             self.key = rate_limit_key(peer)
             self.per_client[self.key] += 1
-        too_many = self.per_client[self.key] > MAX_CONNECTIONS_PER_CLIENT
+        too_many = self.per_client[self.key] > MAX_CONNECTIONS_PER_CLIENT and not is_trusted_proxy(peer)
         if not peer or too_many or len(self.connections) > max_connections():
             self.reset()
 
@@ -1474,9 +1615,9 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             start = end
 
     def data_received(self, data: bytes) -> None:
+        super().data_received(data)
         if self.header_timer.cancelled() and not self.is_answering():
             self.header_timer = self.loop.call_later(REQUEST_HEADER_SECONDS, self.transport.close)
-        super().data_received(data)
 
     def handle_events(self) -> None:
         previous = self.cycle
@@ -1487,6 +1628,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             length = declared_length(self.cycle.scope["headers"])
             if self.cycle.more_body and length and length > REQUEST_BYTES:
                 self.to_count = length - len(self.cycle.body)
+                self.parsed = REQUEST_BYTES  # what follows the body before its answer is not parsed either
 
     def count(self, nbytes: int) -> None:
         """Take bytes of a body without parsing them, and wake the application."""
@@ -1644,6 +1786,7 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("stopping")
         SHUTTING_DOWN.set()
         Calls.fail(shutting_down())
         for process in Process.running:
@@ -1684,7 +1827,15 @@ SIZES = {
         Size("1G", 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST),
         Size("10G", 10 * 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST_10G),
     )
+    if SETTINGS.MAX_SPEEDTESTS
 }
+DOWNLOADED, UPLOADED = (sample("lg_speedtest_bytes_total", direction=each) for each in ("download", "upload"))
+COUNTERS |= {DOWNLOADED: 0, UPLOADED: 0}
+
+
+def log_speedtest(size: str, client: IPAddress, outcome: str, length: int, seconds: float) -> None:
+    pairs = {"size": size, "client": client, "outcome": outcome, "bytes": length, "seconds": f"{seconds:.1f}"}
+    log.info("speedtest", pairs)
 
 
 @asynccontextmanager
@@ -1704,7 +1855,9 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
                 sent = size.length - remaining
                 deadline.reschedule(begun + (sent + len(BLOCK)) / PACE)
                 yield BLOCK[:remaining]
-                remaining -= min(len(BLOCK), remaining)
+                taken = min(len(BLOCK), remaining)
+                remaining -= taken
+                COUNTERS[DOWNLOADED] += taken
 
         try:
             async with asyncio.timeout(None) as deadline:
@@ -1714,8 +1867,7 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
             outcome = "too slow"
             raise TransferAborted from None
         finally:
-            fields = (size.name, client, outcome, size.length - remaining, loop.time() - begun)
-            log.info("speedtest %s client=%s outcome=%r bytes=%d seconds=%.1f", *fields)
+            log_speedtest(size.name, client, outcome, size.length - remaining, loop.time() - begun)
 
 
 class Upload(TypedDict):
@@ -1743,6 +1895,7 @@ async def receive_upload(chunks: AsyncIterator[bytes], client: IPAddress) -> tup
                     last = loop.time()
                     first = first if length else last
                     length += len(chunk)
+                    COUNTERS[UPLOADED] += len(chunk)
                     if last - begun > STALL_SECONDS and length < PACE * (last - begun):
                         break
                     deadline.reschedule(min(last + STALL_SECONDS, begun + UPLOAD_SECONDS))
@@ -1753,8 +1906,7 @@ async def receive_upload(chunks: AsyncIterator[bytes], client: IPAddress) -> tup
                 raise RequestError(408, {"detail": message}, headers) from None
             outcome = "finished"
         finally:
-            fields = (client, outcome, length, loop.time() - begun)
-            log.info("speedtest upload client=%s outcome=%r bytes=%d seconds=%.1f", *fields)
+            log_speedtest("upload", client, outcome, length, loop.time() - begun)
     seconds = last - first
     mbps = round(length * 8 / 1e6 / seconds, 3) if seconds else None
     return {"bytes": length, "seconds": round(seconds, 6), "mbps": mbps}, headers
@@ -1809,8 +1961,9 @@ async def upload(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    missing = missing_tools()
-    return JSONResponse({"status": "degraded", "missing": missing} if missing else {"status": "ok"})
+    faults = {"missing": missing_tools(), "forbidden": sorted(FORBIDDEN)}
+    found = {name: tools for name, tools in faults.items() if tools}
+    return JSONResponse({"status": "degraded", **found} if found else {"status": "ok"})
 
 
 def location_info(client: IPAddress) -> dict[str, str]:
@@ -1829,39 +1982,80 @@ async def network_info(request: Request) -> Response:
     return JSONResponse(location_info(client_address(request)))
 
 
+METRICS = {  # by name: the type and the help of Prometheus' text format
+    "lg_info": ("gauge", "Version and place of this server; the value is always 1."),
+    "lg_runs_total": ("counter", "Commands that have ended, by outcome as in the log."),
+    "lg_run_seconds_total": ("counter", "Seconds that these commands took."),
+    "lg_refusals_total": ("counter", "Requests refused."),
+    "lg_speedtest_bytes_total": ("counter", "Bytes of speed tests."),
+    "lg_slots": ("gauge", "Commands and speed tests that may run at once."),
+    "lg_slots_taken": ("gauge", "Commands and speed tests that run now."),
+    "lg_connections": ("gauge", "Open connections."),
+}
+
+
+async def metrics(request: Request) -> Response:
+    if not any(client_address(request) in network for network in SETTINGS.METRICS_ALLOW_IPS):
+        raise HTTPException(404)
+    place = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
+    samples = COUNTERS | {sample("lg_info", version=VERSION, **place): 1}
+    samples["lg_connections"] = Connection.per_client.total()
+    for kind, slots in (("command", DIAGNOSTICS), ("speedtest", SPEEDTESTS)):
+        samples[sample("lg_slots", kind=kind)] = slots.total
+        samples[sample("lg_slots_taken", kind=kind)] = slots.taken.total()
+    lines = []
+    for name, (kind, description) in METRICS.items():
+        lines += [f"# HELP {name} {description}", f"# TYPE {name} {kind}"]
+        lines += [f"{key} {value:.15g}" for key, value in samples.items() if key.partition("{")[0] == name]
+    return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
+
+
 USAGE = """\
 Looking glass: {location}, {facility}
 
-Measure the network from here, with a host name or an address as the target:
+{diagnostics}Speed tests, server information and API:
 
-{commands}
-The same for programs, a JSON object a line:
-
-    curl -N -H "Accept: application/x-ndjson" -d target=example.com {base}/lookingglass/mtr
-
-Measure the way to here (100M, 1G, 10G) and from you, ask where this is and how it is, and what else there is:
-
-    curl -o /dev/null {base}/speedtest/100M
-    head -c 100M /dev/zero | curl --data-binary @- {base}/speedtest/upload
-    curl {base}/network/info
+{speedtests}    curl {base}/network/info
     curl {base}/health
     curl {base}/openapi.json
 
-Limits for each client: {limits}.
+In a browser: {base}/ has the page, {base}/docs the API.
+Rate limits for each client: {limits}.
+"""
+DIAGNOSTICS_USAGE = """\
+Measure the network from here, with a host name or an address as the target:
+
+{commands}
+The same for programs, one JSON object per line:
+
+    curl -N -H "Accept: application/x-ndjson" -d target=example.com {base}/lookingglass/{command}
+
+"""
+SPEEDTESTS_USAGE = """\
+    curl -o /dev/null {base}/speedtest/100M
+    head -c 100M /dev/zero | curl --data-binary @- {base}/speedtest/upload
 """
 HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.IGNORECASE)
 
 
-def describe_rates(items: Rates) -> str:
-    return " and ".join(map(str, items)) or "no limit"
+def describe_rates(rates: Rates) -> str:
+    """Rates in English: `2 per minute and 30 per 2 hours`."""
+    periods = (f"{rate.multiples} {rate.GRANULARITY.name}s" for rate in rates)
+    return (
+        " and ".join(
+            f"{rate.amount} per {period if rate.multiples > 1 else rate.GRANULARITY.name}"
+            for rate, period in zip(rates, periods, strict=True)
+        )
+        or "no limit"
+    )
 
 
 def rate_limits_text() -> str:
-    each, test = (
-        describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS),
-        describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST),
-    )
-    return f"{each} of each command, {test} of each speed test, {describe_rates(SIZES['10G'].rates)} of 10G"
+    parts = [f"each command {describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}"] if COMMANDS else []
+    if SIZES:
+        parts.append(f"each speed test {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}")
+        parts.append(f"the 10G download {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST_10G)}")
+    return ", ".join(parts)
 
 
 async def usage(request: Request) -> Response:
@@ -1869,14 +2063,22 @@ async def usage(request: Request) -> Response:
     if not HOST.fullmatch(host):  # it is printed into lines that people paste into a shell
         host = f"localhost:{SETTINGS.PORT}"
     base = f"{client_scheme(request)}://{host}"
-    commands = "".join(f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in COMMANDS)
-    about = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
-    text = USAGE.format(base=base, commands=commands, limits=rate_limits_text(), **about)
+    lines = "".join(f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in COMMANDS)
+    example = "mtr" if "mtr" in COMMANDS else next(iter(COMMANDS), "")
+    text = USAGE.format(
+        base=base,
+        location=SETTINGS.NETWORK_LOCATION,
+        facility=SETTINGS.NETWORK_FACILITY,
+        diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=lines, command=example) if COMMANDS else "",
+        speedtests=SPEEDTESTS_USAGE.format(base=base) if SIZES else "",
+        limits=rate_limits_text(),
+    )
     return PlainTextResponse(text, headers={"Vary": "Accept"})
 
 
 async def answer_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
+    count_refusal(client_address(request), request.url.path, error.reason)
     try:
         return JSONResponse(error.body, error.status, error.headers)
     except (ValueError, RecursionError):  # what the client sent, to be echoed, cannot be written as JSON
@@ -1886,7 +2088,12 @@ async def answer_request_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_http(request: Request, error: Exception) -> Response:
+    """The answer of the router; a path that ends in a slash and has a route without is redirected to it."""
     assert isinstance(error, HTTPException)
+    path, query = request.scope["path"].rstrip("/"), request.url.query
+    routes = {route.path for route in request.app.routes}
+    if error.status_code == 404 and path != request.scope["path"] and path in routes:
+        return Response(status_code=307, headers={"Location": f"{path}?{query}" if query else path})
     return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
 
@@ -2673,7 +2880,7 @@ function pingView(argv) {
     };
   }
   function take({ event, seq, rtt = null, text, result }) {
-    if (event === "note") node.append(make("p", str));
+    if (event === "note") node.append(make("p", text));
     if (seq) draw(seq, (rtts[seq] = rtt));
     if (!seq && !result) return;
     stats = result?.stats ?? reckon();
@@ -2729,7 +2936,7 @@ function hopView(columns) {
   }
   function take({ event, hop, text, result, ...found }) {
     // Over as many columns as there are on the narrowest screen.
-    if (event === "note") body.append(make("tr", make("td"), set(make("td", str), { colSpan: 4 })));
+    if (event === "note") body.append(make("tr", make("td"), set(make("td", text), { colSpan: 4 })));
     // No packet makes more hops; a number beyond fails in draw.
     while (rows.length < Math.min(hop ?? result?.hops.length, 255)) add();
     if (hop) draw(rows[hop - 1], found);
@@ -3086,24 +3293,31 @@ async def front(request: Request) -> Response:
 # ---- routes and app ----------------------------------------------------------------------------------------
 
 
+def slots_text() -> str:
+    kinds = [("commands", DIAGNOSTICS)] * bool(COMMANDS) + [("speed tests", SPEEDTESTS)] * bool(SIZES)
+    return ", ".join(f"{slots.total} {kind} at once, {slots.per_client} per client" for kind, slots in kinds)
+
+
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Says at the start what an operator has to know."""
+    """Log at the start what an operator has to know."""
     for line in unknown_settings(ENV_FILE):
         log.warning(line)
-    log.info("Limits for each client: %s", rate_limits_text())
-    log.info(
-        "At once: %d commands, %d for a client; %d speed tests, %d for a client",
-        *(DIAGNOSTICS.total, DIAGNOSTICS.per_client, SPEEDTESTS.total, SPEEDTESTS.per_client),
-    )
+    log.info("limits", {"rates": rate_limits_text(), "slots": slots_text()})
     if missing := missing_tools():
-        tools, hint = ", ".join(missing), install_hint(missing)
-        log.warning("Missing: %s. Their commands answer 503 until you install them: %s", tools, hint)
+        log.warning(
+            "Tools are missing: their commands answer 503 until they are installed",
+            {"missing": " ".join(missing), "install": install_hint(missing)},
+        )
     if SETTINGS.CORS_CREDENTIALS and "*" in SETTINGS.CORS_ORIGINS:
         log.warning(
-            "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: name the origins that may have it"
+            "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: name the origins that may use them"
         )
+    probes = asyncio.gather(probe_tools(), LIMITS.probe())
     yield
+    probes.cancel()
+    with suppress(asyncio.CancelledError):
+        await probes
 
 
 app = Starlette(
@@ -3118,7 +3332,8 @@ app = Starlette(
             for name, command in COMMANDS.items()
         ),
         *(Route(f"/speedtest/{name}", partial(speedtest, size), name=name) for name, size in SIZES.items()),
-        Route("/speedtest/upload", upload, methods=["POST"]),
+        *([Route("/speedtest/upload", upload, methods=["POST"])] if SIZES else []),
+        Route("/metrics", metrics),
     ],
     middleware=[
         Middleware(
@@ -3138,7 +3353,7 @@ app = Starlette(
     },
     lifespan=lifespan,
 )
-app.router.redirect_slashes = False  # it would write what a client sends as Host into Location
+app.router.redirect_slashes = False  # it writes the Host that a client sends into Location: see answer_http
 
 
 # ---- serving -----------------------------------------------------------------------------------------------
@@ -3170,6 +3385,30 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
+class Logfmt(logging.Formatter):
+    """A record as one line of key=value pairs: log.info("run", {"command": "ping"}) adds command=ping."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        pairs: dict[str, object] = {
+            "time": moment,
+            "level": record.levelname.lower(),
+            "msg": record.getMessage(),
+        }
+        if isinstance(record.args, Mapping):
+            pairs |= record.args
+        if record.exc_info:
+            pairs["traceback"] = self.formatException(record.exc_info)
+        return " ".join(
+            f"{key}={self.quote(str(value))}" for key, value in pairs.items() if value is not None
+        )
+
+    def quote(self, value: str) -> str:
+        if value.isprintable() and re.fullmatch(r'[^\s"=\\]+', value):
+            return value
+        return json.dumps(value, ensure_ascii=not value.isprintable())
+
+
 class LogHandler(logging.Handler):
     """Writes the log in a thread of its own: a log that nobody reads does not hold up the service."""
 
@@ -3190,7 +3429,13 @@ class LogHandler(logging.Handler):
             line = self.lines.get()
             if dropped := self.dropped:
                 self.dropped -= dropped
-                line += f"{dropped} lines of the log were dropped here: it was not read fast enough\n"
+                lost = {
+                    "name": "lg",
+                    "levelname": "WARNING",
+                    "msg": "log lines dropped",
+                    "args": {"lines": dropped},
+                }
+                line += self.format(logging.makeLogRecord(lost)) + "\n"
             data = line.encode(errors="backslashreplace")
             with suppress(OSError):  # a full disk, a pipe without a reader
                 while data:
@@ -3207,10 +3452,15 @@ class LogHandler(logging.Handler):
 
 def configure_logging() -> None:
     handler = LogHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(Logfmt())
     logging.basicConfig(handlers=[handler], level=SETTINGS.LOG_LEVEL.upper())
     if SETTINGS.LOG_LEVEL != "debug":  # uvicorn warns of every malformed request: anybody could fill the disk
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
+
+
+def own_address() -> str:
+    """Where this server is reached from its own machine."""
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(SETTINGS.HOST, SETTINGS.HOST)  # noqa: S104
 
 
 def serve() -> None:
@@ -3218,7 +3468,11 @@ def serve() -> None:
     try:
         sockets = listen(SETTINGS.HOST, SETTINGS.PORT)
     except (OSError, UnicodeError) as error:
-        reason = f"expected an address of this machine and a free port ({error})"
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise settings_error(
+                "expected a free port: it is in use by another program", PORT=SETTINGS.PORT
+            ) from None
+        reason = f"expected an address of this machine and a port that this user may use ({error})"
         raise settings_error(reason, HOST=SETTINGS.HOST, PORT=SETTINGS.PORT) from None
     config = uvicorn.Config(
         app,
@@ -3232,9 +3486,9 @@ def serve() -> None:
         server_header=False,
         timeout_graceful_shutdown=STOP_SECONDS,
     )
-    for listening in sockets:
-        host, port = listening.getsockname()[:2]
-        log.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    place = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
+    host = f"[{own_address()}]" if ":" in own_address() else own_address()
+    log.info("started", {"version": VERSION, **place, "url": f"http://{host}:{SETTINGS.PORT}/"})
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     # If the parent left it ignored, tools would be reaped before they are waited for.
@@ -3247,13 +3501,12 @@ def serve() -> None:
 
 def ask_health() -> None:
     """Print what /health of the server with these settings answers. Raises SystemExit where none does."""
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(SETTINGS.HOST, SETTINGS.HOST)  # noqa: S104
-    connection = http.client.HTTPConnection(host, SETTINGS.PORT, timeout=RETRY_SECONDS)
+    connection = http.client.HTTPConnection(own_address(), SETTINGS.PORT, timeout=RETRY_SECONDS)
     try:
         connection.request("GET", "/health")
         print(connection.getresponse().read().decode())
     except (OSError, UnicodeError, http.client.HTTPException) as error:
-        raise SystemExit(f"No answer from {host} port {SETTINGS.PORT}: {error}") from None
+        raise SystemExit(f"No answer from {own_address()} port {SETTINGS.PORT}: {error}") from None
 
 
 def main() -> None:
