@@ -2164,6 +2164,8 @@ def test_every_described_response_can_be_provoked(
         request = {"json": {"target": "127.1"}}
     elif status == "413":
         request = {"content": bytes(5000)}
+    elif status == "411":
+        request = {"content": iter([b"chunked"])}
     with contextlib.ExitStack() as stack:
         if status == "503" and path.endswith("/upload"):
             stack.enter_context(server.http.stream("GET", "/speedtest/10G"))
