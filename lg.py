@@ -3204,7 +3204,8 @@ PAGE = """\
 <form id="form" class="card {kind}" method="post" action="lookingglass/{command}">
 <fieldset class="tabs script" aria-label="Test">{tabs}</fieldset>
 <div class="row">
-<label class="target"><span class="hush">Target</span><input name="target" value="{target}" inputmode="url" spellcheck="false" autocomplete="off"
+<label class="target"><span class="hush">Target</span>
+<input name="target" value="{target}" inputmode="url" spellcheck="false"
 placeholder="Host name, address or URL" aria-describedby="fault"></label>
 <label class="script"><span class="hush">IP version</span><select name="version">{versions}</select></label>
 <button id="run" class="script" disabled>Run</button>
@@ -3499,10 +3500,12 @@ function probed({hops, address}, seq, rtt) {
 }
 
 function rateOf(reports, now) {
-	const [[before], [at, bytes]] = [reports[0], ...reports].slice(-2)
-	const [from, bytesFrom] = reports.findLast(([time]) => time <= at - SECOND) ?? reports[0]
-	const until = now - at > SECOND + at - before ? now : at
-	return ((bytes - bytesFrom) * 8e-3) / Math.max(SECOND, until - from)
+	const [at, bytes] = reports.at(-1)
+	const gap = at - reports.slice(-4)[0][0]
+	const start = reports.findLast(([time]) => time <= at - Math.max(SECOND, 3 * gap)) ?? reports[0]
+	const [from, before] = start[1] ? start : (reports[1] ?? start)
+	const until = now - at > SECOND + gap ? now : at
+	return ((bytes - before) * 8e-3) / Math.max(SECOND, until - from)
 }
 
 const inPhase = ({phases}, change) => ({
@@ -3758,7 +3761,7 @@ function drawSpeed(run) {
 			figure("Download", digits(download?.mbps), "Mbit/s"),
 			figure("Upload", digits(upload?.mbps), "Mbit/s"),
 			figure("Latency, idle → under load", rtt(idle), `→ ${rtt(download)} ↓ ${rtt(upload)} ↑ ms`),
-			figure("Bufferbloat", grade && h("span.grade", grade)),
+			figure("Bufferbloat", h("span.grade", grade || "–")),
 		),
 		chart("curve", "Mbit/s", "V100"),
 		chart("latency", "ms", ""),
@@ -4188,7 +4191,7 @@ def anchors(links: Mapping[str, str]) -> str:
 
 
 def chosen_test(asked: Mapping[str, str]) -> tuple[str, str]:
-    """The tab and the IP version ("4", "6" or "") that a link asks for; `command` may name one of them too."""
+    """The tab and the IP version ("4", "6" or "") that a link asks for, which may name a command too."""
     name, version = asked.get("command", ""), asked.get("version", "")
     if name in COMMANDS and base_name(COMMANDS[name]) != name:
         name, version = base_name(COMMANDS[name]), "6"

@@ -2788,7 +2788,7 @@ def browser_in_hops(launch: Callable[..., Browser], hops: tuple[str, ...]) -> It
 
 
 def open_page(browser: Browser, url: str, faults: list[str], **options: Any) -> Page:
-    """The page at `url`, ready for a click; errors of its script and breaches of its policy go to `faults`."""
+    """The page at `url`, ready for a click; errors of its script and breaches of its policy are `faults`."""
     context = browser.new_context(**options)
     context.add_init_script(WATCH)
     page = context.new_page()
@@ -3420,20 +3420,14 @@ setInterval(() => {
 
 
 @pytest.fixture(scope="session")
-def wires(
-    launch: Callable[..., Browser], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Mapping[int, Page]]:
-    """Pages on which a speed test has ended, each over a wire of its own rate between two namespaces."""
+def wires(launch: Callable[..., Browser], stand_ins: Server) -> Iterator[Mapping[int, Page]]:
+    """Pages on which a speed test has ended: a browser in a namespace of its own, a wire for each rate to the
+    first host of the small internet."""
     ip = shutil.which("ip")
-    if os.geteuid() != 0 or not ip or not shutil.which("tc"):
-        lacking("root, ip and tc, for wires of limited rates")
-    near, far = f"lgw{os.getpid()}a", f"lgw{os.getpid()}b"
-    commands = [
-        f"netns add {near}",
-        f"netns add {far}",
-        f"-n {near} link set lo up",
-        f"-n {far} link set lo up",
-    ]
+    if not ip or not shutil.which("tc"):
+        lacking("ip and tc, for wires of limited rates")
+    near, far = f"{HOPS_NAME}0", f"{HOPS_NAME}far"
+    commands = [f"netns add {far}", f"-n {far} link set lo up"]
     for rate in WIRES:
         commands.append(f"link add w{rate} netns {near} type veth peer name w{rate} netns {far}")
         for host, end in ((near, 1), (far, 2)):
@@ -3447,11 +3441,8 @@ def wires(
             done = subprocess.run([ip, *command.split()], capture_output=True, text=True, check=False)
             if done.returncode:
                 lacking(f"wires of limited rates: {done.stderr}")
-        start: Start = Server
-        server = start(tmp_path_factory.mktemp("wires"), prefix=("ip", "netns", "exec", near), **AMSTERDAM)
-        browser = launch("ip", "netns", "exec", far)
-        faults: list[str] = []
-        urls = {rate: f"http://10.99.{rate}.1:{server.port}/?command=speedtest" for rate in WIRES}
+        browser, faults = launch(ip, "netns", "exec", far), list[str]()
+        urls = {rate: f"http://10.99.{rate}.1:{stand_ins.port}/?command=speedtest" for rate in WIRES}
         pages = {rate: open_page(browser, url, faults) for rate, url in urls.items()}
         for page in pages.values():
             page.evaluate(SAMPLE)
@@ -3460,11 +3451,9 @@ def wires(
             ended(page)
         yield pages
         browser.close()
-        server.stop()
         assert faults == []
     finally:
-        for host in (near, far):
-            subprocess.run([ip, "netns", "del", host], check=False, capture_output=True)
+        subprocess.run([ip, "netns", "del", far], check=False, capture_output=True)
 
 
 @pytest.mark.parametrize("rate", WIRES)
@@ -3475,7 +3464,8 @@ def test_live_figure_is_that_of_the_wire_after_two_seconds(
     samples = [each for each in wires[rate].evaluate("samples") if each[1] == f"Measuring {phase}"]
     settled = [each[column] for each in samples if each[0] > samples[0][0] + 2000]
     assert len(settled) > 15
-    assert settled == pytest.approx([rate] * len(settled), rel=0.15)
+    assert median(settled) == pytest.approx(rate, rel=0.15)
+    assert 0.6 * rate < min(settled) <= max(settled) < 1.5 * rate  # the steps of a machine that is busy
 
 
 @pytest.mark.parametrize("rate", WIRES)
