@@ -15,7 +15,7 @@ RUN [ -z "$EXTRA_PACKAGES" ] || python -m pip --python /venv/bin/python install 
 
 
 FROM packages AS test
-COPY .ci/requirements.txt /requirements-test.txt
+COPY .ci/requirements-test.txt /
 RUN python -m pip --python /venv/bin/python install --no-cache-dir -r /requirements-test.txt
 ENV PATH=/venv/bin:$PATH
 WORKDIR /app
