@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import http.client
 import ipaddress
 import json
@@ -28,7 +29,7 @@ import sys
 import threading
 import time
 from base64 import b64encode
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -41,15 +42,32 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from html import escape
+from importlib.util import find_spec
+from inspect import cleandoc
 from io import StringIO
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    TypedDict,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 from urllib.parse import parse_qs
 
 import h11
@@ -92,6 +110,14 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
 LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
 LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
 CORS_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
+STORE_PACKAGES = {
+    "memory": "limits",
+    "redis": "redis",
+    "rediss": "redis",
+    "valkey": "valkey",
+    "valkeys": "valkey",
+}
+STORE_PACKAGES |= {"mongodb": "pymongo"}  # with memcached no window can move
 SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)\b", re.DOTALL)
 
 Rates = tuple[limits.RateLimitItem, ...]
@@ -160,6 +186,15 @@ def rates(value: str) -> Rates:
         if all(rate.amount for rate in parsed):
             return parsed
     raise ValueError("expected rates like 2/minute;30/hour, or off")
+
+
+def storage_uri(value: str) -> str:
+    package = STORE_PACKAGES.get(re.split("[+:]", value)[0])
+    if not package or "://" not in value:
+        raise ValueError("expected a URI of memory, redis, valkey or mongodb, like redis://HOST:6379")
+    if not find_spec(package):
+        raise ValueError(f"expected the Python package {package} to be installed: pip install {package}")
+    return value
 
 
 def json_links(url_pattern: re.Pattern[str], example: str) -> Parser[tuple[Link, ...]]:
@@ -255,7 +290,7 @@ class Settings:
     RATE_LIMIT_SPEEDTEST_10G: Rates = setting("1/minute", rates)
     RATE_LIMIT_LOOKUPS: Rates = setting("20/minute", rates)
     RATE_LIMIT_EXEMPT: tuple[IPNetwork, ...] = setting("", networks)
-    RATE_LIMIT_STORAGE_URI: str = setting("memory://", matching("[a-z+]+:.*", "a URI like redis://HOST:6379"))
+    RATE_LIMIT_STORAGE_URI: str = setting("memory://", storage_uri)
     MAX_DIAGNOSTICS: int = setting("20", integer(1, 10000))
     MAX_DIAGNOSTICS_PER_CLIENT: int = setting("4", integer(1, 10000))
     MAX_SPEEDTESTS: int = setting("20", integer(0, 10000))
@@ -404,17 +439,21 @@ COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, deprecated
 
 
 class RequestError(Exception):
-    """A request that is refused: the status, JSON body and headers of its answer."""
+    """A request that is refused: the status, JSON body and headers of its answer, and the reason to count."""
 
-    def __init__(self, status: int, body: Mapping[str, object], headers: Headers | None = None) -> None:
+    def __init__(
+        self, status: int, body: Mapping[str, object], headers: Headers | None = None, reason: str = "invalid"
+    ) -> None:
         super().__init__(status, body)
-        self.status, self.body, self.headers = status, body, dict(headers or {})
+        self.status, self.body, self.headers, self.reason = status, body, dict(headers or {}), reason
 
 
-def validation_error(message: str, value: object, kind: str = "value_error") -> RequestError:
+def validation_error(
+    message: str, value: object, kind: str = "value_error", reason: str = "invalid"
+) -> RequestError:
     """422 for the field `target`, in FastAPI's shape; `message` tells a person what to do."""
     error = {"type": kind, "loc": ["body", "target"], "msg": message, "input": value}
-    return RequestError(422, {"detail": [error]})
+    return RequestError(422, {"detail": [error]}, reason=reason)
 
 
 def parse_form(text: str) -> dict[str, str | list[str]]:
@@ -538,7 +577,7 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
     if not isinstance(target, str):
         if not is_allowed(target):
             message = f"{target} may not be measured here: it is not a public address"
-            raise validation_error(message, str(target))
+            raise validation_error(message, str(target), reason="target")
         return target
     family = socket.AF_INET if version == 4 else socket.AF_INET6
     lookup = partial(socket.getaddrinfo, target.encode("ascii"), None, family, socket.SOCK_STREAM)
@@ -547,20 +586,21 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
         answers = await Calls.run(lookup, RESOLVE_SECONDS, LOOKUP_THREADS)
     except TimeoutError:
         late = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or send an address"
-        raise validation_error(late, target) from None
+        raise validation_error(late, target, reason="target") from None
     except (OSError, RuntimeError, UnicodeError) as error:
         if not isinstance(error, socket.gaierror) or error.errno not in (
             socket.EAI_NONAME,
             socket.EAI_NODATA,
         ):
             message = f"{target} cannot be resolved now: try again, or send an address"
-            raise validation_error(message, target) from None
+            raise validation_error(message, target, reason="target") from None
     for *_, sockaddr in answers:
         address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
         if is_allowed(address):
             return address
     # One message for both, so that nobody can list the names that only this network resolves.
-    raise validation_error(f"{target} has no public IPv{version} address: check the name", target)
+    message = f"{target} has no public IPv{version} address: check the name"
+    raise validation_error(message, target, reason="target")
 
 
 # ---- limits ------------------------------------------------------------------------------------------------
@@ -570,6 +610,7 @@ STORE_REST_SECONDS = 30  # for which a store that failed is not asked again
 SWEEP_SECONDS = 60  # after which clients whose hits have expired are removed from memory
 RETRY_SECONDS = 5  # where no slot is free: commands take about 15 s, and end at different times
 RETRY_LATER = {"Retry-After": str(RETRY_SECONDS)}
+MINUTE_SECONDS, MINUTE_CLIENTS = 60, 1000  # refusals are logged for so many clients a minute, once for each
 RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 
 SHUTTING_DOWN = asyncio.Event()  # set when the server begins to stop: nothing is started any more
@@ -582,7 +623,8 @@ def rate_limit_key(client: IPAddress) -> str:
 
 def shutting_down() -> RequestError:
     """The answer to a request that would start something while the server stops."""
-    return RequestError(503, {"error": "The server is shutting down: try again in a moment"}, RETRY_LATER)
+    body = {"error": "The server is shutting down: try again in a moment"}
+    return RequestError(503, body, RETRY_LATER, "unavailable")
 
 
 class Slots:
@@ -599,10 +641,10 @@ class Slots:
             raise shutting_down()
         if self.taken[client] >= self.per_client:
             message = f"You may run {self.per_client} {self.what} at once: wait until one has ended"
-            raise RequestError(429, {"error": message}, RETRY_LATER)
+            raise RequestError(429, {"error": message}, RETRY_LATER, "client slots")
         if self.taken.total() >= self.total:
             message = f"All {self.total} slots for {self.what} are taken: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER)
+            raise RequestError(503, {"error": message}, RETRY_LATER, "server slots")
         self.taken[client] += 1
         try:
             yield
@@ -626,7 +668,7 @@ def rate_headers(
     headers = dict(zip(RATE_HEADERS, map(str, values), strict=True))
     if exhausted:
         headers["Retry-After"] = str(max(1, math.ceil(stats.reset_time - time.time())))
-        raise RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers)
+        raise RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers, "rate limit")
     return headers
 
 
@@ -685,7 +727,7 @@ class Limits:
             return operation(self.memory, *arguments)
         except RuntimeError:  # the storage starts a thread that removes expired entries
             message = "The server has no thread left: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER) from None
+            raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
 
     async def ask_shared(self, operation: Callable[[], Headers]) -> Headers:
         """Raises RequestError, or ConnectionError when the store fails. Failure and recovery are logged."""
@@ -697,11 +739,20 @@ class Limits:
         except Exception as error:  # each client library has its own
             self.asleep_until = time.monotonic() + STORE_REST_SECONDS
             if not self.failing:
-                log.warning("The rate-limit store fails, limits are kept in memory for now: %r", error)
+                store = "The rate-limit store fails: limits are kept in memory until it answers"
+                log.warning(store, {"error": repr(error)})
             self.failing = True
             raise ConnectionError from error
         self.note_recovery()
         return headers
+
+    async def probe(self) -> None:
+        """Ask the shared store once, so that the log has it at the start when it does not answer."""
+        if self.shared:
+            with suppress(ConnectionError, RequestError):
+                await self.ask_shared(
+                    partial(check, self.shared, (limits.RateLimitItemPerMinute(1),), "start")
+                )
 
     def note_recovery(self) -> None:
         if self.failing:
@@ -721,6 +772,34 @@ class Limits:
 
 
 LIMITS = Limits(SETTINGS.RATE_LIMIT_STORAGE_URI)
+
+
+def sample(name: str, **labels: str) -> str:
+    """A time series as Prometheus' text format names it. No client may choose the value of a label."""
+    escaped = {
+        label: value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        for label, value in labels.items()
+    }
+    pairs = ",".join(f'{label}="{value}"' for label, value in escaped.items())
+    return f"{name}{{{pairs}}}" if labels else name
+
+
+REFUSAL_REASONS = ("invalid", "target", "rate limit", "client slots", "server slots", "unavailable")
+# Of each sample since the start; at 0 those that are known, so that Prometheus sees their first increase.
+COUNTERS: defaultdict[str, float] = defaultdict(float)
+COUNTERS |= dict.fromkeys((sample("lg_refusals_total", reason=reason) for reason in REFUSAL_REASONS), 0.0)
+LOGGED_REFUSALS: dict[str, float] = {}  # the time of each client's last
+
+
+def count_refusal(client: IPAddress, path: str, reason: str) -> None:
+    """Count a refused request, and log it, at most once a minute for each client."""
+    COUNTERS[sample("lg_refusals_total", reason=reason)] += 1
+    now, key = time.monotonic(), rate_limit_key(client)
+    while LOGGED_REFUSALS and (oldest := next(iter(LOGGED_REFUSALS.items())))[1] + MINUTE_SECONDS < now:
+        del LOGGED_REFUSALS[oldest[0]]
+    if reason != "invalid" and key not in LOGGED_REFUSALS and len(LOGGED_REFUSALS) < MINUTE_CLIENTS:
+        LOGGED_REFUSALS[key] = now
+        log.info("refused", {"path": path, "client": client, "reason": reason})
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
@@ -744,20 +823,39 @@ class Command(NamedTuple):
 
 PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56", "{address}")
 TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30", "{address}")
-MTR = ("--raw", "-n", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", "{address}")
-
+MTR = ("--raw", "-e", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", "{address}")
+BUILT_IN = (
+    Command("ping", ("ping", "-4", *PING), 4, (0, 1)),  # 1: no reply
+    Command("ping6", ("ping", "-6", *PING), 6, (0, 1)),
+    Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4, (0,)),
+    Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6, (0,)),
+    Command("mtr", ("mtr", "-4", *MTR), 4, (0,)),
+    Command("mtr6", ("mtr", "-6", *MTR), 6, (0,)),
+)
+EXTRA = (
+    Command(
+        f"{name}6" if version == 6 else name,
+        tuple(word.replace("{version}", str(version)) for word in argv),
+        version,
+        (0, 1) if argv[0] == "ping" else (0,),
+    )
+    for name, argv in SETTINGS.EXTRA_COMMANDS.items()
+    for version in (4, 6)
+)
 COMMANDS = {
     command.name: command
-    for command in (
-        Command("ping", ("ping", "-4", *PING), 4, (0, 1)),  # 1: no reply
-        Command("ping6", ("ping", "-6", *PING), 6, (0, 1)),
-        Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4, (0,)),
-        Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6, (0,)),
-        Command("mtr", ("mtr", "-4", *MTR), 4, (0,)),
-        Command("mtr6", ("mtr", "-6", *MTR), 6, (0,)),
-    )
+    for command in (*(each for each in BUILT_IN if each.name in SETTINGS.COMMANDS), *EXTRA)
 }
-PACKAGES = {"ping": "iputils-ping", "traceroute": "traceroute", "mtr": "mtr-tiny"}  # Debian's names
+COUNTERS |= {sample("lg_runs_total", command=name, outcome="finished"): 0 for name in COMMANDS}
+TOOLS = tuple(dict.fromkeys(command.tool for command in COMMANDS.values()))
+# Debian's packages.
+PACKAGES = {
+    "ping": "iputils-ping",
+    "traceroute": "traceroute",
+    "mtr": "mtr-tiny",
+    "birdc": "bird2",
+    "vtysh": "frr",
+}
 
 # Debian keeps some tools in directories that are on root's PATH only.
 ENVIRONMENT = {"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"}
@@ -767,7 +865,8 @@ def check_version(target: IPAddress | str, command: Command) -> None:
     """Raises RequestError for an address of the other IP version, and names the command to use."""
     if not isinstance(target, str) and target.version != command.version:
         other = f"{command.name}6" if command.version == 4 else command.name.removesuffix("6")
-        raise validation_error(f"{target} is an IPv{target.version} address: use {other}", str(target))
+        hint = f"use {other}" if other in COMMANDS else f"{command.name} is for IPv{command.version}"
+        raise validation_error(f"{target} is an IPv{target.version} address: {hint}", str(target))
 
 
 def missing_tools() -> list[str]:
@@ -777,174 +876,490 @@ def missing_tools() -> list[str]:
 
 @lru_cache(1)
 def find_missing_tools(second: int) -> list[str]:
-    return [tool for tool in PACKAGES if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
+    return [tool for tool in TOOLS if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
 
 
 def install_hint(tools: Sequence[str]) -> str:
     return "apt-get install " + " ".join(PACKAGES.get(tool, tool) for tool in tools)
 
 
-# ---- reading what the tools print --------------------------------------------------------------------------
+# ---- parsing what the tools print --------------------------------------------------------------------------
 
-LINE_BYTES = 4096  # of a line that goes on longer, this much is looked at together
-PROBES = 1000  # more than any command sends: a bound for what a summary may claim
-Event = dict[str, object]
+LINE_BYTES = 4096  # a longer line is parsed in pieces
+MAX_PROBES = 1000  # bounds the losses that a summary can claim; no command sends as many
+
+# A tool's output becomes events as it comes, and one result at the end. The OpenAPI schemas are made from
+# these types. Results have the shape of Globalping's test results. Times are in milliseconds.
+
+Status = Literal["finished", "failed"]
 
 
-class Reader:
-    """Reads what a tool writes, any bytes at all: as text for people, as events for programs, as the result.
+class Timing(TypedDict):
+    rtt: float
 
-    Events are those of the API, results have the shape of Globalping's; times are in milliseconds.
-    """
+
+class PingTiming(Timing):
+    ttl: int
+
+
+class Probe(TypedDict):
+    """`address` where it is not the hop's, `code` where the reply has one: `!X`, `!H`, `!N`."""
+
+    rtt: float | None
+    address: NotRequired[str]
+    code: NotRequired[str]
+
+
+class Counts(TypedDict):
+    total: int
+    rcv: int
+    drop: int
+
+
+class PingStats(Counts):
+    min: float | None
+    avg: float | None
+    max: float | None
+    loss: float | None
+
+
+class Jitter(TypedDict):
+    stDev: float | None
+    jMin: float | None
+    jAvg: float | None
+    jMax: float | None
+
+
+class HopStats(Counts, Jitter):
+    min: float | None
+    avg: float | None
+    max: float | None
+    loss: float
+
+
+class ResultHop(TypedDict):
+    resolvedAddress: str | None
+    resolvedHostname: str | None
+    addresses: NotRequired[list[str]]
+    timings: list[Timing]
+
+
+class MtrResultHop(ResultHop):
+    asn: list[int]
+    stats: HopStats
+
+
+class ToolResult(TypedDict):
+    """The result of a tool that has no parser; the others add to it."""
+
+    status: Status
+    resolvedAddress: str
+    rawOutput: str
+
+
+class PingResult(ToolResult):
+    resolvedHostname: str | None
+    timings: list[PingTiming]
+    stats: PingStats
+
+
+class TracerouteResult(ToolResult):
+    resolvedHostname: str | None
+    hops: list[ResultHop]
+
+
+class MtrResult(ToolResult):
+    resolvedHostname: str | None
+    hops: list[MtrResultHop]
+
+
+Result = PingResult | TracerouteResult | MtrResult | ToolResult
+
+
+class StartEvent(TypedDict):
+    """The first line: what is measured."""
+
+    event: Literal["start"]
+    command: str
+    target: str
+    address: str
+    family: Literal[4, 6]
+    time: Annotated[str, {"format": "date-time"}]
+
+
+class ReplyEvent(TypedDict):
+    """ping: a reply. A duplicate repeats its `seq`."""
+
+    event: Literal["reply"]
+    seq: int
+    ttl: int | None
+    rtt: float | None
+
+
+class LostEvent(TypedDict):
+    """ping: no reply yet. A late reply overrides it."""
+
+    event: Literal["lost"]
+    seq: int
+
+
+class Router(TypedDict):
+    """Who answered: in mtr the last one, in traceroute the first; `addresses` are all, if several did."""
+
+    address: str | None
+    addresses: NotRequired[list[str]]
+    hostname: str | None
+    asn: list[int]
+    network: str | None
+
+
+class TracerouteHopEvent(Router):
+    """traceroute: a hop, its replies, and each of its probes."""
+
+    event: Literal["hop"]
+    hop: int
+    timings: list[Timing]
+    probes: list[Probe]
+
+
+class MtrHopEvent(Router):
+    """mtr: a hop as it now stands."""
+
+    event: Literal["hop"]
+    hop: int
+    stats: HopStats
+
+
+class PathEvent(TypedDict):
+    """mtr: the path is shorter than earlier events said. Later hops are void."""
+
+    event: Literal["path"]
+    hops: int
+
+
+class NoteEvent(TypedDict):
+    """A line of the tool that no other event carries in full."""
+
+    event: Literal["note"]
+    text: str
+
+
+class EndEvent(TypedDict):
+    """The last line: how the run ended, and its result."""
+
+    event: Literal["end"]
+    status: Status
+    error: NotRequired[str]
+    exit_status: int | None
+    duration: float
+    result: Result
+
+
+HopEvent = TracerouteHopEvent | MtrHopEvent
+Event = StartEvent | ReplyEvent | LostEvent | HopEvent | PathEvent | NoteEvent | EndEvent
+
+
+def note(text: str) -> NoteEvent:
+    return {"event": "note", "text": text}
+
+
+class AutonomousSystem(NamedTuple):
+    asn: int | None = None
+    network: str | None = None
+
+
+def autonomous_system(record: object) -> AutonomousSystem:
+    """From a record of GeoLite2-ASN, DB-IP or RouteViews (`autonomous_system_*`), or of IPinfo."""
+    fields = record if isinstance(record, dict) else {}
+    number = fields.get("autonomous_system_number") or fields.get("asn")  # IPinfo has "AS64500"
+    names = map(fields.get, ("autonomous_system_organization", "as_name", "name"))
+    if not (match := re.fullmatch(r"(?:AS)?(\d{1,10})", str(number))):
+        return AutonomousSystem()
+    return AutonomousSystem(int(match[1]), next((str(name) for name in names if name), None))
+
+
+def open_asn_database(path: str) -> Callable[[str], object]:
+    """The lookup function of a database, which is mapped into memory. Raises SystemExit if unusable."""
+    try:
+        import maxminddb
+    except ImportError:
+        raise settings_error("install the package maxminddb", ASN_DATABASE=path) from None
+    try:
+        reader = maxminddb.open_database(path)
+        if not any(autonomous_system(record).asn for _, record in islice(reader, 1000)):
+            raise ValueError("no AS numbers in it")
+    except (OSError, ValueError, maxminddb.InvalidDatabaseError) as error:
+        expected = "expected a database of AS numbers in MaxMind's format (.mmdb), such as GeoLite2-ASN"
+        raise settings_error(f"{expected}: {error}", ASN_DATABASE=path) from None
+    return reader.get
+
+
+ASN_LOOKUP = open_asn_database(SETTINGS.ASN_DATABASE) if SETTINGS.ASN_DATABASE else None
+
+
+@lru_cache(1000)
+def find_as(address: str | None) -> AutonomousSystem:
+    with suppress(ValueError, RuntimeError):  # IPv6 in a database of IPv4; a damaged record
+        if ASN_LOOKUP and address:
+            return autonomous_system(ASN_LOOKUP(address))
+    return AutonomousSystem()
+
+
+def router(addresses: Collection[str], address: str | None, hostname: str | None) -> Router:
+    """The part of a hop event that says who answered."""
+    asn, network = find_as(address)
+    asns = [] if asn is None else [asn]
+    found: Router = {"address": address, "hostname": hostname, "asn": asns, "network": network}
+    if len(addresses) > 1:
+        found["addresses"] = list(addresses)
+    return found
+
+
+def result_hop(who: Router, timings: list[Timing]) -> ResultHop:
+    address, hostname = who["address"], who["hostname"]
+    hop: ResultHop = {"resolvedAddress": address, "resolvedHostname": hostname, "timings": timings}
+    if "addresses" in who:
+        hop["addresses"] = who["addresses"]
+    return hop
+
+
+HOSTNAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
+
+
+def hostname_of(name: str, address: str | None) -> str | None:
+    """The name that a tool printed for an address; None for the address itself and for unsafe characters."""
+    return name if name != address and HOSTNAME.fullmatch(name) else None
+
+
+class OutputParser:
+    """Parses what a tool writes, any bytes, into text for people, events for programs, and a result."""
 
     def __init__(self, address: IPAddress) -> None:
         """`address` is the target's."""
         self.address = str(address)
-        self.rest = b""
+        self.buffer = b""
 
     def feed(self, chunk: bytes) -> tuple[bytes, list[Event]]:
-        """The text and the events that a piece of output completes."""
-        *lines, self.rest = (self.rest + chunk).split(b"\n")
-        if len(self.rest) > LINE_BYTES:
-            lines, self.rest = [*lines, self.rest], b""
-        events = [event for line in lines for event in self.line(line.decode("utf-8", "replace"))]
+        """The text and the events that this piece of output completes."""
+        *lines, self.buffer = (self.buffer + chunk).split(b"\n")
+        if len(self.buffer) > LINE_BYTES:
+            lines, self.buffer = [*lines, self.buffer], b""
+        events = [event for line in lines for event in self.parse_line(line.decode("utf-8", "replace"))]
         return self.text(chunk, events), events
 
-    def end(self, complete: bool) -> tuple[bytes, list[Event]]:
-        """The same for the end of the output; `complete` where the tool was not stopped."""
-        rest, self.rest = self.rest, b""
-        events = list(self.line(rest.decode("utf-8", "replace")))
+    def finish(self, complete: bool) -> tuple[bytes, list[Event]]:
+        """The same for the end of the output; `complete` unless the tool was stopped or failed."""
+        rest, self.buffer = self.buffer, b""
+        events = list(self.parse_line(rest.decode("utf-8", "replace"))) if rest else []
+        events += self.last_events(complete)
         return self.text(b"", events), events
 
-    def text(self, chunk: bytes, events: list[Event]) -> bytes:
-        """What a person reads: what the tool wrote, as it wrote it."""
+    def text(self, chunk: bytes, events: Sequence[Event]) -> bytes:
+        """What a person reads: the tool's own output, unless a parser has a better form."""
         return chunk
 
-    def line(self, line: str) -> Iterator[Event]:
-        """The events of a line."""
+    def parse_line(self, line: str) -> Iterator[Event]:
         raise NotImplementedError
 
-    def result(self) -> Event:
-        """What is known by now."""
-        raise NotImplementedError
+    def last_events(self, complete: bool) -> Iterator[Event]:
+        """Events for what is known only at the end, so that the last events agree with the result."""
+        return iter(())
+
+    def has_measured(self) -> bool:
+        """Whether the tool sent anything. If not, an exit status other than 0 is a failure."""
+        return True
+
+    def result(self, status: Status = "finished", raw_output: str = "") -> Result:
+        """What is known so far."""
+        return self.tool_result(status, raw_output)
+
+    def tool_result(self, status: Status, raw_output: str) -> ToolResult:
+        return {"status": status, "resolvedAddress": self.address, "rawOutput": raw_output}
 
 
-class Ping(Reader):
-    """iputils' ping."""
+class LineParser(OutputParser):
+    """Any other tool: each line is a note."""
+
+    def parse_line(self, line: str) -> Iterator[Event]:
+        yield note(line)
+
+
+class PingParser(OutputParser):
+    """ping of iputils, and of BusyBox and inetutils, whose sequence numbers start at 0."""
 
     TIME = r"(\d{1,9}(?:\.\d{1,3})?)"
-    REPLY = re.compile(rf"\d+ bytes from \S+: icmp_seq=(\d{{1,6}}) ttl=(\d{{1,3}}) time={TIME} ms")
-    UNANSWERED = re.compile(r"no answer yet for icmp_seq=(\d{1,6})")
-    ERROR = re.compile(r"From \S+ icmp_seq=(\d{1,6}) (?!Redirect).+")
-    LOSS = r"(\d{1,3}(?:\.\d{1,6})?)"
-    SUMMARY = re.compile(
-        rf"(\d{{1,6}}) packets transmitted, (\d{{1,6}}) received, .*?{LOSS}% packet loss, .+"
+    REPLY = re.compile(
+        r"(?:\[[\d.]+\] )?\d+ bytes from (\S+?)(?: \((\S+?)\))?: (?:icmp_)?seq=(\d{1,6})"
+        rf"(?: ttl=(\d{{1,3}}))?(?: time={TIME} ms)?((?!\d).*)"
     )
-    TIMES = re.compile(rf"rtt min/avg/max/mdev = {TIME}/{TIME}/{TIME}/[\d.]+ ms.*")
-    CARRIED = re.compile(r"|PING .+ data bytes|PING .+ bytes of data\.|--- .+ ping statistics ---")
+    UNANSWERED = re.compile(r"(?:\[[\d.]+\] )?no answer yet for icmp_seq=(\d{1,6})")
+    ERROR = re.compile(r"From \S+(?: \(\S+\))?(?<!:) icmp_seq=(\d{1,6}) (?!Redirect|Source Quench).+")
+    SUMMARY = re.compile(r"(\d{1,6}) packets transmitted, (\d{1,6}) (?:packets )?received\b(.*)")
+    LOSS = re.compile(r", (-?\d{1,9}(?:\.\d{1,6})?)% packet loss")
+    TIMES = re.compile(rf"(?:rtt|round-trip) min/avg/max\S* = {TIME}/{TIME}/{TIME}(?:/[\d.]+)? ms.*")
+    BANNER = re.compile(r"|PING .+|--- .+ ping statistics ---")
 
     def __init__(self, address: IPAddress) -> None:
         super().__init__(address)
-        self.timings: list[Event] = []
-        self.sent = 0  # as far as was said
+        self.hostname: str | None = None
+        self.timings: list[PingTiming] = []
+        self.first, self.sent = 1, 0  # the first sequence number; requests known to have been sent
         self.received: set[int] = set()
         self.lost: set[int] = set()
-        self.summary: tuple[int, int, float] | None = None
+        self.summary: tuple[int, int, float | None] | None = None
         self.times: list[float] = []
 
-    def line(self, line: str) -> Iterator[Event]:
+    def parse_line(self, line: str) -> Iterator[Event]:
         if match := self.REPLY.fullmatch(line):
-            seq, ttl, rtt = int(match[1]), int(match[2]), float(match[3])
-            self.sent = max(self.sent, seq)
-            self.received.add(seq)
-            self.timings.append({"rtt": rtt, "ttl": ttl})
-            yield {"event": "reply", "seq": seq, "ttl": ttl, "rtt": rtt}
+            yield from self.reply(match)
         elif match := self.UNANSWERED.fullmatch(line):
             yield from self.lose(int(match[1]))
         elif match := self.ERROR.fullmatch(line):
-            yield {"event": "note", "text": line}
+            yield note(line)
             yield from self.lose(int(match[1]))
-        elif match := self.SUMMARY.fullmatch(line):
-            self.summary = int(match[1]), int(match[2]), float(match[3])
-            for seq in range(1, min(self.summary[0], PROBES) + 1):
+        elif match := self.SUMMARY.match(line):
+            yield note(line)
+            loss = self.LOSS.search(match[3])
+            self.summary = int(match[1]), int(match[2]), float(loss[1]) if loss else None
+            for seq in range(self.first, self.first + min(self.summary[0], MAX_PROBES)):
                 yield from self.lose(seq)
-        elif match := self.TIMES.fullmatch(line):
-            self.times = [float(text) for text in match.groups()]
-        elif not self.CARRIED.fullmatch(line):
-            yield {"event": "note", "text": line}
+        elif not self.BANNER.fullmatch(line):
+            if match := self.TIMES.fullmatch(line):
+                self.times = [float(text) for text in match.groups()]
+            yield note(line)
+
+    def reply(self, match: re.Match[str]) -> Iterator[Event]:
+        name, address, seq, ttl, rtt, remark = match.groups()
+        self.count(int(seq))
+        self.received.add(int(seq))
+        if address == self.address:
+            self.hostname = hostname_of(name, address)
+        if rtt and ttl:
+            self.timings.append({"rtt": float(rtt), "ttl": int(ttl)})
+        hops, ms = int(ttl) if ttl else None, float(rtt) if rtt else None
+        yield {"event": "reply", "seq": int(seq), "ttl": hops, "rtt": ms}
+        if remark:  # (DUP!), (DIFFERENT ADDRESS!), (truncated), a time with too many digits
+            yield note(match[0])
+
+    def count(self, seq: int) -> None:
+        self.first = min(self.first, seq)
+        self.sent = max(self.sent, seq - self.first + 1)
 
     def lose(self, seq: int) -> Iterator[Event]:
-        self.sent = max(self.sent, seq)
+        self.count(seq)
         if seq not in self.received | self.lost:
             self.lost.add(seq)
             yield {"event": "lost", "seq": seq}
 
-    def result(self) -> Event:
-        rtts = [cast(float, timing["rtt"]) for timing in self.timings]
+    def last_events(self, complete: bool) -> Iterator[Event]:
+        for seq in range(self.first, self.first + min(self.sent, MAX_PROBES)):
+            yield from self.lose(seq)
+
+    def has_measured(self) -> bool:
+        return bool(self.sent or self.summary)
+
+    def result(self, status: Status = "finished", raw_output: str = "") -> PingResult:
+        rtts = [timing["rtt"] for timing in self.timings]
         computed = [min(rtts), round(sum(rtts) / len(rtts), 3), max(rtts)] if rtts else [None] * 3
-        known = round(100 - 100 * len(self.received) / self.sent, 2) if self.sent else 0
-        total, received, loss = self.summary or (self.sent, len(self.received), known)
-        stats = dict(zip(("min", "avg", "max"), self.times or computed, strict=True))
-        stats |= {"total": total, "rcv": received, "drop": total - received, "loss": loss}
-        about: Event = {"resolvedAddress": self.address, "resolvedHostname": None}
-        return about | {"timings": self.timings, "stats": stats}
+        low, average, high = self.times or computed
+        total, received, loss = self.summary or (self.sent, len(self.received), None)
+        if loss is None and total:
+            loss = round(100 - 100 * received / total, 2)
+        loss = None if loss is None else min(max(loss, 0), 100)
+        counts: Counts = {"total": total, "rcv": received, "drop": max(total - received, 0)}
+        return {
+            **self.tool_result(status, raw_output),
+            "resolvedHostname": self.hostname,
+            "timings": self.timings,
+            "stats": {"min": low, "avg": average, "max": high, **counts, "loss": loss},
+        }
 
 
-class Traceroute(Reader):
-    """Butskoy's traceroute, Debian's."""
+class TracerouteParser(OutputParser):
+    """Dmitry Butskoy's traceroute, which Debian has: one line per hop, with its probes in order."""
 
     HOP = re.compile(r" ?(\d{1,3}) ( \S.*)")
-    PROBE = re.compile(r" +(?:(\*)|(\S+) \(([0-9A-Fa-f:.]+)(?:%\S+)?\)|(\d{1,9}\.\d{1,3}) ms|(!\S*))")
-    HEAD = re.compile(r"|traceroute to .+ hops max, .+ byte packets")
+    WORD = re.compile(
+        r" +(?:(?P<star>\*)"
+        r"|(?P<time>-?\d{1,9}\.\d{1,3}) ms"
+        r"|(?P<code>!\S*)"
+        r"|(?:(?P<name>\S+) \()?(?P<address>\d+(?:\.\d+){3}|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)(?:%\S+?)?"
+        r"(?(name)\)|))(?!\S)"
+    )
+    BANNER = re.compile(r"|traceroute to .+ hops max, .+ byte packets")
 
     def __init__(self, address: IPAddress) -> None:
         super().__init__(address)
-        self.hops: list[Event] = []
+        self.hops: list[ResultHop] = []
 
-    def line(self, line: str) -> Iterator[Event]:
+    def parse_line(self, line: str) -> Iterator[Event]:
         match = self.HOP.fullmatch(line)
         if not match:
-            if not self.HEAD.fullmatch(line):
-                yield {"event": "note", "text": line}
+            if not self.BANNER.fullmatch(line):
+                yield note(line)
             return
-        hop: dict[str, Any] = {"resolvedAddress": None, "resolvedHostname": None, "timings": []}
-        end, remark = 0, False
-        for probe in self.PROBE.finditer(match[2]):
-            another = hop["resolvedAddress"] not in (None, probe[3] or hop["resolvedAddress"])
-            remark |= probe.start() != end or bool(probe[5]) or another
-            end = probe.end()
-            if probe[3] and not hop["resolvedAddress"]:
-                hop["resolvedAddress"] = probe[3]
-                hop["resolvedHostname"] = None if probe[2].partition("%")[0] == probe[3] else probe[2]
-            elif probe[4]:
-                hop["timings"].append({"rtt": float(probe[4])})
-        self.hops.append(hop)
-        yield {
-            "event": "hop",
-            "hop": int(match[1]),
-            "address": hop["resolvedAddress"],
-            "hostname": hop["resolvedHostname"],
-            "timings": hop["timings"],
-        }
-        if remark or match[2][end:].strip():  # !H and its like, a second address
-            yield {"event": "note", "text": line}
+        names: dict[str, str | None] = {}
+        probes, complete = self.parse_probes(match[2], names)
+        address = next(iter(names), None)
+        hostname = names[address] if address else None
+        for probe in probes:
+            if probe.get("address") == address:
+                probe.pop("address", None)
+        timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
+        hop = router(names, address, hostname)
+        yield {"event": "hop", "hop": int(match[1]), **hop, "timings": timings, "probes": probes}
+        self.hops.append(result_hop(hop, timings))
+        if not complete:
+            yield note(line)
 
-    def result(self) -> Event:
+    def parse_probes(self, text: str, names: dict[str, str | None]) -> tuple[list[Probe], bool]:
+        """The probes of a hop, and whether they carry all of its line. Adds their routers to `names`."""
+        probes: list[Probe] = []
+        position, address, pending = 0, None, False  # pending: an address whose time is still to come
+        while word := self.WORD.match(text, position):
+            position = word.end()
+            if word["address"]:
+                address, pending = word["address"], True
+                name = (word["name"] or address).partition("%")[0]
+                names.setdefault(address, name if name != address else None)
+            elif word["code"] and probes and not pending:
+                probes[-1]["code"] = word["code"]
+            else:
+                probe: Probe = {"rtt": float(word["time"]) if word["time"] else None}
+                if address and not word["star"]:
+                    probe["address"] = address
+                if word["code"]:
+                    probe["code"] = word["code"]
+                probes.append(probe)
+                pending &= bool(word["star"])
+        return probes, not text[position:].strip()
+
+    def result(self, status: Status = "finished", raw_output: str = "") -> TracerouteResult:
         names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
-        return {"resolvedAddress": self.address, "resolvedHostname": next(names, None), "hops": self.hops}
+        head = self.tool_result(status, raw_output)
+        return {**head, "resolvedHostname": next(names, None), "hops": self.hops}
 
 
-class Hop:
-    """One position of an mtr run, reckoned as mtr's ui/net.c does: in whole µs, truncated at each step."""
+class MtrHop:
+    """One position of an mtr run, with the arithmetic of mtr's ui/net.c: whole µs, truncated at each step."""
 
     def __init__(self) -> None:
-        self.address: str | None = None
+        self.addresses: list[str] = []  # every router that answered
+        self.address: str | None = None  # the last one
+        self.first_labels: dict[str, list[str]] = {}  # MPLS labels of each router's first reply
+        self.labels: list[str] = []  # MPLS labels that came with the last change of router
         self.sent = self.average = self.squares = 0
-        self.waiting = False  # for the answer to the last probe
+        self.in_flight = False  # whether the last probe may still be answered
         self.times: list[int] = []
 
+    def answered_by(self, address: str) -> None:
+        self.address, self.labels = address, []
+        if address not in self.addresses:
+            self.addresses.append(address)
+            self.first_labels[address] = self.labels
+
     def reply(self, time: int) -> None:
-        self.waiting = False
+        self.in_flight = False
         self.times.append(time)
         before = self.average
         self.average = int(before + (time - before) / len(self.times))
@@ -953,10 +1368,13 @@ class Hop:
     def deviation(self) -> int:
         return int(math.sqrt(self.squares / (len(self.times) - 1))) if len(self.times) > 1 else 0
 
+    def completed(self) -> int:
+        """How many probes were answered or lost."""
+        return self.sent - self.in_flight
+
     def loss(self) -> float:
-        """In percent of the probes whose fate is known."""
-        known = self.sent - self.waiting
-        return int(1000 * (100 - 100.0 * len(self.times) / known)) / 1000 if known else 0.0
+        completed = self.completed()
+        return int(1000 * (100 - 100.0 * len(self.times) / completed)) / 1000 if completed else 0.0
 
     def columns(self) -> str:
         """Loss%, Snt, Last, Avg, Best, Wrst, StDev as `mtr --report` prints them; too wide ones are cut."""
@@ -965,103 +1383,254 @@ class Hop:
         loss, sent, *cut = (each[:6] for each in (f" {self.loss():4.1f}%", f" {self.sent:5d}", *times[:-1]))
         return f"{loss}{sent} {''.join(cut)}{times[-1]}"
 
-    def stats(self) -> Event:
-        known, received = self.sent - self.waiting, len(self.times)
-        jitters = [abs(after - before) for before, after in pairwise(self.times)] or [0]
-        times: Event = dict.fromkeys(("min", "avg", "max", "stDev", "jMin", "jAvg", "jMax"))
-        if self.times:
-            spread = (min(self.times), self.average, max(self.times), self.deviation())
+    def stats(self) -> HopStats:
+        low = average = high = deviation = least = mean = most = None
+        if times := self.times:
+            jitters = [abs(after - before) for before, after in pairwise(times)] or [0]
+            spread = (min(times), self.average, max(times), self.deviation())
             jitter = (min(jitters), sum(jitters) / len(jitters), max(jitters))
-            times = dict(zip(times, (round(each / 1000, 3) for each in spread + jitter), strict=True))
-        return times | {"total": known, "rcv": received, "drop": known - received, "loss": self.loss()}
-
-    def result(self) -> Event:
-        timings = [{"rtt": time / 1000} for time in self.times]
-        about: Event = {"resolvedAddress": self.address, "resolvedHostname": None, "asn": []}
-        return about | {"timings": timings, "stats": self.stats()}
+            low, average, high, deviation, least, mean, most = (round(us / 1000, 3) for us in spread + jitter)
+        total, received = self.completed(), len(times)
+        counts: Counts = {"total": total, "rcv": received, "drop": total - received}
+        jitter_stats: Jitter = {"stDev": deviation, "jMin": least, "jAvg": mean, "jMax": most}
+        return {"min": low, "avg": average, "max": high, **jitter_stats, **counts, "loss": self.loss()}
 
 
-class Mtr(Reader):
-    """`mtr --raw`. As text: each hop when it first answers, at the end the table of `--report --report-wide`.
+class MtrParser(OutputParser):
+    """`mtr --raw`. As text: each hop when it first answers, then mtr's own report.
 
-    Raw lines are `x POSITION SEQUENCE` (sent), `h POSITION ADDRESS` and `p POSITION MICROSECONDS SEQUENCE`
-    (answered), positions from 0. Others, such as errors, are passed on.
+    Lines of another form, such as errors, are notes.
     """
 
-    RAW = re.compile(
-        r"x (?P<sent>\d{1,2}) \d{1,9}"
-        r"|h (?P<host>\d{1,2}) (?P<address>[0-9A-Fa-f:.]+)"
-        r"|p (?P<hop>\d{1,2}) (?P<time>\d{1,9}) \d{1,9}"
-    )
+    FORMATS: ClassVar = {  # after the kind of line and the position, which counts from 0
+        "x": re.compile(r"\d{1,9}"),  # sent: sequence number
+        "h": re.compile(r"[0-9A-Fa-f:.]+"),  # the router whose reply follows, where it is another one
+        "m": re.compile(r"(\d{1,10}) (\d{1,3}) (\d{1,3}) (\d{1,3})"),  # its MPLS label: label, TC, S, TTL
+        "d": re.compile(r"(.*)"),  # its name
+        "p": re.compile(r"(-?\d{1,10}) \d{1,9}"),  # reply: µs, sequence number
+    }
+    RAW = re.compile(r"([xhmdp]) (\d{1,2}) (.*)")
     TITLES = " Loss%   Snt   Last   Avg  Best  Wrst StDev"
-    HOPS = 30
+    MAX_HOPS = 30
 
     def __init__(self, address: IPAddress) -> None:
         super().__init__(address)
-        self.hops: dict[int, Hop] = {}
-        self.answered: set[object] = set()
+        self.hops: dict[int, MtrHop] = {}
+        self.names: dict[str, str] = {}
+        self.changed: set[int] = set()  # positions to send an event for
+        self.reported: set[int] = set()  # positions whose events are valid
+        self.printed: set[int] = set()  # hops that are in the text
+        self.labels: set[str] = set()  # MPLS labels that have a note
         self.start = time.strftime("Start: %Y-%m-%dT%H:%M:%S%z\n").encode()
 
-    def line(self, line: str) -> Iterator[Event]:
+    def parse_line(self, line: str) -> Iterator[Event]:
         match = self.RAW.fullmatch(line)
-        if not match:
+        value = match and self.FORMATS[match[1]].fullmatch(match[3])
+        if not match or not value:
             if line:
-                yield {"event": "note", "text": line}
+                yield note(line)
             return
-        position = int(match["sent"] or match["host"] or match["hop"])
-        hop = self.hops.setdefault(position, Hop())
-        if match["host"]:
-            hop.address = match["address"]
-            return
-        news = bool(match["hop"]) or hop.waiting  # an answer, or no answer to the probe before
-        if match["hop"]:
-            hop.reply(int(match["time"]))
-        else:
-            hop.sent, hop.waiting = hop.sent + 1, True
-        if news and position < self.length():
-            about = {"hop": position + 1, "address": hop.address, "hostname": None, "stats": hop.stats()}
-            yield {"event": "hop", **about}
+        position = int(match[2])
+        hop = self.hops.setdefault(position, MtrHop())
+        match match[1]:
+            case "x":
+                if hop.in_flight:  # the probe before is lost
+                    self.changed.add(position)
+                hop.sent, hop.in_flight = hop.sent + 1, True
+            case "h":
+                hop.answered_by(value[0])
+            case "m":
+                hop.labels.append("[MPLS: Lbl {} TC {} S {} TTL {}]".format(*value.groups()))
+                label = f"hop {position + 1}: {hop.address} {hop.labels[-1]}"
+                if label not in self.labels:
+                    self.labels.add(label)
+                    yield note(label)
+            case "d" if hop.address:
+                self.name(hop.address, value[0])
+            case "p":
+                hop.reply(int(value[1]))
+                self.changed.add(position)
+        yield from self.changes()
 
-    def length(self) -> int:
-        """How many positions to show: to the first that is the target, else one beyond the last known."""
-        known = sorted(position for position, hop in self.hops.items() if hop.address)
-        reached = (position for position in known if self.hops[position].address == self.address)
-        return next(reached, min(known[-1] + 1, self.HOPS - 1) if known else -1) + 1
+    def name(self, address: str, name: str) -> None:
+        """Use a name that came with one position for its address at every position."""
+        if hostname := hostname_of(name, address):
+            self.names[address] = hostname
+            self.changed.update(at for at, hop in self.hops.items() if hop.address == address)
 
-    def shown(self) -> list[Hop]:
-        return [self.hops.get(position) or Hop() for position in range(self.length())]
+    def changes(self) -> Iterator[Event]:
+        """The events of positions that changed, within the path as it is now known."""
+        length = self.path_length()
+        if void := {position for position in self.reported if position >= length}:
+            self.reported -= void
+            self.changed |= void  # in case the path grows again
+            yield {"event": "path", "hops": length}
+        due = {position for position in self.changed if position < length}
+        self.changed -= due
+        self.reported |= due
+        for position in sorted(due):
+            hop = self.hop(position)
+            yield {"event": "hop", "hop": position + 1, **self.router(hop), "stats": hop.stats()}
 
-    def text(self, chunk: bytes, events: list[Event]) -> bytes:
+    def path_length(self) -> int:
+        """The number of positions up to the target, else up to a router that answers for all later ones.
+
+        A router that returns "unreachable" does so at each position from its own on; raw output does not mark
+        it. Otherwise the path ends one position after the last that answered, as in mtr's table.
+        """
+        answered = sorted(position for position, hop in self.hops.items() if hop.address)
+        if not answered:
+            return 0
+        for position in answered:
+            if self.hops[position].address == self.address:
+                return position + 1
+        last = end = answered[-1]
+        for position in reversed(answered):
+            if self.hops[position].address != self.hops[last].address:
+                break
+            end = position
+        return end + 1 if end < last else max(last + 1, min(last + 2, self.MAX_HOPS))
+
+    def hop(self, position: int) -> MtrHop:
+        return self.hops.get(position) or MtrHop()
+
+    def router(self, hop: MtrHop) -> Router:
+        return router(hop.addresses, hop.address, self.names.get(hop.address or ""))
+
+    def path(self) -> list[MtrHop]:
+        return [self.hop(position) for position in range(self.path_length())]
+
+    def last_events(self, complete: bool) -> Iterator[Event]:
+        for position, hop in self.hops.items():
+            if complete and hop.in_flight:
+                hop.in_flight = False
+                self.changed.add(position)
+        self.changed.update(set(range(self.path_length())) - self.reported)
+        yield from self.changes()
+
+    def text(self, chunk: bytes, events: Sequence[Event]) -> bytes:
         lines, self.start = [self.start], b""
         for event in events:
             if event["event"] == "note":
                 lines.append(f"{event['text']}\n".encode())
-            elif event["address"] and event["hop"] not in self.answered:
-                self.answered.add(event["hop"])
+            elif event["event"] == "hop" and event["address"] and event["hop"] not in self.printed:
+                self.printed.add(event["hop"])
                 lines.append(f" {event['hop']:2d}.|-- {event['address']}\n".encode())
         return b"".join(lines)
 
-    def end(self, complete: bool) -> tuple[bytes, list[Event]]:
-        text, events = super().end(complete)
-        for hop in self.hops.values():
-            hop.waiting &= not complete
-        if self.hops:
-            host, hops = socket.gethostname(), self.shown()
-            width = max(map(len, [host, *(hop.address or "???" for hop in hops)]))
-            text += f"HOST: {host:{width}}{self.TITLES}\n".encode()
-            for number, hop in enumerate(hops, 1):
-                text += f" {number:2d}.|-- {hop.address or '???':{width}}{hop.columns()}\n".encode()
-        return text, events
+    def finish(self, complete: bool) -> tuple[bytes, list[Event]]:
+        text, events = super().finish(complete)
+        return text + "".join(f"{line}\n" for line in self.table()).encode(), events
 
-    def result(self) -> Event:
-        return {
-            "resolvedAddress": self.address,
-            "resolvedHostname": None,
-            "hops": [hop.result() for hop in self.shown()],
+    def host(self, address: str | None) -> str:
+        if address in self.names:
+            return f"{self.names[address]} ({address})"
+        return address or "???"
+
+    def table(self) -> Iterator[str]:
+        """The lines of mtr's report, or of `mtr -z` if there is an AS database.
+
+        These are mtr 0.95's own habits: `-z` prints a further router twice, and without `-z` the labels of a
+        hop's only router are not printed.
+        """
+        hops, host, asn_width = self.path(), socket.gethostname(), 9 if ASN_LOOKUP else 0
+        width = max(map(len, [host, *(self.host(hop.address) for hop in hops)]))
+        if hops:
+            yield f"HOST: {host:{width + asn_width}}{self.TITLES}"
+        width += bool(asn_width)
+        for number, hop in enumerate(hops, 1):
+            lead = f" {number:2d}. {self.as_column(hop.address)}" if asn_width else f" {number:2d}.|-- "
+            yield f"{lead}{self.host(hop.address):{width}}{hop.columns()}"
+            for index, address in enumerate(hop.addresses):
+                if address == hop.address:
+                    continue
+                yield f"        {self.host(address):{width}}"
+                yield from (f"       {label}" for label in (hop.labels if index == 1 else ()))
+                if asn_width:
+                    yield f"     {self.as_column(address)}{self.host(address)}"
+                yield from (f"       {label}" for label in hop.first_labels[address])
+            if asn_width and len(hop.addresses) == 1:
+                yield from (f"       {label}" for label in hop.labels)
+
+    def as_column(self, address: str | None) -> str:
+        asn = find_as(address).asn
+        return f"AS{'???' if asn is None else asn:<7}"
+
+    def result(self, status: Status = "finished", raw_output: str = "") -> MtrResult:
+        hops: list[MtrResultHop] = []
+        for hop, who in [(hop, self.router(hop)) for hop in self.path()]:
+            shared = result_hop(who, [{"rtt": time / 1000} for time in hop.times])
+            hops.append({**shared, "asn": who["asn"], "stats": hop.stats()})
+        head = self.tool_result(status, raw_output)
+        return {**head, "resolvedHostname": self.names.get(self.address), "hops": hops}
+
+
+PARSERS: dict[str, type[OutputParser]] = {"ping": PingParser, "traceroute": TracerouteParser}
+
+
+def parser_for(command: Command) -> type[OutputParser]:
+    """The parser of the command's tool."""
+    tool = Path(command.tool).name
+    if tool == "mtr" and "--raw" in command.argv:
+        return MtrParser
+    return PARSERS.get(tool, LineParser)
+
+
+class Transcript:
+    """What a client reads of a run: text, or one JSON object a line for each event."""
+
+    def __init__(
+        self, command: Command, target: IPAddress | str, address: IPAddress, as_events: bool
+    ) -> None:
+        self.command, self.target, self.address, self.as_events = command, target, address, as_events
+        self.parser = parser_for(command)(address)
+        self.started = time.monotonic()
+        self.raw_output = bytearray()  # what a text client has read; for a text client, its last byte
+
+    def encode(self, text: bytes, events: Sequence[Event]) -> bytes:
+        if not self.as_events:
+            self.raw_output[:] = text[-1:] or self.raw_output
+            return text
+        self.raw_output += text
+        return b"".join(json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events)
+
+    def start(self) -> bytes:
+        kind = "address" if self.address.version == 4 else "IPv6 address"
+        text = f"{self.target} has {kind} {self.address}\n" if isinstance(self.target, str) else ""
+        event: StartEvent = {
+            "event": "start",
+            "command": self.command.name,
+            "target": str(self.target),
+            "address": str(self.address),
+            "family": self.address.version,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+        return self.encode(text.encode(), [event])
 
+    def output(self, chunk: bytes) -> bytes:
+        return self.encode(*self.parser.feed(chunk))
 
-READERS: dict[str, type[Reader]] = {"ping": Ping, "traceroute": Traceroute, "mtr": Mtr}
+    def fault(self, status: int) -> str:
+        """What is wrong with a status that would be a result: BusyBox' ping exits with 1 on a bad option."""
+        return f"exit status {status}" if status and not self.parser.has_measured() else ""
+
+    def end(self, fault: str, status: int | None) -> bytes:
+        """The last bytes. `fault` is what went wrong, if anything; `status` is the tool's exit status."""
+        last = self.encode(*self.parser.finish(complete=not fault))
+        if fault:
+            newline = "" if self.raw_output.endswith(b"\n") or not self.raw_output else "\n"
+            last += self.encode(f"{newline}--- {self.command.name}: {fault} ---\n".encode(), [])
+        outcome: Status = "failed" if fault else "finished"
+        event: EndEvent = {
+            "event": "end",
+            "status": outcome,
+            "exit_status": status,
+            "duration": round(time.monotonic() - self.started, 3),
+            "result": self.parser.result(outcome, self.raw_output.decode("utf-8", "replace")),
+        }
+        if fault:
+            event["error"] = f"{self.command.name}: {fault}"
+        return last + self.encode(b"", [event])
 
 
 # ---- running a command -------------------------------------------------------------------------------------
@@ -1174,60 +1743,17 @@ async def started(command: Command, address: IPAddress) -> AsyncIterator[Process
     try:
         process = Process(command.argv_for(address), command.ok_statuses, SETTINGS.DIAGNOSTIC_TIMEOUT)
     except (FileNotFoundError, PermissionError):
-        log.error("%s is not installed or not executable: %s", tool, install_hint([tool]))
+        log.error(f"{tool} is not installed or not executable", {"install": install_hint([tool])})
         message = f"{tool} is not installed on this server, or may not run"
-        raise RequestError(503, {"error": message}) from None
+        raise RequestError(503, {"error": message}, reason="unavailable") from None
     except OSError as error:
-        log.error("%s cannot be started: %s", tool, error)
+        log.error(f"{tool} cannot be started", {"error": error})
         message = f"The server cannot start {tool} now: try again soon"
-        raise RequestError(503, {"error": message}, RETRY_LATER) from None
+        raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
     try:
         yield process
     finally:
         await process.kill_and_reap()
-
-
-class Transcript:
-    """What a client reads of a run as it goes on: text, or a JSON object a line for each event."""
-
-    def __init__(
-        self, command: Command, target: IPAddress | str, address: IPAddress, as_events: bool
-    ) -> None:
-        self.command, self.target, self.address, self.as_events = command, target, address, as_events
-        self.reader = READERS[command.tool](address)
-        self.begun = time.monotonic()
-        self.raw = bytearray()  # what a text client has read: all of it, or just the end
-
-    def say(self, text: bytes, events: Sequence[Event]) -> bytes:
-        if not self.as_events:
-            self.raw[:] = text[-1:] or self.raw
-            return text
-        self.raw += text
-        return b"".join(json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events)
-
-    def start(self) -> bytes:
-        version = self.address.version
-        kind = "address" if version == 4 else "IPv6 address"
-        text = f"{self.target} has {kind} {self.address}\n" if isinstance(self.target, str) else ""
-        about: Event = {"event": "start", "command": self.command.name, "target": str(self.target)}
-        about |= {"address": str(self.address), "family": version}
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return self.say(text.encode(), [about | {"time": now}])
-
-    def output(self, chunk: bytes) -> bytes:
-        return self.say(*self.reader.feed(chunk))
-
-    def end(self, fault: str, status: int | None) -> bytes:
-        """The end, with what was wrong in `fault`, and the tool's exit status where it has one."""
-        said = self.say(*self.reader.end(complete=not fault))
-        if fault:
-            line = "" if self.raw.endswith(b"\n") or not self.raw else "\n"
-            said += self.say(f"{line}--- {self.command.name}: {fault} ---\n".encode(), [])
-        outcome: Event = {"status": "failed" if fault else "finished"}
-        outcome |= {"error": f"{self.command.name}: {fault}"} if fault else {}
-        outcome |= {"exit_status": status, "duration": round(time.monotonic() - self.begun, 3)}
-        result = self.reader.result() | {"rawOutput": self.raw.decode("utf-8", "replace")}
-        return said + self.say(b"", [{"event": "end", **outcome, "result": result}])
 
 
 @dataclass(frozen=True)
@@ -1259,17 +1785,31 @@ class Diagnosis:
                     async with aclosing(process.output()) as chunks:
                         async for chunk in chunks:
                             self.output.put_nowait(transcript.output(chunk))
-                outcome = process.fault or "finished"
+                status = process.tool.returncode
+                fault = process.fault or transcript.fault(status)
+                outcome = fault or "finished"
             except RequestError as error:
                 outcome = "refused"
                 error.headers = {**headers, **error.headers}
                 raise
             finally:
-                seconds = time.monotonic() - begun
-                fields = (command.name, target, address, client, outcome, seconds)
-                log.info("%s target=%s address=%s client=%s outcome=%r seconds=%.1f", *fields)
-        status = process.tool.returncode
-        self.output.put_nowait(transcript.end(process.fault, status if status >= 0 else None))
+                if outcome != "refused":
+                    self.record(address, outcome, time.monotonic() - begun)
+        self.output.put_nowait(transcript.end(fault, status if status >= 0 else None))
+
+    def record(self, address: IPAddress | None, outcome: str, seconds: float) -> None:
+        """Count a run that has ended, and log it."""
+        labels = {"command": self.command.name, "outcome": outcome}
+        COUNTERS[sample("lg_runs_total", **labels)] += 1
+        COUNTERS[sample("lg_run_seconds_total", **labels)] += seconds
+        level = logging.INFO if outcome in ("finished", "client gone") else logging.WARNING
+        pairs = {
+            "command": self.command.name,
+            "target": self.target,
+            "address": address,
+            "client": self.client,
+        }
+        log.log(level, "run", {**pairs, "outcome": outcome, "seconds": f"{seconds:.1f}"})
 
     async def chunks(self) -> AsyncIterator[bytes]:
         while (chunk := await self.output.get()) is not None:
@@ -1298,6 +1838,43 @@ async def diagnosis(
     finally:
         run.cancel()
         await asyncio.wait((run,))
+
+
+PROBE_SECONDS = 1  # a tool without permission ends long before
+# ping of iputils, BusyBox and GNU inetutils, and mtr.
+DENIED = re.compile(rb".*(?:permission denied|not permitted|privilege|cap_net_raw).*", re.IGNORECASE)
+FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
+
+
+async def probe_tool(command: Command) -> None:
+    """Run a command on loopback: a tool that lacks the permission to send is logged and kept in FORBIDDEN."""
+    denied: object = None
+    try:
+        loopback = ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
+        process = Process(command.argv_for(loopback), command.ok_statuses, PROBE_SECONDS)
+        output = bytearray()
+        try:
+            async with aclosing(process.output()) as chunks:
+                async for chunk in chunks:
+                    output += chunk
+        finally:
+            await process.kill_and_reap()
+        if line := DENIED.search(output):
+            denied = line[0].decode(errors="replace")
+    except PermissionError as error:  # file capabilities that this process may not have
+        denied = error if shutil.which(command.tool, path=ENVIRONMENT["PATH"]) else None
+    except OSError:
+        return
+    if denied:
+        FORBIDDEN.add(command.tool)
+        hint = "grant NET_RAW (Docker: --cap-add NET_RAW) or widen net.ipv4.ping_group_range"
+        log.warning(f"{command.tool} lacks the permission to send: {hint}", {"error": denied})
+
+
+async def probe_tools() -> None:
+    """Probe each tool of the built-in commands once."""
+    commands = {command.tool: command for command in reversed(BUILT_IN) if command.name in COMMANDS}
+    await asyncio.gather(*map(probe_tool, commands.values()))
 
 
 # ---- connections -------------------------------------------------------------------------------------------
@@ -1353,13 +1930,18 @@ def is_trusted_proxy(peer: IPAddress | None) -> bool:
     return peer is not None and any(peer in network for network in SETTINGS.FORWARDED_ALLOW_IPS)
 
 
-@cache
-def warn_of_untrusted_proxy() -> None:
+UNTRUSTED_PROXIES: list[IPAddress | None] = []  # the first only
+
+
+def warn_of_untrusted_proxy(peer: IPAddress | None) -> None:
     """Log it once."""
-    log.warning(
-        "A forwarding header is ignored: its sender is not in FORWARDED_ALLOW_IPS. If this server is behind "
-        "a proxy, add the proxy's address there: until then all its clients share one limit"
-    )
+    if not UNTRUSTED_PROXIES:
+        UNTRUSTED_PROXIES.append(peer)
+        log.warning(
+            "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it "
+            "is your proxy, add its address there, or all its clients share one rate limit",
+            {"peer": peer},
+        )
 
 
 def peer_address(request: Request) -> IPAddress | None:
@@ -1383,7 +1965,7 @@ def client_address(request: Request) -> IPAddress:
         client = next((address for address in entries if not is_trusted_proxy(address)), None)
         return client or parse_address(real_ip) or peer or ipaddress.IPv4Address(0)
     if str(peer) not in forwarded + real_ip:  # where `uvicorn lg:app` has put the client in the peer's place
-        warn_of_untrusted_proxy()
+        warn_of_untrusted_proxy(peer)
     return peer or ipaddress.IPv4Address(0)
 
 
@@ -1405,8 +1987,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     """A client's connection: uvicorn's protocol with a bound for everything that a client may send.
 
     Reading is never paused, so that a client that leaves is noticed at once. Of what is read, REQUEST_BYTES
-    are parsed for a request, including what follows it; the rest of a body with a larger Content-Length is
-    counted, and anything else is discarded.
+    are parsed for a request, including what follows it. The rest of a body whose Content-Length is larger than
+    BODY_BYTES is counted, as it is kept by nobody. Anything else is discarded.
     """
 
     per_client: ClassVar[Counter[str]] = Counter()
@@ -1415,7 +1997,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.application, self.app = self.app, cast(Any, self.answer)
-        self.key = ""  # of the client in `per_client`; none for a trusted proxy
+        self.key = ""  # of the client in `per_client`
         self.parsed = 0  # bytes given to the parser since the last answer
         self.to_count = 0  # bytes of the body that have not come yet and will not be parsed
         self.counted = 0  # bytes that were not parsed and that the application has not received yet
@@ -1424,10 +2006,10 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         super().connection_made(transport)
         self.header_timer = self.loop.call_later(REQUEST_HEADER_SECONDS, transport.close)
         peer = parse_address(self.client[0]) if self.client else None  # None: it has left already
-        if peer and not is_trusted_proxy(peer):
+        if peer:
             self.key = rate_limit_key(peer)
             self.per_client[self.key] += 1
-        too_many = self.per_client[self.key] > MAX_CONNECTIONS_PER_CLIENT
+        too_many = self.per_client[self.key] > MAX_CONNECTIONS_PER_CLIENT and not is_trusted_proxy(peer)
         if not peer or too_many or len(self.connections) > max_connections():
             self.reset()
 
@@ -1487,7 +2069,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         if self.cycle and self.cycle is not previous:
             self.header_timer.cancel()
             length = declared_length(self.cycle.scope["headers"])
-            if self.cycle.more_body and length and length > REQUEST_BYTES:
+            if self.cycle.more_body and length and length > BODY_BYTES:
                 self.to_count = length - len(self.cycle.body)
                 self.parsed = REQUEST_BYTES  # what follows the body before its answer is not parsed either
 
@@ -1527,7 +2109,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             if {name for name, _ in scope["headers"]} >= FRAMING:  # proxies differ on which of them counts
                 body = {"detail": "Send Content-Length or Transfer-Encoding, not both"}
                 await JSONResponse(body, 400, {"Connection": "close"})(scope, receive, send)
-            elif self.cycle and self.cycle.more_body:
+            elif self.cycle and (self.cycle.more_body or self.counted):
                 await self.answer_with_body(self.cycle, scope, receive, send)
             else:
                 await self.application(scope, receive, send)
@@ -1647,6 +2229,7 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("stopping")
         SHUTTING_DOWN.set()
         Calls.fail(shutting_down())
         for process in Process.running:
@@ -1687,7 +2270,15 @@ SIZES = {
         Size("1G", 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST),
         Size("10G", 10 * 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST_10G),
     )
+    if SETTINGS.MAX_SPEEDTESTS
 }
+DOWNLOADED, UPLOADED = (sample("lg_speedtest_bytes_total", direction=each) for each in ("download", "upload"))
+COUNTERS |= {DOWNLOADED: 0, UPLOADED: 0}
+
+
+def log_speedtest(size: str, client: IPAddress, outcome: str, length: int, seconds: float) -> None:
+    pairs = {"size": size, "client": client, "outcome": outcome, "bytes": length, "seconds": f"{seconds:.1f}"}
+    log.info("speedtest", pairs)
 
 
 @asynccontextmanager
@@ -1707,7 +2298,9 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
                 sent = size.length - remaining
                 deadline.reschedule(begun + (sent + len(BLOCK)) / PACE)
                 yield BLOCK[:remaining]
-                remaining -= min(len(BLOCK), remaining)
+                taken = min(len(BLOCK), remaining)
+                remaining -= taken
+                COUNTERS[DOWNLOADED] += taken
 
         try:
             async with asyncio.timeout(None) as deadline:
@@ -1717,8 +2310,7 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
             outcome = "too slow"
             raise TransferAborted from None
         finally:
-            fields = (size.name, client, outcome, size.length - remaining, loop.time() - begun)
-            log.info("speedtest %s client=%s outcome=%r bytes=%d seconds=%.1f", *fields)
+            log_speedtest(size.name, client, outcome, size.length - remaining, loop.time() - begun)
 
 
 class Upload(TypedDict):
@@ -1746,6 +2338,7 @@ async def receive_upload(chunks: AsyncIterator[bytes], client: IPAddress) -> tup
                     last = loop.time()
                     first = first if length else last
                     length += len(chunk)
+                    COUNTERS[UPLOADED] += len(chunk)
                     if last - begun > STALL_SECONDS and length < PACE * (last - begun):
                         break
                     deadline.reschedule(min(last + STALL_SECONDS, begun + UPLOAD_SECONDS))
@@ -1756,8 +2349,7 @@ async def receive_upload(chunks: AsyncIterator[bytes], client: IPAddress) -> tup
                 raise RequestError(408, {"detail": message}, headers) from None
             outcome = "finished"
         finally:
-            fields = (client, outcome, length, loop.time() - begun)
-            log.info("speedtest upload client=%s outcome=%r bytes=%d seconds=%.1f", *fields)
+            log_speedtest("upload", client, outcome, length, loop.time() - begun)
     seconds = last - first
     mbps = round(length * 8 / 1e6 / seconds, 3) if seconds else None
     return {"bytes": length, "seconds": round(seconds, 6), "mbps": mbps}, headers
@@ -1812,8 +2404,9 @@ async def upload(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    missing = missing_tools()
-    return JSONResponse({"status": "degraded", "missing": missing} if missing else {"status": "ok"})
+    faults = {"missing": missing_tools(), "forbidden": sorted(FORBIDDEN)}
+    found = {name: tools for name, tools in faults.items() if tools}
+    return JSONResponse({"status": "degraded", **found} if found else {"status": "ok"})
 
 
 def location_info(client: IPAddress) -> dict[str, str]:
@@ -1832,39 +2425,80 @@ async def network_info(request: Request) -> Response:
     return JSONResponse(location_info(client_address(request)))
 
 
+METRICS = {  # by name: the type and the help of Prometheus' text format
+    "lg_info": ("gauge", "Version and place of this server; the value is always 1."),
+    "lg_runs_total": ("counter", "Commands that have ended, by outcome as in the log."),
+    "lg_run_seconds_total": ("counter", "Seconds that these commands took."),
+    "lg_refusals_total": ("counter", "Requests refused."),
+    "lg_speedtest_bytes_total": ("counter", "Bytes of speed tests."),
+    "lg_slots": ("gauge", "Commands and speed tests that may run at once."),
+    "lg_slots_taken": ("gauge", "Commands and speed tests that run now."),
+    "lg_connections": ("gauge", "Open connections."),
+}
+
+
+async def metrics(request: Request) -> Response:
+    if not any(client_address(request) in network for network in SETTINGS.METRICS_ALLOW_IPS):
+        raise HTTPException(404)
+    place = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
+    samples = COUNTERS | {sample("lg_info", version=VERSION, **place): 1}
+    samples["lg_connections"] = Connection.per_client.total()
+    for kind, slots in (("command", DIAGNOSTICS), ("speedtest", SPEEDTESTS)):
+        samples[sample("lg_slots", kind=kind)] = slots.total
+        samples[sample("lg_slots_taken", kind=kind)] = slots.taken.total()
+    lines = []
+    for name, (kind, description) in METRICS.items():
+        lines += [f"# HELP {name} {description}", f"# TYPE {name} {kind}"]
+        lines += [f"{key} {value:.15g}" for key, value in samples.items() if key.partition("{")[0] == name]
+    return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
+
+
 USAGE = """\
 Looking glass: {location}, {facility}
 
-Measure the network from here, with a host name or an address as the target:
+{diagnostics}Speed tests, server information and API:
 
-{commands}
-The same for programs, a JSON object a line:
-
-    curl -N -H "Accept: application/x-ndjson" -d target=example.com {base}/lookingglass/mtr
-
-Measure the way to here (100M, 1G, 10G) and from you, ask where this is and how it is, and what else there is:
-
-    curl -o /dev/null {base}/speedtest/100M
-    head -c 100M /dev/zero | curl --data-binary @- {base}/speedtest/upload
-    curl {base}/network/info
+{speedtests}    curl {base}/network/info
     curl {base}/health
     curl {base}/openapi.json
 
-Limits for each client: {limits}.
+In a browser: {base}/ has the page, {base}/docs the API.
+Rate limits for each client: {limits}.
+"""
+DIAGNOSTICS_USAGE = """\
+Measure the network from here, with a host name or an address as the target:
+
+{commands}
+The same for programs, one JSON object per line:
+
+    curl -N -H "Accept: application/x-ndjson" -d target=example.com {base}/lookingglass/{command}
+
+"""
+SPEEDTESTS_USAGE = """\
+    curl -o /dev/null {base}/speedtest/100M
+    head -c 100M /dev/zero | curl --data-binary @- {base}/speedtest/upload
 """
 HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.IGNORECASE)
 
 
-def describe_rates(items: Rates) -> str:
-    return " and ".join(map(str, items)) or "no limit"
+def describe_rates(rates: Rates) -> str:
+    """Rates in English: `2 per minute and 30 per 2 hours`."""
+    periods = (f"{rate.multiples} {rate.GRANULARITY.name}s" for rate in rates)
+    return (
+        " and ".join(
+            f"{rate.amount} per {period if rate.multiples > 1 else rate.GRANULARITY.name}"
+            for rate, period in zip(rates, periods, strict=True)
+        )
+        or "no limit"
+    )
 
 
 def rate_limits_text() -> str:
-    each, test = (
-        describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS),
-        describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST),
-    )
-    return f"{each} of each command, {test} of each speed test, {describe_rates(SIZES['10G'].rates)} of 10G"
+    parts = [f"each command {describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}"] if COMMANDS else []
+    if SIZES:
+        parts.append(f"each speed test {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}")
+        parts.append(f"the 10G download {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST_10G)}")
+    return ", ".join(parts)
 
 
 async def usage(request: Request) -> Response:
@@ -1872,14 +2506,22 @@ async def usage(request: Request) -> Response:
     if not HOST.fullmatch(host):  # it is printed into lines that people paste into a shell
         host = f"localhost:{SETTINGS.PORT}"
     base = f"{client_scheme(request)}://{host}"
-    commands = "".join(f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in COMMANDS)
-    about = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
-    text = USAGE.format(base=base, commands=commands, limits=rate_limits_text(), **about)
+    lines = "".join(f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in COMMANDS)
+    example = "mtr" if "mtr" in COMMANDS else next(iter(COMMANDS), "")
+    text = USAGE.format(
+        base=base,
+        location=SETTINGS.NETWORK_LOCATION,
+        facility=SETTINGS.NETWORK_FACILITY,
+        diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=lines, command=example) if COMMANDS else "",
+        speedtests=SPEEDTESTS_USAGE.format(base=base) if SIZES else "",
+        limits=rate_limits_text(),
+    )
     return PlainTextResponse(text, headers={"Vary": "Accept"})
 
 
 async def answer_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
+    count_refusal(client_address(request), request.url.path, error.reason)
     try:
         return JSONResponse(error.body, error.status, error.headers)
     except (ValueError, RecursionError):  # what the client sent, to be echoed, cannot be written as JSON
@@ -1889,7 +2531,12 @@ async def answer_request_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_http(request: Request, error: Exception) -> Response:
+    """The answer of the router; a path that ends in a slash and has a route without is redirected to it."""
     assert isinstance(error, HTTPException)
+    path, query = request.scope["path"].rstrip("/"), request.url.query
+    routes = {route.path for route in request.app.routes}
+    if error.status_code == 404 and path != request.scope["path"] and path in routes:
+        return Response(status_code=307, headers={"Location": f"{path}?{query}" if query else path})
     return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
 
@@ -1904,220 +2551,202 @@ async def answer_defect(request: Request, error: Exception) -> Response:
 # ---- OpenAPI -----------------------------------------------------------------------------------------------
 
 Schema = dict[str, Any]
+JSON_TYPE = "application/json"
+SCALARS = {str: "string", int: "integer", float: "number", type(None): "null"}
+COMPONENTS = {each.__name__: each for union in (Event, Result) for each in get_args(union)}
 STRING: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
 NUMBER: Schema = {"type": "number"}
-NULLABLE_STRING: Schema = {"type": ["string", "null"]}
-NULLABLE_NUMBER: Schema = {"type": ["number", "null"]}
 
 
 def array(items: Schema) -> Schema:
     return {"type": "array", "items": items}
 
 
-def record(**properties: Schema) -> Schema:
-    """An object with these properties and no others; those whose schema says `optional` need not be there."""
-    required = [name for name, schema in properties.items() if "optional" not in schema]
-    shown = {name: {k: schema[k] for k in schema if k != "optional"} for name, schema in properties.items()}
-    return {"type": "object", "properties": shown, "required": required, "additionalProperties": False}
-
-
 def enum(*values: object) -> Schema:
     return {"enum": list(values)}
 
 
-def event(says: str, example: str, **properties: Schema) -> tuple[str, Schema, Event]:
-    """A row of EVENTS: what the event says, its schema, an example as it comes over the wire."""
-    return says, record(**properties), json.loads(example)
+def object_schema(properties: Mapping[str, Schema], optional: Collection[str] = ()) -> Schema:
+    """An object with these properties and no others."""
+    required = [name for name in properties if name not in optional]
+    schema = {"type": "object", "properties": dict(properties), "required": required}
+    return schema | {"additionalProperties": False}
 
 
-COUNTS = {"total": INTEGER, "rcv": INTEGER, "drop": INTEGER, "loss": NUMBER}
-SPREAD = dict.fromkeys(("min", "avg", "max"), NULLABLE_NUMBER)
-HOP_STATS = record(**SPREAD, **dict.fromkeys(("stDev", "jMin", "jAvg", "jMax"), NULLABLE_NUMBER), **COUNTS)
-TIMINGS, TTL_TIMINGS = array(record(rtt=NUMBER)), array(record(rtt=NUMBER, ttl=INTEGER))
-RESOLVED = {"resolvedAddress": NULLABLE_STRING, "resolvedHostname": NULLABLE_STRING}
-MTR_HOP = record(**RESOLVED, asn=array(INTEGER), timings=TIMINGS, stats=HOP_STATS)
-RESULTS = {
-    "PingResult": record(**RESOLVED, timings=TTL_TIMINGS, stats=record(**SPREAD, **COUNTS), rawOutput=STRING),
-    "TracerouteResult": record(**RESOLVED, hops=array(record(**RESOLVED, timings=TIMINGS)), rawOutput=STRING),
-    "MtrResult": record(**RESOLVED, hops=array(MTR_HOP), rawOutput=STRING),
-}
-HOP = {"event": enum("hop"), "hop": INTEGER, "address": NULLABLE_STRING, "hostname": NULLABLE_STRING}
-EVENTS = {
-    "Start": event(
-        "The first line: what is measured.",
-        '{"event":"start","command":"mtr","target":"target.lg.example","address":"198.51.100.254","family":4,'
-        '"time":"2026-11-22T19:58:41Z"}',
-        event=enum("start"),
-        command=enum(*COMMANDS),
-        target=STRING,
-        address=STRING,
-        family=enum(4, 6),
-        time={"type": "string", "format": "date-time"},
-    ),
-    "Reply": event(
-        "ping: an answer.",
-        '{"event":"reply","seq":1,"ttl":60,"rtt":28.4}',
-        event=enum("reply"),
-        seq=INTEGER,
-        ttl=INTEGER,
-        rtt=NUMBER,
-    ),
-    "Lost": event(
-        "ping: no answer yet; a late reply overrides it.",
-        '{"event":"lost","seq":2}',
-        event=enum("lost"),
-        seq=INTEGER,
-    ),
-    "TracerouteHop": event(
-        "traceroute: a hop, with the answers to its probes.",
-        '{"event":"hop","hop":2,"address":"198.51.100.6","hostname":"core1.ams.lg.example","timings":[{"rtt":5.7}]}',
-        **HOP,
-        timings=TIMINGS,
-    ),
-    "MtrHop": event(
-        "mtr: a hop as it now stands.",
-        '{"event":"hop","hop":2,"address":"198.51.100.6","hostname":null,"stats":{"min":5.962,"avg":6.577,'
-        '"max":7.193,"stDev":0.87,"jMin":1.231,"jAvg":1.231,"jMax":1.231,"total":2,"rcv":2,"drop":0,"loss":0}}',
-        **HOP,
-        stats=HOP_STATS,
-    ),
-    "Note": event(
-        "A line of the tool's that nothing else carries.",
-        '{"event":"note","text":"From 198.51.100.6 icmp_seq=3 Destination Net Unreachable"}',
-        event=enum("note"),
-        text=STRING,
-    ),
-    "End": event(
-        "The last line: how it ended, and the result in the shape of Globalping's.",
-        '{"event":"end","status":"failed","error":"traceroute: stopped after 60 s","exit_status":null,'
-        '"duration":60,"result":{"resolvedAddress":"198.51.100.66","resolvedHostname":null,"hops":[],"rawOutput":""}}',
-        event=enum("end"),
-        status=enum("finished", "failed"),
-        error=STRING | {"optional": True},
-        exit_status={"type": ["integer", "null"]},
-        duration=NUMBER,
-        result={"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in RESULTS]},
-    ),
-}
-DETAIL, ERROR = record(detail=STRING), record(error=STRING)
-FAULT = record(type=STRING, loc=array(STRING), msg=STRING, input={})
-REFUSALS = {  # status: when, and the body's schema
+def typed_dict_schema(cls: type) -> Schema:
+    hints = get_type_hints(cls, include_extras=True)
+    optional = [name for name, hint in hints.items() if get_origin(hint) is NotRequired]
+    schema = object_schema({name: schema_of(hint) for name, hint in hints.items()}, optional)
+    return schema | ({"description": cleandoc(cls.__doc__)} if cls.__doc__ else {})
+
+
+def schema_of(hint: Any) -> Schema:
+    """The JSON schema of a type hint, for those that events and results are made of."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in COMPONENTS.values():
+        return {"$ref": f"#/components/schemas/{hint.__name__}"}
+    if is_typeddict(hint):
+        return typed_dict_schema(hint)
+    if origin is NotRequired:
+        return schema_of(arguments[0])
+    if origin is Annotated:  # with further keywords
+        return {**schema_of(arguments[0]), **arguments[1]}
+    if origin is Literal:
+        return enum(*arguments)
+    if origin is list:
+        return array(schema_of(arguments[0]))
+    if not arguments:
+        return {"type": SCALARS[hint]}
+    if SCALARS.keys() >= set(arguments):
+        return {"type": [SCALARS[each] for each in arguments]}
+    return {"anyOf": [schema_of(each) for each in arguments]}
+
+
+EXAMPLES = json.loads("""[
+  {"event": "start", "command": "mtr", "target": "target.lg.example", "address": "198.51.100.254",
+   "family": 4, "time": "2026-11-22T19:58:41Z"},
+  {"event": "reply", "seq": 1, "ttl": 60, "rtt": 28.4},
+  {"event": "lost", "seq": 2},
+  {"event": "hop", "hop": 2, "address": "198.51.100.6", "hostname": "core1.ams.lg.example", "asn": [64500],
+   "network": "Example", "timings": [{"rtt": 5.7}], "probes": [{"rtt": 5.7}, {"rtt": null}, {"rtt": null}]},
+  {"event": "hop", "hop": 2, "address": "198.51.100.6", "hostname": "core1.ams.lg.example", "asn": [64500],
+   "network": "Example", "stats": {"min": 5.962, "avg": 6.577, "max": 7.193, "stDev": 0.87, "jMin": 1.231,
+   "jAvg": 1.231, "jMax": 1.231, "total": 2, "rcv": 2, "drop": 0, "loss": 0}},
+  {"event": "path", "hops": 4},
+  {"event": "note", "text": "From 198.51.100.6 icmp_seq=3 Destination Net Unreachable"},
+  {"event": "end", "status": "failed", "error": "traceroute: stopped after 60 s", "exit_status": null,
+   "duration": 60, "result": {"status": "failed", "resolvedAddress": "198.51.100.66",
+   "resolvedHostname": null, "hops": [], "rawOutput": ""}}
+]""")
+DETAIL, ERROR = object_schema({"detail": STRING}), object_schema({"error": STRING})
+INVALID = object_schema({"type": STRING, "loc": array(STRING), "msg": STRING, "input": {}})
+ERROR_RESPONSES = {  # status: when, and the body's schema
     404: ("No such address.", DETAIL),
     405: ("Not with this method; `Allow` names those that are.", DETAIL),
     408: (f"The body did not come within {BODY_SECONDS} s, or an upload stalled.", DETAIL),
+    411: ("An upload without Content-Length.", DETAIL),
     413: (f"The body is larger than {BODY_BYTES} bytes, or {UPLOAD_BYTES} of an upload.", DETAIL),
-    422: ("No target, or none that can or may be measured: `msg` says why.", record(detail=array(FAULT))),
-    429: ("Over the rate limit, or with all the slots of a client in use.", ERROR),
+    422: (
+        "No target, or none that can or may be measured: `msg` says why.",
+        object_schema({"detail": array(INVALID)}),
+    ),
+    429: ("Over the rate limit, or all slots of the client are in use.", ERROR),
     503: ("No free slot, or a tool that is not installed or may not run.", ERROR),
 }
-MEANINGS = ("Its requests.", "Those left.", "When one more is free, epoch seconds.")
-RATED = dict(zip(RATE_HEADERS, MEANINGS, strict=True))
-HEADERS = {"Retry-After": "Seconds after which it is worth another try."} | RATED
+RATE_HEADER_MEANINGS = ("Requests allowed.", "Requests left.", "When one more is allowed, in epoch seconds.")
+RATED = dict(zip(RATE_HEADERS, RATE_HEADER_MEANINGS, strict=True))
+HEADER_MEANINGS = {"Retry-After": "Seconds to wait before the next try."} | RATED
 
 
-def answer(when: str, content: Mapping[str, Schema], headers: Collection[str] = ()) -> Schema:
-    """A response: when, its bodies by media type, its headers by name."""
-    shown = {name: {"description": HEADERS[name], "schema": INTEGER} for name in headers}
-    return {"description": when, "content": content} | ({"headers": shown} if shown else {})
+def response(when: str, content: Mapping[str, Schema], headers: Collection[str] = ()) -> Schema:
+    """A response: when it comes, its bodies' schemas by media type, its headers by name."""
+    described = {name: {"description": HEADER_MEANINGS[name], "schema": INTEGER} for name in headers}
+    bodies = {media_type: {"schema": schema} for media_type, schema in content.items()}
+    return {"description": when, "content": bodies} | ({"headers": described} if described else {})
 
 
-def operation(summary: str, good: Schema, refusals: Sequence[int] = (), **more: Any) -> Schema:
-    """An operation: its good answer, the statuses with which it may refuse."""
-    responses = {"200": good}
-    for status in refusals:
-        when, schema = REFUSALS[status]
-        headers = HEADERS if status == 429 else ("Retry-After",) if status == 503 else ()
-        responses[str(status)] = answer(when, {"application/json": {"schema": schema}}, headers)
+def operation(summary: str, success: Schema, errors: Sequence[int] = (), **more: Any) -> Schema:
+    """An operation: the response when all is well, the statuses of its errors."""
+    responses = {"200": success}
+    for status in errors:
+        when, schema = ERROR_RESPONSES[status]
+        headers = HEADER_MEANINGS if status == 429 else ("Retry-After",) if status == 503 else ()
+        responses[str(status)] = response(when, {JSON_TYPE: schema}, headers)
     return {"summary": summary, "responses": responses, **more}
 
 
-def json_answer(when: str, **properties: Schema) -> Schema:
-    return answer(when, {"application/json": {"schema": record(**properties)}})
-
-
-def reference(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def command_operation(name: str) -> Schema:
-    command = COMMANDS[name]
+def command_operation(command: Command) -> Schema:
     forms = [
         {"type": "string", "format": f"ipv{command.version}"},
         {"type": "string", "pattern": f"^(?:{NAME.pattern})$"},
     ]
-    line = " ".join(command.argv_for("ADDRESS"))
     target = {"description": "An address or a host name.", "anyOf": forms, "examples": ["example.com"]}
     body = {"schema": {"type": "object", "properties": {"target": target}, "required": ["target"]}}
-    examples = {event: {"summary": about, "value": value} for event, (about, _, value) in EVENTS.items()}
-    lines = {"schema": {"oneOf": [reference(event) for event in EVENTS]}, "examples": examples}
-    stream: dict[str, Schema] = {TEXT_TYPE: {"schema": STRING}, EVENTS_TYPE: lines}
-    what = "What the tool writes, as it writes it: text, or with `Accept` an event a line."
+    argv = " ".join(command.argv_for("ADDRESS"))
+    output = "The output of the tool as it comes: text, or with `Accept` one event a line."
+    success = response(output, {TEXT_TYPE: STRING, EVENTS_TYPE: schema_of(Event)}, RATED)
+    examples = zip(get_args(Event), EXAMPLES, strict=True)
+    success["content"][EVENTS_TYPE]["examples"] = {
+        cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples
+    }
     return operation(
-        f"{command.argv[0]} over IPv{command.version}",
-        answer(what, stream, RATED),
+        f"{command.tool} over IPv{command.version}",
+        success,
         (408, 413, 422, 429, 503),
-        description=f"Runs `{line}`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "
+        description=f"Runs `{argv}`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "
         f"Limit: {describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}.",
-        operationId=name,
-        requestBody={"required": True, "content": dict.fromkeys(("application/json", FORM_TYPE), body)},
+        operationId=command.name,
+        requestBody={"required": True, "content": dict.fromkeys((JSON_TYPE, FORM_TYPE), body)},
     )
 
 
 def speedtest_operations(name: str) -> dict[str, Schema]:
     size = SIZES[name]
-    zeros: dict[str, Schema] = {"application/octet-stream": {"schema": {}}}
     summary = f"{size.length} zero bytes"
-    get = operation(summary, answer("The bytes.", zeros, RATED), (429, 503), operationId=f"speedtest_{name}")
+    bytes_response = response("The bytes.", {"application/octet-stream": {}}, RATED)
+    get = operation(summary, bytes_response, (429, 503), operationId=f"speedtest_{name}")
     get["description"] = f"Limit: {describe_rates(size.rates)}."
     return {"get": get, "head": operation(f"{summary}: the headers", {"description": "The headers alone."})}
 
 
 def upload_operation() -> Schema:
-    measured = {"schema": record(bytes=INTEGER, seconds=NUMBER, mbps=NULLABLE_NUMBER)}
     return operation(
-        "Takes bytes, keeps nothing, says how fast they came",
-        answer("The speed, from the first byte to the last.", {"application/json": measured}, RATED),
-        (408, 413, 429, 503),
+        "Takes bytes, keeps nothing, measures how fast they came",
+        response(
+            "The speed, from the first byte to the last.", {JSON_TYPE: typed_dict_schema(Upload)}, RATED
+        ),
+        (408, 411, 413, 429, 503),
         description=f"Limit: {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}.",
         operationId="speedtest_upload",
         requestBody={"content": {"application/octet-stream": {"schema": {}}}},
     )
 
 
+def get_operation(summary: str, content: Mapping[str, Schema]) -> Schema:
+    return {"get": operation(summary, response("The answer.", content))}
+
+
+@cache
 def openapi() -> Schema:
-    """The description of this API, OpenAPI 3.1, from the tables that make it work."""
-    info = dict.fromkeys(location_info(ipaddress.IPv4Address(0)), STRING)
-    missing = array(enum(*PACKAGES)) | {"optional": True}
-    health = json_answer("It.", status=enum("ok", "degraded"), missing=missing)
-    page = {"text/html; charset=utf-8": {"schema": STRING}}
-    front = answer("How to use it, or with `Accept` the page.", {TEXT_TYPE: {"schema": STRING}, **page})
+    """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
+    location = object_schema(dict.fromkeys(location_info(ipaddress.IPv4Address(0)), STRING))
+    tools = array(STRING)
+    states = {"status": enum("ok", "degraded"), "missing": tools, "forbidden": tools}
+    health = object_schema(states, ("missing", "forbidden"))
+    page = {"text/html; charset=utf-8": STRING}
+    description = f"Ping, traceroute, mtr and speed tests from {SETTINGS.NETWORK_LOCATION}. "
+    description += f"Limits for each client: {rate_limits_text()}."
+    info = {"title": "Looking glass", "version": VERSION, "description": description}
     return {
         "openapi": "3.1.0",
-        "info": {
-            "title": "Looking glass",
-            "version": VERSION,
-            "description": f"Ping, traceroute, mtr and speed tests from {SETTINGS.NETWORK_LOCATION}. "
-            f"Limits for each client: {rate_limits_text()}.",
-            "license": {"name": "MIT", "identifier": "MIT"},
-        },
+        "info": {**info, "license": {"name": "MIT", "identifier": "MIT"}},
         "paths": {
-            **{f"/lookingglass/{name}": {"post": command_operation(name)} for name in COMMANDS},
+            **{f"/lookingglass/{name}": {"post": command_operation(COMMANDS[name])} for name in COMMANDS},
             **{f"/speedtest/{name}": speedtest_operations(name) for name in SIZES},
-            "/speedtest/upload": {"post": upload_operation()},
-            "/network/info": {"get": operation("Where this is, and who you are", json_answer("It.", **info))},
-            "/health": {"get": operation("Whether the tools are there", health)},
-            "/": {"get": operation("This server, for people", front)},
-            "/openapi.json": {"get": operation("This description", json_answer("OpenAPI 3.1."))},
-            "/docs": {"get": operation("This description in Swagger UI", answer("A page.", page))},
-            "/redoc": {"get": operation("This description in ReDoc", answer("A page.", page))},
+            **({"/speedtest/upload": {"post": upload_operation()}} if SIZES else {}),
+            "/network/info": get_operation("Where this is, and who you are", {JSON_TYPE: location}),
+            "/health": get_operation("Whether the tools are there", {JSON_TYPE: health}),
+            "/": get_operation("How to use it; with `Accept`, the page", {TEXT_TYPE: STRING, **page}),
+            "/openapi.json": get_operation("This description", {JSON_TYPE: {}}),
+            "/docs": get_operation("This description in Swagger UI", page),
+            "/redoc": get_operation("This description in ReDoc", page),
         },
-        "components": {"schemas": RESULTS | {name: schema for name, (_, schema, _) in EVENTS.items()}},
+        "components": {"schemas": {name: typed_dict_schema(cls) for name, cls in COMPONENTS.items()}},
     }
 
 
+@cache
+def openapi_json() -> bytes:
+    return json.dumps(openapi(), separators=(",", ":")).encode()
+
+
+async def describe_api(request: Request) -> Response:
+    return Response(openapi_json(), media_type="application/json")
+
+
 CDN = "https://cdn.jsdelivr.net/npm/"
-VIEWERS: dict[str, tuple[str, dict[str, str]]] = {  # what each page runs, and what it loads for that
+API_DOCS: dict[str, tuple[str, dict[str, str]]] = {  # the script of each page, and the files it loads
     "docs": (
         "SwaggerUIBundle({ url: 'openapi.json', dom_id: '#viewer' })",
         {
@@ -2138,26 +2767,25 @@ VIEWERS: dict[str, tuple[str, dict[str, str]]] = {  # what each page runs, and w
         },
     ),
 }
-LOAD = {
+DOCS_TAGS = {
     "css": '<link rel="stylesheet" href="{}" integrity="{}" crossorigin="anonymous">\n',
     "js": '<script defer src="{}" integrity="{}" crossorigin="anonymous"></script>\n',
 }
 
 
 def script_hash(script: str) -> str:
-    """How a content security policy names a script that stands in the page."""
+    """The source expression for an inline script or style in a content security policy."""
     return f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'"
 
 
-async def viewer(name: str, request: Request) -> Response:
-    """A page that shows the description with files from a CDN, and can load and run nothing else."""
-    call, files = VIEWERS[name]
-    tags = "".join(LOAD[path.rpartition(".")[2]].format(CDN + path, files[path]) for path in files)
+async def api_docs(name: str, request: Request) -> Response:
+    """A page that shows the description with files from a CDN; its policy allows no other sources."""
+    call, files = API_DOCS[name]
+    tags = "".join(DOCS_TAGS[path.rpartition(".")[2]].format(CDN + path, files[path]) for path in files)
     run = f"addEventListener('DOMContentLoaded', () => {call});"
     sources = " ".join(CDN + path for path in files)
-    policy = (
-        f"default-src 'none'; script-src {script_hash(run)} {sources}; style-src 'unsafe-inline' {sources}; "
-    )
+    policy = f"default-src 'none'; script-src {script_hash(run)} {sources}; "
+    policy += f"style-src 'unsafe-inline' {sources}; "
     policy += "img-src 'self' data:; connect-src 'self'; worker-src blob:; base-uri 'none'; "
     policy += "form-action 'none'; frame-ancestors 'none'"
     html = f"""<!doctype html>
@@ -2167,16 +2795,12 @@ async def viewer(name: str, request: Request) -> Response:
 <title>Looking glass: the API</title>
 {tags}<script>{run}</script>
 <div id="viewer">
-<p>The description of this API is <a href="openapi.json">openapi.json</a>. What shows it here comes from
+<p>The description of this API is <a href="openapi.json">openapi.json</a>. The viewer for it is loaded from
 {CDN.split("/")[2]}, and has not been loaded: it needs JavaScript, and access to that host.</p>
 </div>
 </html>
 """
     return HTMLResponse(html, headers={"Content-Security-Policy": policy})
-
-
-async def describe_api(request: Request) -> Response:
-    return JSONResponse(openapi())
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
@@ -2676,7 +3300,7 @@ function pingView(argv) {
     };
   }
   function take({ event, seq, rtt = null, text, result }) {
-    if (event === "note") node.append(make("p", str));
+    if (event === "note") node.append(make("p", text));
     if (seq) draw(seq, (rtts[seq] = rtt));
     if (!seq && !result) return;
     stats = result?.stats ?? reckon();
@@ -2732,7 +3356,7 @@ function hopView(columns) {
   }
   function take({ event, hop, text, result, ...found }) {
     // Over as many columns as there are on the narrowest screen.
-    if (event === "note") body.append(make("tr", make("td"), set(make("td", str), { colSpan: 4 })));
+    if (event === "note") body.append(make("tr", make("td"), set(make("td", text), { colSpan: 4 })));
     // No packet makes more hops; a number beyond fails in draw.
     while (rows.length < Math.min(hop ?? result?.hops.length, 255)) add();
     if (hop) draw(rows[hop - 1], found);
@@ -3089,24 +3713,31 @@ async def front(request: Request) -> Response:
 # ---- routes and app ----------------------------------------------------------------------------------------
 
 
+def slots_text() -> str:
+    kinds = [("commands", DIAGNOSTICS)] * bool(COMMANDS) + [("speed tests", SPEEDTESTS)] * bool(SIZES)
+    return ", ".join(f"{slots.total} {kind} at once, {slots.per_client} per client" for kind, slots in kinds)
+
+
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Says at the start what an operator has to know."""
+    """Log at the start what an operator has to know."""
     for line in unknown_settings(ENV_FILE):
         log.warning(line)
-    log.info("Limits for each client: %s", rate_limits_text())
-    log.info(
-        "At once: %d commands, %d for a client; %d speed tests, %d for a client",
-        *(DIAGNOSTICS.total, DIAGNOSTICS.per_client, SPEEDTESTS.total, SPEEDTESTS.per_client),
-    )
+    log.info("limits", {"rates": rate_limits_text(), "slots": slots_text()})
     if missing := missing_tools():
-        tools, hint = ", ".join(missing), install_hint(missing)
-        log.warning("Missing: %s. Their commands answer 503 until you install them: %s", tools, hint)
+        log.warning(
+            "Tools are missing: their commands answer 503 until they are installed",
+            {"missing": " ".join(missing), "install": install_hint(missing)},
+        )
     if SETTINGS.CORS_CREDENTIALS and "*" in SETTINGS.CORS_ORIGINS:
         log.warning(
-            "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: name the origins that may have it"
+            "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: name the origins that may use them"
         )
+    probes = asyncio.gather(probe_tools(), LIMITS.probe())
     yield
+    probes.cancel()
+    with suppress(asyncio.CancelledError):
+        await probes
 
 
 app = Starlette(
@@ -3115,13 +3746,14 @@ app = Starlette(
         Route("/health", health),
         Route("/network/info", network_info),
         Route("/openapi.json", describe_api),
-        *(Route(f"/{name}", partial(viewer, name), name=name) for name in VIEWERS),
+        *(Route(f"/{name}", partial(api_docs, name), name=name) for name in API_DOCS),
         *(
             Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"], name=name)
             for name, command in COMMANDS.items()
         ),
         *(Route(f"/speedtest/{name}", partial(speedtest, size), name=name) for name, size in SIZES.items()),
-        Route("/speedtest/upload", upload, methods=["POST"]),
+        *([Route("/speedtest/upload", upload, methods=["POST"])] if SIZES else []),
+        Route("/metrics", metrics),
     ],
     middleware=[
         Middleware(
@@ -3141,7 +3773,7 @@ app = Starlette(
     },
     lifespan=lifespan,
 )
-app.router.redirect_slashes = False  # it would write what a client sends as Host into Location
+app.router.redirect_slashes = False  # it writes the Host that a client sends into Location: see answer_http
 
 
 # ---- serving -----------------------------------------------------------------------------------------------
@@ -3173,6 +3805,30 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
+class Logfmt(logging.Formatter):
+    """A record as one line of key=value pairs: log.info("run", {"command": "ping"}) adds command=ping."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        pairs: dict[str, object] = {
+            "time": moment,
+            "level": record.levelname.lower(),
+            "msg": record.getMessage(),
+        }
+        if isinstance(record.args, Mapping):
+            pairs |= record.args
+        if record.exc_info:
+            pairs["traceback"] = self.formatException(record.exc_info)
+        return " ".join(
+            f"{key}={self.quote(str(value))}" for key, value in pairs.items() if value is not None
+        )
+
+    def quote(self, value: str) -> str:
+        if value.isprintable() and re.fullmatch(r'[^\s"=\\]+', value):
+            return value
+        return json.dumps(value, ensure_ascii=not value.isprintable())
+
+
 class LogHandler(logging.Handler):
     """Writes the log in a thread of its own: a log that nobody reads does not hold up the service."""
 
@@ -3193,7 +3849,13 @@ class LogHandler(logging.Handler):
             line = self.lines.get()
             if dropped := self.dropped:
                 self.dropped -= dropped
-                line += f"{dropped} lines of the log were dropped here: it was not read fast enough\n"
+                lost = {
+                    "name": "lg",
+                    "levelname": "WARNING",
+                    "msg": "log lines dropped",
+                    "args": {"lines": dropped},
+                }
+                line += self.format(logging.makeLogRecord(lost)) + "\n"
             data = line.encode(errors="backslashreplace")
             with suppress(OSError):  # a full disk, a pipe without a reader
                 while data:
@@ -3210,10 +3872,15 @@ class LogHandler(logging.Handler):
 
 def configure_logging() -> None:
     handler = LogHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(Logfmt())
     logging.basicConfig(handlers=[handler], level=SETTINGS.LOG_LEVEL.upper())
     if SETTINGS.LOG_LEVEL != "debug":  # uvicorn warns of every malformed request: anybody could fill the disk
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
+
+
+def own_address() -> str:
+    """Where this server is reached from its own machine."""
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(SETTINGS.HOST, SETTINGS.HOST)  # noqa: S104
 
 
 def serve() -> None:
@@ -3221,7 +3888,11 @@ def serve() -> None:
     try:
         sockets = listen(SETTINGS.HOST, SETTINGS.PORT)
     except (OSError, UnicodeError) as error:
-        reason = f"expected an address of this machine and a free port ({error})"
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise settings_error(
+                "expected a free port: it is in use by another program", PORT=SETTINGS.PORT
+            ) from None
+        reason = f"expected an address of this machine and a port that this user may use ({error})"
         raise settings_error(reason, HOST=SETTINGS.HOST, PORT=SETTINGS.PORT) from None
     config = uvicorn.Config(
         app,
@@ -3235,9 +3906,9 @@ def serve() -> None:
         server_header=False,
         timeout_graceful_shutdown=STOP_SECONDS,
     )
-    for listening in sockets:
-        host, port = listening.getsockname()[:2]
-        log.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    place = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
+    host = f"[{own_address()}]" if ":" in own_address() else own_address()
+    log.info("started", {"version": VERSION, **place, "url": f"http://{host}:{SETTINGS.PORT}/"})
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     # If the parent left it ignored, tools would be reaped before they are waited for.
@@ -3250,13 +3921,12 @@ def serve() -> None:
 
 def ask_health() -> None:
     """Print what /health of the server with these settings answers. Raises SystemExit where none does."""
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(SETTINGS.HOST, SETTINGS.HOST)  # noqa: S104
-    connection = http.client.HTTPConnection(host, SETTINGS.PORT, timeout=RETRY_SECONDS)
+    connection = http.client.HTTPConnection(own_address(), SETTINGS.PORT, timeout=RETRY_SECONDS)
     try:
         connection.request("GET", "/health")
         print(connection.getresponse().read().decode())
     except (OSError, UnicodeError, http.client.HTTPException) as error:
-        raise SystemExit(f"No answer from {host} port {SETTINGS.PORT}: {error}") from None
+        raise SystemExit(f"No answer from {own_address()} port {SETTINGS.PORT}: {error}") from None
 
 
 def main() -> None:

