@@ -159,11 +159,11 @@ def inside_hops() -> Iterator[None]:
     """Sockets that this thread makes meanwhile are of the first host of the small internet."""
     paths = ("/proc/thread-self/ns/net", f"/run/netns/{HOPS_NAME}0")
     here, there = (os.open(path, os.O_RDONLY) for path in paths)
+    assert LIBC.setns(there, CLONE_NEWNET) == 0
     try:
-        assert LIBC.setns(there, CLONE_NEWNET) == 0
         yield
-        assert LIBC.setns(here, CLONE_NEWNET) == 0
     finally:
+        assert LIBC.setns(here, CLONE_NEWNET) == 0
         os.close(here)
         os.close(there)
 
@@ -2242,22 +2242,26 @@ AXE = "axe-core@4.14.1"
 
 
 @pytest.fixture(scope="session")
-def npm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def npm_packages(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with axe and the packages that the API's pages name, as NAME@VERSION/PATH."""
     if not (npm := shutil.which("npm")):
         lacking("npm")
-    folder = tmp_path_factory.mktemp("npm")
-    shown = {path.partition("/")[0] for _, files in lg.API_DOCS.values() for path in files}
-    for package in shown | {AXE}:
-        packed = subprocess.run(
-            [npm, "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=False
-        )
-        if packed.returncode:
-            lacking(f"{package} from npm")
-        with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
-            archive.extractall(folder / "unpacked", filter="data")
-        (folder / "unpacked" / "package").rename(folder / package)
-    return folder
+
+    def download() -> str:
+        folder = tmp_path_factory.mktemp("npm")
+        shown = {path.partition("/")[0] for _, files in lg.API_DOCS.values() for path in files}
+        for package in shown | {AXE}:
+            packed = subprocess.run(
+                [npm, "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=False
+            )
+            if packed.returncode:
+                lacking(f"{package} from npm")
+            with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
+                archive.extractall(folder / "unpacked", filter="data")
+            (folder / "unpacked" / "package").rename(folder / package)
+        return str(folder)
+
+    return Path(once("npm", download))
 
 
 @pytest.mark.parametrize(
