@@ -110,14 +110,8 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
 LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
 LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
 CORS_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
-STORE_PACKAGES = {
-    "memory": "limits",
-    "redis": "redis",
-    "rediss": "redis",
-    "valkey": "valkey",
-    "valkeys": "valkey",
-}
-STORE_PACKAGES |= {"mongodb": "pymongo"}  # with memcached no window can move
+STORE = re.compile(r"(memory|redis|valkey|mongodb)s?(?:\+[a-z]+)?://.*")  # memcached has no moving window
+STORE_PACKAGES = {"memory": "limits", "redis": "redis", "valkey": "valkey", "mongodb": "pymongo"}
 SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)\b", re.DOTALL)
 
 Rates = tuple[limits.RateLimitItem, ...]
@@ -189,11 +183,10 @@ def rates(value: str) -> Rates:
 
 
 def storage_uri(value: str) -> str:
-    package = STORE_PACKAGES.get(re.split("[+:]", value)[0])
-    if not package or "://" not in value:
+    if not (match := STORE.fullmatch(value)):
         raise ValueError("expected a URI of memory, redis, valkey or mongodb, like redis://HOST:6379")
-    if not find_spec(package):
-        raise ValueError(f"expected the Python package {package} to be installed: pip install {package}")
+    if not find_spec(package := STORE_PACKAGES[match[1]]):
+        raise ValueError(f"expected the Python package {package}: pip install {package}")
     return value
 
 
@@ -634,6 +627,9 @@ class Slots:
         self.what, self.total, self.per_client = what, total, per_client
         self.taken: Counter[str] = Counter()
 
+    def __str__(self) -> str:
+        return f"{self.total} at once, {self.per_client} per client"
+
     @contextmanager
     def take(self, client: str) -> Iterator[None]:
         """Hold a slot. Raises RequestError where none is free."""
@@ -847,7 +843,7 @@ COMMANDS = {
     for command in (*(each for each in BUILT_IN if each.name in SETTINGS.COMMANDS), *EXTRA)
 }
 COUNTERS |= {sample("lg_runs_total", command=name, outcome="finished"): 0 for name in COMMANDS}
-TOOLS = tuple(dict.fromkeys(command.tool for command in COMMANDS.values()))
+NEEDED_TOOLS = tuple(dict.fromkeys(command.tool for command in COMMANDS.values()))
 # Debian's packages.
 PACKAGES = {
     "ping": "iputils-ping",
@@ -876,7 +872,7 @@ def missing_tools() -> list[str]:
 
 @lru_cache(1)
 def find_missing_tools(second: int) -> list[str]:
-    return [tool for tool in TOOLS if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
+    return [tool for tool in NEEDED_TOOLS if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
 
 
 def install_hint(tools: Sequence[str]) -> str:
@@ -2483,21 +2479,19 @@ HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.I
 
 def describe_rates(rates: Rates) -> str:
     """Rates in English: `2 per minute and 30 per 2 hours`."""
-    periods = (f"{rate.multiples} {rate.GRANULARITY.name}s" for rate in rates)
+    units = [(rate.multiples, rate.GRANULARITY.name) for rate in rates]
+    periods = [unit if multiples == 1 else f"{multiples} {unit}s" for multiples, unit in units]
     return (
-        " and ".join(
-            f"{rate.amount} per {period if rate.multiples > 1 else rate.GRANULARITY.name}"
-            for rate, period in zip(rates, periods, strict=True)
-        )
-        or "no limit"
+        " and ".join(f"{rate.amount} per {period}" for rate, period in zip(rates, periods, strict=True))
+        or "none"
     )
 
 
 def rate_limits_text() -> str:
-    parts = [f"each command {describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}"] if COMMANDS else []
+    parts = [f"{describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)} for each command"] if COMMANDS else []
     if SIZES:
-        parts.append(f"each speed test {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}")
-        parts.append(f"the 10G download {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST_10G)}")
+        parts.append(f"{describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)} for each speed test")
+        parts.append(f"{describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST_10G)} for the 10G download")
     return ", ".join(parts)
 
 
@@ -3713,17 +3707,13 @@ async def front(request: Request) -> Response:
 # ---- routes and app ----------------------------------------------------------------------------------------
 
 
-def slots_text() -> str:
-    kinds = [("commands", DIAGNOSTICS)] * bool(COMMANDS) + [("speed tests", SPEEDTESTS)] * bool(SIZES)
-    return ", ".join(f"{slots.total} {kind} at once, {slots.per_client} per client" for kind, slots in kinds)
-
-
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Log at the start what an operator has to know."""
     for line in unknown_settings(ENV_FILE):
         log.warning(line)
-    log.info("limits", {"rates": rate_limits_text(), "slots": slots_text()})
+    slots = {"commands": DIAGNOSTICS if COMMANDS else None, "speedtests": SPEEDTESTS if SIZES else None}
+    log.info("limits", {"rates": rate_limits_text(), **slots})
     if missing := missing_tools():
         log.warning(
             "Tools are missing: their commands answer 503 until they are installed",
