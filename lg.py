@@ -875,8 +875,9 @@ def find_missing_tools(second: int) -> list[str]:
     return [tool for tool in NEEDED_TOOLS if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
 
 
-def install_hint(tools: Sequence[str]) -> str:
-    return "apt-get install " + " ".join(PACKAGES.get(tool, tool) for tool in tools)
+def install_hint(tools: Sequence[str]) -> str | None:
+    packages = [PACKAGES[tool] for tool in tools if tool in PACKAGES]
+    return f"apt-get install {' '.join(packages)}" if packages else None
 
 
 # ---- parsing what the tools print --------------------------------------------------------------------------
@@ -1983,7 +1984,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     """A client's connection: uvicorn's protocol with a bound for everything that a client may send.
 
     Reading is never paused, so that a client that leaves is noticed at once. Of what is read, REQUEST_BYTES
-    are parsed for a request, including what follows it. The rest of a body whose Content-Length is larger than
+    are parsed for a request, including what follows it. The rest of a body whose Content-Length exceeds
     BODY_BYTES is counted, as it is kept by nobody. Anything else is discarded.
     """
 
@@ -2515,7 +2516,7 @@ async def usage(request: Request) -> Response:
 
 async def answer_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    count_refusal(client_address(request), request.url.path, error.reason)
+    count_refusal(client_address(request), request.scope["path"], error.reason)
     try:
         return JSONResponse(error.body, error.status, error.headers)
     except (ValueError, RecursionError):  # what the client sent, to be echoed, cannot be written as JSON
