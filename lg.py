@@ -1984,8 +1984,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     """A client's connection: uvicorn's protocol with a bound for everything that a client may send.
 
     Reading is never paused, so that a client that leaves is noticed at once. Of what is read, REQUEST_BYTES
-    are parsed for a request, including what follows it. The rest of a body whose Content-Length exceeds
-    BODY_BYTES is counted, as it is kept by nobody. Anything else is discarded.
+    are parsed for a request, including what follows it. The rest of a body with a Content-Length of more than
+    BODY_BYTES is counted: no endpoint keeps it. Anything else is discarded.
     """
 
     per_client: ClassVar[Counter[str]] = Counter()
