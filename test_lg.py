@@ -3847,6 +3847,10 @@ def test_host_that_cannot_be_bound_stops_the_start(host: str) -> None:
     assert f"HOST='{host}'" in start_error(HOST=host)
 
 
+def test_settings_that_leave_nothing_to_offer_stop_the_start() -> None:
+    assert "expected a command or speed tests" in start_error(COMMANDS="", MAX_SPEEDTESTS="0")
+
+
 def test_port_in_use_stops_the_start(serve: Start) -> None:
     server = serve()
     assert "in use" in start_error(PORT=str(server.port))
