@@ -162,8 +162,8 @@ def inside_hops() -> Iterator[None]:
     try:
         assert LIBC.setns(there, CLONE_NEWNET) == 0
         yield
-        assert LIBC.setns(here, CLONE_NEWNET) == 0
     finally:
+        assert LIBC.setns(here, CLONE_NEWNET) == 0
         os.close(here)
         os.close(there)
 
