@@ -875,8 +875,9 @@ def find_missing_tools(second: int) -> list[str]:
     return [tool for tool in NEEDED_TOOLS if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
 
 
-def install_hint(tools: Sequence[str]) -> str:
-    return "apt-get install " + " ".join(PACKAGES.get(tool, tool) for tool in tools)
+def install_hint(tools: Sequence[str]) -> str | None:
+    packages = [PACKAGES[tool] for tool in tools if tool in PACKAGES]
+    return f"apt-get install {' '.join(packages)}" if packages else None
 
 
 # ---- parsing what the tools print --------------------------------------------------------------------------
@@ -2268,6 +2269,8 @@ SIZES = {
     )
     if SETTINGS.MAX_SPEEDTESTS
 }
+if not COMMANDS and not SIZES:
+    raise settings_error("expected a command or speed tests to offer", COMMANDS="", MAX_SPEEDTESTS=0)
 DOWNLOADED, UPLOADED = (sample("lg_speedtest_bytes_total", direction=each) for each in ("download", "upload"))
 COUNTERS |= {DOWNLOADED: 0, UPLOADED: 0}
 
@@ -2361,6 +2364,7 @@ STREAM_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Vary": "Accept",
 }
+PLACE = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
 
 
 async def diagnostic(command: Command, request: Request) -> Response:
@@ -2436,8 +2440,7 @@ METRICS = {  # by name: the type and the help of Prometheus' text format
 async def metrics(request: Request) -> Response:
     if not any(client_address(request) in network for network in SETTINGS.METRICS_ALLOW_IPS):
         raise HTTPException(404)
-    place = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
-    samples = COUNTERS | {sample("lg_info", version=VERSION, **place): 1}
+    samples = COUNTERS | {sample("lg_info", version=VERSION, **PLACE): 1}
     samples["lg_connections"] = Connection.per_client.total()
     for kind, slots in (("command", DIAGNOSTICS), ("speedtest", SPEEDTESTS)):
         samples[sample("lg_slots", kind=kind)] = slots.total
@@ -2504,8 +2507,7 @@ async def usage(request: Request) -> Response:
     example = "mtr" if "mtr" in COMMANDS else next(iter(COMMANDS), "")
     text = USAGE.format(
         base=base,
-        location=SETTINGS.NETWORK_LOCATION,
-        facility=SETTINGS.NETWORK_FACILITY,
+        **PLACE,
         diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=lines, command=example) if COMMANDS else "",
         speedtests=SPEEDTESTS_USAGE.format(base=base) if SIZES else "",
         limits=rate_limits_text(),
@@ -2515,7 +2517,7 @@ async def usage(request: Request) -> Response:
 
 async def answer_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    count_refusal(client_address(request), request.url.path, error.reason)
+    count_refusal(client_address(request), request.scope["path"], error.reason)
     try:
         return JSONResponse(error.body, error.status, error.headers)
     except (ValueError, RecursionError):  # what the client sent, to be echoed, cannot be written as JSON
@@ -3800,23 +3802,16 @@ class Logfmt(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
-        pairs: dict[str, object] = {
-            "time": moment,
-            "level": record.levelname.lower(),
-            "msg": record.getMessage(),
-        }
-        if isinstance(record.args, Mapping):
-            pairs |= record.args
-        if record.exc_info:
-            pairs["traceback"] = self.formatException(record.exc_info)
-        return " ".join(
-            f"{key}={self.quote(str(value))}" for key, value in pairs.items() if value is not None
-        )
+        pairs: dict[str, object] = {"time": moment, "level": record.levelname.lower()}
+        pairs |= {"msg": record.getMessage(), **(record.args if isinstance(record.args, Mapping) else {})}
+        pairs["traceback"] = self.formatException(record.exc_info) if record.exc_info else None
+        return " ".join(f"{key}={self.quote(value)}" for key, value in pairs.items() if value is not None)
 
-    def quote(self, value: str) -> str:
-        if value.isprintable() and re.fullmatch(r'[^\s"=\\]+', value):
-            return value
-        return json.dumps(value, ensure_ascii=not value.isprintable())
+    def quote(self, value: object) -> str:
+        text = str(value)
+        if text.isprintable() and re.fullmatch(r'[^\s"=\\]+', text):
+            return text
+        return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 class LogHandler(logging.Handler):
@@ -3839,13 +3834,8 @@ class LogHandler(logging.Handler):
             line = self.lines.get()
             if dropped := self.dropped:
                 self.dropped -= dropped
-                lost = {
-                    "name": "lg",
-                    "levelname": "WARNING",
-                    "msg": "log lines dropped",
-                    "args": {"lines": dropped},
-                }
-                line += self.format(logging.makeLogRecord(lost)) + "\n"
+                arguments = ("lg", logging.WARNING, "", 0, "log lines dropped", ({"lines": dropped},), None)
+                line += self.format(logging.LogRecord(*arguments)) + "\n"
             data = line.encode(errors="backslashreplace")
             with suppress(OSError):  # a full disk, a pipe without a reader
                 while data:
@@ -3879,9 +3869,7 @@ def serve() -> None:
         sockets = listen(SETTINGS.HOST, SETTINGS.PORT)
     except (OSError, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise settings_error(
-                "expected a free port: it is in use by another program", PORT=SETTINGS.PORT
-            ) from None
+            raise settings_error("expected a port that is not in use", PORT=SETTINGS.PORT) from None
         reason = f"expected an address of this machine and a port that this user may use ({error})"
         raise settings_error(reason, HOST=SETTINGS.HOST, PORT=SETTINGS.PORT) from None
     config = uvicorn.Config(
@@ -3896,9 +3884,8 @@ def serve() -> None:
         server_header=False,
         timeout_graceful_shutdown=STOP_SECONDS,
     )
-    place = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
     host = f"[{own_address()}]" if ":" in own_address() else own_address()
-    log.info("started", {"version": VERSION, **place, "url": f"http://{host}:{SETTINGS.PORT}/"})
+    log.info("started", {"version": VERSION, **PLACE, "url": f"http://{host}:{SETTINGS.PORT}/"})
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     # If the parent left it ignored, tools would be reaped before they are waited for.
