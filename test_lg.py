@@ -3851,6 +3851,10 @@ def test_host_that_cannot_be_bound_stops_the_start(host: str) -> None:
     assert f"HOST='{host}'" in start_error(HOST=host)
 
 
+def test_settings_that_leave_nothing_to_offer_stop_the_start() -> None:
+    assert "expected a command or speed tests" in start_error(COMMANDS="", MAX_SPEEDTESTS="0")
+
+
 def test_port_in_use_stops_the_start(serve: Start) -> None:
     server = serve()
     assert "in use" in start_error(PORT=str(server.port))
@@ -3864,7 +3868,7 @@ def test_shared_store_without_its_package_stops_the_start_with_what_to_install()
     done = subprocess.run(line, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
     assert done.stderr == (
         "lg.py: RATE_LIMIT_STORAGE_URI='redis://127.0.0.1:6379' cannot be used: "
-        "expected the Python package redis to be installed: pip install redis\n"
+        "expected the Python package redis: pip install redis\n"
     )
 
 
@@ -5507,15 +5511,23 @@ def records(server: Server) -> list[dict[str, str]]:
 
 
 def records_of(server: Server, message: str, **pairs: str) -> list[dict[str, str]]:
-    """The lines with this message and these pairs."""
+    """The lines with this message and these pairs, once there is one: a thread writes them."""
     wanted = {"msg": message, **pairs}.items()
-    return [record for record in records(server) if wanted <= record.items()]
+    found: Any = until(lambda: [record for record in records(server) if wanted <= record.items()])
+    return cast(list[dict[str, str]], found)
+
+
+def records_so_far(server: Server) -> list[dict[str, str]]:
+    """The lines before one that is written now."""
+    server.run("ping", target := lone_address())
+    records_of(server, "run", target=target)
+    return [record for record in records(server) if record.get("target") != target]
 
 
 def test_run_is_one_line_in_the_log(serve: Start) -> None:
     server = serve(tools={"ping": ECHO}, names={"here.example": ["127.0.0.1"]})
     server.run("ping", "here.example", headers={"X-Forwarded-For": "192.0.2.9"})
-    (line,) = [line for line in server.log.splitlines() if "here.example" in line]
+    (line,) = until(lambda: [line for line in server.log.splitlines() if "here.example" in line])
     assert re.fullmatch(
         r"time=\S+ level=info msg=run command=ping target=here\.example address=127\.0\.0\.1 "
         r"client=192\.0\.2\.9 outcome=finished seconds=\d+\.\d",
@@ -5532,20 +5544,21 @@ def test_run_that_failed_is_a_warning(serve: Start) -> None:
 def test_run_whose_client_leaves_is_no_warning(serve: Start) -> None:
     server = serve(tools={"ping": ENDLESS})
     server.begin("ping").close()
-    until(lambda: records_of(server, "run", level="info", outcome="client gone"))
+    assert records_of(server, "run", level="info", outcome="client gone")
 
 
 def test_speed_tests_are_one_line_each_in_the_log(serve: Start) -> None:
     server = serve()
     server.http.get("/speedtest/100M")
     server.http.post("/speedtest/upload", content=b"x" * 1000)
-    until(lambda: records_of(server, "speedtest", size="100M", outcome="finished", bytes="104857600"))
+    assert records_of(server, "speedtest", size="100M", outcome="finished", bytes="104857600")
     assert records_of(server, "speedtest", size="upload", client="127.0.0.1", bytes="1000")
 
 
 def test_time_in_the_log_has_its_zone(serve: Start) -> None:
     server = serve(TZ="XYZ-05:45")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+05:45", records(server)[0]["time"])
+    (started,) = records_of(server, "started")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+05:45", started["time"])
 
 
 def test_start_is_logged_with_version_place_and_a_url_that_opens(serve: Start) -> None:
@@ -5558,10 +5571,10 @@ def test_start_is_logged_with_version_place_and_a_url_that_opens(serve: Start) -
 def test_limits_are_logged_at_the_start_in_english(serve: Start) -> None:
     server = serve(RATE_LIMIT_DIAGNOSTICS="2/minute;30/2 hours", MAX_DIAGNOSTICS="7")
     (limits,) = records_of(server, "limits")
-    assert limits["rates"] == (
-        "each command 2 per minute and 30 per 2 hours, each speed test no limit, the 10G download no limit"
-    )
-    assert limits["slots"] == ("7 commands at once, 4 per client, 20 speed tests at once, 4 per client")
+    command, speedtest = "2 per minute and 30 per 2 hours for each command", "none for each speed test"
+    assert limits["rates"] == f"{command}, {speedtest}, none for the 10G download"
+    assert limits["commands"] == "7 at once, 4 per client"
+    assert limits["speedtests"] == "20 at once, 4 per client"
 
 
 def test_start_and_stop_log_nothing_else(serve: Start) -> None:
@@ -5582,7 +5595,8 @@ def test_refusal_by_rate_is_logged_once_a_minute_for_each_client(serve: Start) -
     for client in ("192.0.2.1", "2001:db8:1:2::1", "2001:db8:1:2::2"):
         for _ in range(4):
             server.run("ping", headers={"X-Forwarded-For": client})
-    assert [record["client"] for record in records_of(server, "refused", reason="rate limit")] == [
+    refused = [record for record in records_so_far(server) if record.get("reason") == "rate limit"]
+    assert [record["client"] for record in refused] == [
         "192.0.2.1",
         "2001:db8:1:2::1",  # one client with 2001:db8:1:2::2: their /64 is the same
     ]
@@ -5605,16 +5619,16 @@ def test_refusal_for_want_of_a_slot_is_logged(serve: Start) -> None:
 def test_target_that_may_not_be_measured_is_logged_once(echo: Server) -> None:
     for _ in range(3):
         echo.run("ping", "10.0.0.1", headers={"X-Forwarded-For": "192.0.2.77"})
-    assert len(records_of(echo, "refused", reason="target", client="192.0.2.77")) == 1
+    refused = [record for record in records_so_far(echo) if record.get("client") == "192.0.2.77"]
+    assert [record["reason"] for record in refused] == ["target"]
 
 
 def test_invalid_request_is_not_logged(serve: Start) -> None:
-    server = serve()
-    before = len(records(server))
+    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), ECHO))
     server.run("ping", "no target at all")
     server.http.get("/nothing")
     server.http.post("/lookingglass/ping", content=b"x" * 5000)
-    assert len(records(server)) == before
+    assert [record["msg"] for record in records_so_far(server)] == ["started", "limits"]
 
 
 def test_refusals_of_many_clients_are_bounded_in_memory_and_log(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5636,10 +5650,10 @@ def test_refusals_of_a_client_are_logged_again_after_a_minute(monkeypatch: pytes
 
 
 def test_proxy_that_is_not_trusted_is_named_once(serve: Start) -> None:
-    server = serve(FORWARDED_ALLOW_IPS="192.0.2.1")
+    server = serve(tools={"ping": ECHO}, FORWARDED_ALLOW_IPS="192.0.2.1")
     for _ in range(3):
         server.http.get("/network/info", headers={"X-Forwarded-For": "192.0.2.9"})
-    (warning,) = [record for record in records(server) if "FORWARDED_ALLOW_IPS" in record["msg"]]
+    (warning,) = [record for record in records_so_far(server) if "FORWARDED_ALLOW_IPS" in record["msg"]]
     assert (warning["level"], warning["peer"]) == ("warning", "127.0.0.1")
 
 
@@ -5657,6 +5671,7 @@ def test_nothing_that_a_client_sends_forges_a_line_in_the_log(serve: Start) -> N
     server.run("ping", "127.0.0.1", headers={"X-Forwarded-For": "192.0.2.1 FORGED", "User-Agent": "FORGED"})
     server.http.get("/%0aFORGED")
     server.http.get("/?x=%0d%0aFORGED")
+    assert records_so_far(server)
     assert not [line for line in server.log.splitlines() if line.startswith("FORGED")]
 
 
@@ -5689,6 +5704,11 @@ def described(server: Server) -> dict[str, Any]:
     return cast(dict[str, Any], server.http.get("/openapi.json").json())
 
 
+def events_of(server: Server, command: str, target: str) -> list[dict[str, Any]]:
+    response = server.run(command, target, headers={"Accept": "application/x-ndjson"})
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
 def test_extra_command_runs_for_ipv4_and_ipv6(serve: Start) -> None:
     server = serve(tools={"birdc": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
     assert server.run("bgp", "127.0.0.1").text.startswith("argv -r show route for 127.0.0.1 all\n")
@@ -5709,8 +5729,7 @@ def test_extra_command_passes_no_shell(serve: Start) -> None:
 
 def test_each_line_of_an_extra_command_is_a_note(serve: Start) -> None:
     server = serve(tools={"birdc": "#!/bin/sh\necho one\necho two\n"}, EXTRA_COMMANDS=json.dumps(BGP))
-    response = server.run("bgp", headers={"Accept": "application/x-ndjson"})
-    events = [json.loads(line) for line in response.text.splitlines()]
+    events = events_of(server, "bgp", "127.0.0.1")
     assert [event["text"] for event in events if event["event"] == "note"] == ["one", "two"]
     assert events[-1]["result"] == {
         "status": "finished",
@@ -5759,12 +5778,14 @@ protocol device {{ }}
 protocol bgp {{
   local as 6450{last};
   neighbor 198.51.100.{neighbour} as 6450{neighbour};
+  passive {passive};
   connect delay time 1;
   ipv4 {{ import all; export all; }};
 }}
 protocol bgp {{
   local as 6450{last};
   neighbor 2001:db8:0:1::{neighbour} as 6450{neighbour};
+  passive {passive};
   connect delay time 1;
   ipv6 {{ import all; export all; }};
 }}
@@ -5783,9 +5804,9 @@ def bgp(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iter
         lacking("the command birdc")
     folder = tmp_path_factory.mktemp("bgp")
     birds = []
-    for last, neighbour, routes in ((1, 2, ""), (2, 1, ROUTES)):
+    for last, neighbour, passive, routes in ((1, 2, "on", ""), (2, 1, "off", ROUTES)):
         files = {"-c": folder / f"{last}.conf", "-s": folder / f"{last}.ctl", "-P": folder / f"{last}.pid"}
-        files["-c"].write_text(BIRD.format(last=last, neighbour=neighbour, routes=routes))
+        files["-c"].write_text(BIRD.format(last=last, neighbour=neighbour, passive=passive, routes=routes))
         options = [str(word) for word in itertools.chain(*files.items())]
         line = ["ip", "netns", "exec", f"{HOPS_NAME}{last - 1}", "bird", "-f", *options]
         birds.append(subprocess.Popen(line))
@@ -5794,7 +5815,7 @@ def bgp(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iter
     def learned() -> bool:
         line = [birdc, "-s", control, "show", "route", "count"]
         counted = subprocess.run(line, capture_output=True, text=True, check=False)
-        return counted.stdout.count("1 of 1 routes") == 2
+        return counted.stdout.count("1 of 1 routes for 1 networks in table") == 2
 
     until(learned)
     extra = {
@@ -5810,28 +5831,19 @@ def bgp(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iter
         bird.wait(PATIENCE)
 
 
-def ask(server: Server, command: str, target: str, accept: str = "text/plain") -> str:
-    """What the server in the small internet answers to a client there."""
-    url = f"http://127.0.0.1:{server.port}/lookingglass/{command}"
-    line = ["curl", "-sSN", "-m", "60", "-H", f"Accept: {accept}", "-d", f"target={target}", url]
-    done = subprocess.run([*server.prefix, *line], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
 @pytest.mark.parametrize(
     ("command", "target", "route"),
     [("bgp", "203.0.113.9", "203.0.113.0/24"), ("bgp6", "2001:db8:113::9", "2001:db8:113::/48")],
 )
 def test_route_learned_over_bgp_is_shown_as_text(bgp: Server, command: str, target: str, route: str) -> None:
-    answer = ask(bgp, command, target)
-    assert re.search(rf"^{route} .* \[AS64501i\]$", answer, re.M)
+    answer = bgp.run(command, target).text
+    assert re.search(rf"^{route} .* \[AS64502i\]$", answer, re.M)
     assert "BGP.as_path: 64502\n" in answer
 
 
 @pytest.mark.parametrize(("command", "target"), [("bgp", "203.0.113.9"), ("bgp6", "2001:db8:113::9")])
 def test_route_learned_over_bgp_is_shown_as_events(bgp: Server, command: str, target: str) -> None:
-    answer = ask(bgp, command, target, "application/x-ndjson")
-    events = [json.loads(line) for line in answer.splitlines()]
+    events = events_of(bgp, command, target)
     notes = [event["text"] for event in events if event["event"] == "note"]
     assert "\tBGP.as_path: 64502" in notes
     assert events[-1]["result"]["rawOutput"] == "".join(f"{note}\n" for note in notes)
@@ -5839,7 +5851,7 @@ def test_route_learned_over_bgp_is_shown_as_events(bgp: Server, command: str, ta
 
 @pytest.mark.parametrize(("command", "target"), [("tcp", TARGET4), ("tcp6", TARGET6)])
 def test_trace_over_tcp_is_a_live_table_of_hops(bgp: Server, command: str, target: str) -> None:
-    events = [json.loads(line) for line in ask(bgp, command, target, "application/x-ndjson").splitlines()]
+    events = events_of(bgp, command, target)
     hops = [event for event in events if event["event"] == "hop"]
     assert len(hops) > 5
     assert events[-1]["result"]["hops"][4]["resolvedAddress"] == target
@@ -5873,7 +5885,6 @@ def test_tool_that_no_command_needs_is_not_missing(serve: Start) -> None:
 def test_server_without_commands_offers_speed_tests(serve: Start) -> None:
     server = serve(COMMANDS="")
     usage = server.http.get("/").text
-    assert server.http.get("/", headers={"Accept": "text/html"}).status_code == 200
     assert ("lookingglass" in usage, "speedtest" in usage) == (False, True)
 
 
@@ -5944,32 +5955,17 @@ def test_tool_that_may_not_send_is_logged_with_what_to_grant(serve: Start, maker
     assert "net.ipv4.ping_group_range" in warning["msg"]
 
 
-@pytest.mark.parametrize("option", ["", "--no-new-privs"])
-def test_real_ping_that_may_not_send_is_named_by_health(serve: Start, option: str) -> None:
-    for tool in ("ping", "unshare", "setpriv", "nsenter", "curl"):
-        if not shutil.which(tool):
-            lacking(f"the command {tool}")
-    if os.geteuid() != 0:
-        lacking("root, for a network namespace")
-    # Nobody is in the ping_group_range of a new network namespace.
-    drop = f'ip link set lo up && exec setpriv --bounding-set=-net_raw --inh-caps=-all {option} "$@"'
-    server = serve(prefix=("unshare", "--net", "sh", "-c", drop, "-"), COMMANDS="ping")
-    line = [
-        "nsenter",
-        "-t",
-        str(server.process.pid),
-        "-n",
-        "curl",
-        "-s",
-        f"http://127.0.0.1:{server.port}/health",
-    ]
-
-    def health() -> str:
-        return subprocess.run(line, capture_output=True, text=True, check=False).stdout
-
-    assert until(lambda: "forbidden" in (answer := health()) and answer) == (
-        '{"status":"degraded","forbidden":["ping"]}'
-    )
+@pytest.mark.parametrize("options", [(), ("--no-new-privs",)], ids=str)
+def test_real_ping_that_may_not_send_is_named_by_health(
+    serve: Start, hops: tuple[str, ...], options: tuple[str, ...]
+) -> None:
+    setpriv = shutil.which("setpriv")
+    if not setpriv:
+        lacking("the command setpriv")
+    # The small internet's ping_group_range is the kernel's default, which nobody is in.
+    drop = (setpriv, "--bounding-set=-net_raw", "--inh-caps=-all", *options)
+    server = serve(prefix=hops, command=(*drop, sys.executable, "lg.py"), COMMANDS="ping")
+    until(lambda: server.http.get("/health").json() == {"status": "degraded", "forbidden": ["ping"]})
 
 
 def test_listening_does_not_wait_for_the_tools(serve: Start) -> None:
@@ -6480,35 +6476,22 @@ def test_systemd_unit_passes_verification(tmp_path: Path) -> None:
     assert run_tool("systemd-analyze", "verify", tmp_path / "looking-glass.service") == ""
 
 
-ICMP_CLOSED = 'ip link set lo up && echo "1 0" >/proc/sys/net/ipv4/ping_group_range && exec "$@"'
-
-
-def test_service_user_of_the_systemd_unit_may_send_icmp(serve: Start) -> None:
+def test_service_user_of_the_systemd_unit_may_send_icmp(serve: Start, hops: tuple[str, ...]) -> None:
     """As a user other than root with the unit's capabilities, where the kernel lets no group ping."""
     options = unit_options()
     assert options["AmbientCapabilities"] == options["CapabilityBoundingSet"] == "CAP_NET_RAW"
     assert options["NoNewPrivileges"] == "yes"
+    assert run_tool("env", *hops[1:], "cat", "/proc/sys/net/ipv4/ping_group_range").split() == ["1", "0"]
     # The second capability is for the way to an interpreter that may lie in root's home.
     capabilities = "-all,+net_raw,+dac_read_search"
     sets = [f"--{name}={capabilities}" for name in ("inh-caps", "ambient-caps", "bounding-set")]
     user = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *sets, "--no-new-privs")
-    prefix = ("unshare", "--net", "sh", "-c", ICMP_CLOSED, "sh", *user)
-    if subprocess.run([*prefix, "true"], check=False).returncode:
-        lacking("the right to make a network namespace and to become a service user")
-    server = serve(prefix=prefix, PATH=os.environ["PATH"])
-    url = f"http://127.0.0.1:{server.port}"
-
-    def ask(path: str, *arguments: str) -> str:
-        inside = ("nsenter", "--net", "--target", str(server.process.pid))
-        argv = [*inside, tool("curl"), "-sSN", "-m", "60", *arguments, url + path]
-        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-
+    server = serve(prefix=(*hops, *user))
     with ThreadPoolExecutor() as pool:
-        paths = ("/lookingglass/ping", "/lookingglass/mtr")
-        ping, mtr = pool.map(lambda path: ask(path, "-d", "target=127.0.0.1"), paths)
+        ping, mtr = (answer.text for answer in pool.map(server.run, ("ping", "mtr")))
     assert "15 received" in ping
     assert re.search(r"1\.\|-- .*127\.0\.0\.1\)? +0\.0%", mtr)
-    assert json.loads(ask("/health")) == {"status": "ok"}
+    assert server.http.get("/health").json() == {"status": "ok"}
 
 
 def test_metrics_of_the_readme_are_those_of_the_service(serve: Start) -> None:
