@@ -1739,8 +1739,9 @@ async def started(command: Command, address: IPAddress) -> AsyncIterator[Process
         raise shutting_down()
     try:
         process = Process(command.argv_for(address), command.ok_statuses, SETTINGS.DIAGNOSTIC_TIMEOUT)
-    except (FileNotFoundError, PermissionError):
-        log.error(f"{tool} is not installed or not executable", {"install": install_hint([tool])})
+    except (FileNotFoundError, PermissionError) as error:
+        hint = install_hint([tool]) if isinstance(error, FileNotFoundError) else None
+        log.error(f"{tool} is not installed or may not run", {"error": error, "install": hint})
         message = f"{tool} is not installed on this server, or may not run"
         raise RequestError(503, {"error": message}, reason="unavailable") from None
     except OSError as error:
@@ -1838,8 +1839,10 @@ async def diagnosis(
 
 
 PROBE_SECONDS = 1  # a tool without permission ends long before
-# ping of iputils, BusyBox and GNU inetutils, and mtr.
-DENIED = re.compile(rb".*(?:permission denied|not permitted|privilege|cap_net_raw).*", re.IGNORECASE)
+# As ping of iputils, BusyBox and GNU inetutils prints it, and mtr, which has a program of its own to send.
+DENIED = re.compile(
+    rb".*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*", re.IGNORECASE
+)
 FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
 
 
