@@ -865,14 +865,18 @@ def check_version(target: IPAddress | str, command: Command) -> None:
         raise validation_error(f"{target} is an IPv{target.version} address: {hint}", str(target))
 
 
+UNSUITABLE: set[str] = set()  # tools that turned out not to be the programs that we expect
+
+
 def missing_tools() -> list[str]:
-    """The tools that are not installed or not executable; looked for at most once a second."""
+    """The tools that are not installed, not executable or unsuitable; looked for at most once a second."""
     return find_missing_tools(int(time.monotonic()))
 
 
 @lru_cache(1)
 def find_missing_tools(second: int) -> list[str]:
-    return [tool for tool in NEEDED_TOOLS if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
+    path = ENVIRONMENT["PATH"]
+    return [tool for tool in NEEDED_TOOLS if tool in UNSUITABLE or not shutil.which(tool, path=path)]
 
 
 def install_hint(tools: Sequence[str]) -> str | None:
@@ -1843,11 +1847,16 @@ PROBE_SECONDS = 1  # a tool without permission ends long before
 DENIED = re.compile(
     rb".*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*", re.IGNORECASE
 )
+# As BusyBox and GNU inetutils refuse options of the programs that we expect.
+REFUSED = re.compile(rb".*(?:(?:invalid|unrecognized|unknown) option|invalid number).*", re.IGNORECASE)
 FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
 
 
 async def probe_tool(command: Command) -> None:
-    """Run a command on loopback: a tool that lacks the permission to send is logged and kept in FORBIDDEN."""
+    """Run a command on loopback, and log what is wrong with its tool.
+
+    One without the permission to send is kept in FORBIDDEN, another program of its name in UNSUITABLE.
+    """
     denied: object = None
     try:
         loopback = ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
@@ -1861,6 +1870,10 @@ async def probe_tool(command: Command) -> None:
             await process.kill_and_reap()
         if line := DENIED.search(output):
             denied = line[0].decode(errors="replace")
+        elif line := REFUSED.search(output):
+            UNSUITABLE.add(command.tool)
+            pairs = {"install": install_hint([command.tool]), "error": line[0].decode(errors="replace")}
+            log.warning(f"{command.tool} is not the program that is expected here", pairs)
     except PermissionError as error:  # file capabilities that this process may not have
         denied = error if shutil.which(command.tool, path=ENVIRONMENT["PATH"]) else None
     except OSError:

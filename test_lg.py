@@ -5973,6 +5973,28 @@ def test_tool_that_may_not_send_is_logged_with_what_to_grant(serve: Start, maker
     assert "net.ipv4.ping_group_range" in warning["msg"]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "ping: invalid option -- O\nBusyBox v1.35.0 multi-call binary.",
+        "ping: unrecognized option: O",
+        "ping: unknown option -- n",
+    ],
+)
+def test_ping_of_another_maker_is_missing_in_health(serve: Start, message: str) -> None:
+    other = f"#!/bin/sh\nprintf '%s\\n' '{message}' >&2\nexit 1\n"
+    server = serve(tools={"ping": other, "traceroute": ECHO, "mtr": ECHO})
+    until(lambda: server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]})
+
+
+def test_ping_of_another_maker_is_logged_with_what_to_install(serve: Start) -> None:
+    other = "#!/bin/sh\necho 'ping: invalid option -- O' >&2\nexit 1\n"
+    server = serve(tools={"ping": other, "traceroute": ECHO, "mtr": ECHO})
+    until(lambda: "iputils-ping" in server.log)
+    (warning,) = [record for record in records(server) if record["level"] == "warning"]
+    assert warning["msg"] == "ping is not the program that is expected here"
+
+
 @pytest.mark.parametrize("options", [(), ("--no-new-privs",)], ids=str)
 def test_real_tools_that_may_not_send_are_named_by_health(
     serve: Start, hops: tuple[str, ...], options: tuple[str, ...]
