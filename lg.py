@@ -2819,758 +2819,381 @@ async def api_docs(name: str, request: Request) -> Response:
 
 STYLE = """\
 :root {
-  color-scheme: light dark;
-  --page: light-dark(#f2f5f8, #0d1219); --card: light-dark(#fff, #161e28);
-  --line: light-dark(#d3dae3, #303c4a); --edge: light-dark(#758396, #77869a);
-  --text: light-dark(#17202b, #e6ecf3); --dim: light-dark(#53606f, #a5b1bf);
-  --accent: light-dark(#0a58c2, #7ab9ff); --on: light-dark(#fff, #08182c);
-  --bad: light-dark(#a81a13, #ffa79f); --tint: light-dark(#fcd9d5, #5c231f);
-  font: clamp(1rem, .8rem + .35vw, 1.6rem)/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
-}
-* { box-sizing: border-box; margin: 0; print-color-adjust: exact; }
-[hidden] { display: none !important; }
-body { max-width: 100rem; margin: auto; padding: clamp(.75rem, 2vw, 2rem); background: var(--page);
-  color: var(--text); }
-header, dl, .row, noscript { display: flex; flex-wrap: wrap; gap: .6rem 1.5rem; }
-.row, noscript { gap: .6rem; align-items: end; }
-header { align-items: end; justify-content: space-between; }
-h1, h2, dd, p, td:nth-child(2) { overflow-wrap: anywhere; }
-h1 { font-size: 1.9rem; line-height: 1.15; }
-h2 { font-size: 1.1rem; }
-:any-link { color: var(--accent); }
-small, dt, legend, th, .dim { color: var(--dim); font-size: .85rem; font-weight: 400; }
-form, details, .card { margin-top: 1rem; padding: clamp(.75rem, 1.5vw, 1.25rem); background: var(--card);
-  border: 1px solid var(--line); border-radius: .6rem; }
-form { display: grid; gap: .6rem 2rem; }
-fieldset, legend { border: 0; padding: 0; min-width: 0; }
-button, input, select { font: inherit; color: inherit; min-height: 2.6rem; max-width: 100%;
-  padding: .3rem .8rem; background: var(--card); border: 1px solid var(--edge); border-radius: .4rem; }
-button, select, summary, .choice label { cursor: pointer; }
-button:disabled { color: var(--dim); border-style: dashed; cursor: default; }
-:focus-visible, .choice :has(:focus-visible) { outline: .15rem solid var(--accent); outline-offset: .1rem; }
-#run { min-width: 8rem; font-weight: 600; }
-#run:enabled, .choice :has(:checked) { background: var(--accent); border-color: var(--accent);
-  color: var(--on); }
-.copy { min-height: 1.7rem; padding: 0 .4rem; border-color: var(--line); text-align: start; }
-.copy::after { content: ""; display: inline-block; width: .5em; height: .6em; margin: 0 .2em 0 .6em;
-  border: 1px solid; border-radius: 1px; color: var(--edge);
-  box-shadow: .2em -.2em 0 -1px var(--card), .2em -.2em; }
-.copy.done::after { content: "✓" / ""; border: 0; box-shadow: none; color: var(--accent); }
-.row label { display: grid; grid: auto / minmax(0, 1fr); min-width: 0; }
-.row > .target { flex: 1 1 15rem; }
-#where { width: 11rem; }
-.choice { display: grid; grid: auto-flow / repeat(2, 4.5rem); gap: .3rem; }
-.choice label { padding: .4rem .2rem; border: 1px solid var(--edge); border-radius: .4rem;
-  text-align: center; }
-.choice input { position: absolute; opacity: 0; min-height: 0; }
-.choice :has(:disabled) { background: none; border-style: dashed; color: var(--dim);
-  text-decoration: line-through; }
-.commands { grid: auto auto / auto-flow 1fr; }
-.says { min-height: 2.9em; font-size: .85rem; margin-top: .35rem; }
-.fault { color: var(--bad); font-weight: 600; }
-.fault:not(:empty) + .dim { display: none; }
-[aria-invalid=true] { border: 2px solid var(--bad); }
-summary { font-weight: 600; }
-summary ~ *, .card > * + * { margin-top: .6rem; }
-progress { width: 100%; accent-color: var(--accent); }
-details dl, .figures { display: grid;
-  grid-template-columns: repeat(auto-fit, minmax(var(--least, 7rem), 1fr)); }
-details dd > * { display: block; }
-details dd small { min-height: 2.9em; }
-.plot { position: relative; height: 9rem; padding-left: 4.4rem; border-block: 1px solid var(--line); }
-.plot::before, .plot::after { position: absolute; left: 0; color: var(--dim); font-size: .8rem; }
-.plot::before { content: attr(data-top); top: 0; }
-.plot::after { content: "0"; bottom: 0; }
-svg { display: block; width: 100%; height: 100%; fill: none; stroke: var(--accent); stroke-width: 2; }
-.bars { display: grid; grid: 100% / repeat(var(--probes), 1fr); gap: .25rem; }
-.bars i { grid-row: 1; display: grid; place-content: end center; font-style: normal;
-  background: linear-gradient(0deg, var(--accent) calc(var(--rtt) / var(--top) * 100%), #0000 0); }
-.bars i::before { content: attr(data-rtt); display: grid; place-content: center; width: 0; font-size: .75rem;
-  translate: 0 calc(var(--rtt) / var(--top) * -9rem); }
-.bars .lost { background: var(--tint); color: var(--bad); font-weight: 700; }
-.bars .lost::before { content: "×"; font-size: 1rem; }
-#results { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-.figures { --least: 5.5rem; margin-bottom: .6rem; }
-.card { container-type: inline-size; min-width: 0; }
-.body { overflow: auto; }
-@media not print { .card:not(:only-child) .body { height: 22rem; } }
-#results:has(.card + .card) { margin-inline: min(0px, 50% - 50vw + 2rem); }
-.card .row { align-items: center; }
-.card p { min-height: 1.45em; font-size: .85rem; }
-.state { min-height: 2.5rem; margin-top: 0; display: flex; gap: .6rem; align-items: center; }
-.again { flex: none; min-height: 1.7rem; padding-block: 0; }
-.row:has([value=text]:checked) + .body .live, .row:has([value=graph]:checked) + .body pre { display: none; }
-pre { font-size: .85rem; }
-table { width: 100%; table-layout: fixed; border-collapse: collapse; }
-tr { height: 2.1rem; }
-th, td { padding: .25rem .35rem; border-bottom: 1px solid var(--line); text-align: end; }
-thead th { width: 4rem; }
-th:first-child { width: 2.2rem; }
-th:nth-child(2), td:nth-child(2) { width: auto; text-align: start; }
-td small { display: block; }
-.silent td { color: var(--dim); }
-.lossy .loss { background: linear-gradient(var(--tint) 0 0) no-repeat 0 / calc(var(--loss) * 1%) 100%;
-  color: var(--bad); font-weight: 600; }
-thead .spread { width: 16%; text-align: start; }
-.again:not([data-limit]) { display: none; }
-:not(.silent) > td.spread { --reach: calc(97% / var(--top)); --at: calc(var(--avg) * var(--reach));
-  --from: calc(var(--min) * var(--reach)); --to: calc(var(--max) * var(--reach) + 3px); background:
-    linear-gradient(90deg, #0000 var(--at), var(--accent) 0 calc(var(--at) + 3px), #0000 0) 0 / 100% 1rem
-    no-repeat,
-    linear-gradient(90deg, #0000 var(--from), var(--edge) 0 var(--to), #0000 0) 0 / 100% .6rem no-repeat; }
-.hush { position: fixed; top: 0; clip-path: inset(50%); }
-@container (max-width: 46rem) { .wide, .bars i:not(.lost)::before { display: none; } }
-@container (max-width: 28rem) { .card > p { min-height: 2.9em; }
-  tr { display: grid; grid: auto auto / 2.2rem repeat(4, 1fr); height: auto; padding: .3rem 0;
-    border-bottom: 1px solid var(--line); }
-  tr > * { grid-row: 2; width: auto !important; padding-block: 0; border: 0; } tbody th { grid-row: 1 / 3; }
-  td:nth-child(2) { grid-area: 1 / 2 / auto / -1; } th:nth-child(2) { display: none; }
-  tbody tr { min-height: 3.7rem; } }
-@media (min-width: 64rem) and (scripting) { form { grid-template-columns: 28rem 1fr; } }
-@media (prefers-reduced-motion: no-preference) { .busy::before { content: "● " / ""; color: var(--accent);
-  animation: pulse 1s infinite alternate; } @keyframes pulse { to { opacity: .2; } } }
-@media (forced-colors: active) { .bars, .spread, .loss, .choice :has(:checked) {
-  forced-color-adjust: none; } }
-@media (scripting: none) { .script, progress, .plot, details dl, .copy::after { display: none !important; } }
-"""
-
-SCRIPT = r"""
-const $ = (id) => document.getElementById(id);
-const { at, command: commands, target } = $("form").elements;
-const here = new URL(".", location).href;
-for (const option of [...at.options].slice(1))
-  if (new URL(`${option.value}/`).href === here) option.remove();
-const places = [...at.options].map((option) => ({
-  option,
-  name: option.text,
-  url: option.value,
-  missing: [],
-}));
-// An AbortController for each run, and that of a speed test.
-const running = new Set();
-let transferring;
-// Which tab a card opens with.
-let tab = "graph";
-// When what was limited may be asked for again, epoch ms.
-const allowed = new Map();
-
-const chosen = () => places[at.selectedIndex];
-const choice = () => [...commands].find(({ checked }) => checked);
-const toolOf = ({ dataset }) => dataset.argv.split(" ")[0];
-const locate = ({ url }, path) => (url ? `${url}/${path}` : path);
-const say = (text) => ($("status").textContent = text);
-const set = Object.assign;
-const mean = (numbers) => numbers.reduce((sum, each) => sum + each, 0) / numbers.length;
-const ms = (time) => (Number.isFinite(time) ? time.toFixed(time < 10 ? 2 : 1) : "–");
-const percent = (share) => `${+share.toFixed(1)}\u00a0%`;
-
-// An element, as in make("p.dim", "text"). What others wrote, routers' names above all, becomes text here,
-// and never markup or a property.
-function make(tag, ...children) {
-  const [name, className = ""] = tag.split(".");
-  const element = set(document.createElement(name), { className });
-  element.append(...children);
-  return element;
+	color-scheme: light dark;
+	--page: light-dark(#f5f7fa, #0d1117);
+	--card: light-dark(#fff, #171f28);
+	--line: light-dark(#e0e5eb, #2b3541);
+	--text: light-dark(#17202b, #e8eef5);
+	--dim: light-dark(#536070, #a6b2c0);
+	--accent: light-dark(#0a58c2, #7ab8ff);
+	--bad: light-dark(#b3241c, #ffa198);
+	--good: light-dark(#1b7a4a, #62d596);
+	font:
+		clamp(1rem, 0.8rem + 0.25vw, 1.7rem) / 1.4 system-ui,
+		sans-serif;
+	font-variant-numeric: tabular-nums;
+	background: var(--page);
+	color: var(--text);
 }
 
-async function copy(text, button) {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    // there is none without HTTPS
-    const area = button.parentNode.appendChild(set(make("textarea"), { value: text }));
-    area.select();
-    document.execCommand("copy");
-    area.remove();
-    button.focus();
-  }
-  button.classList.add("done");
-  setTimeout(() => button.classList.remove("done"), 2000);
-  say("Copied");
+/* Base */
+
+* {
+	box-sizing: border-box;
+	margin: 0;
+	padding: 0;
+	border: 0 solid var(--line);
+}
+[hidden],
+.speed > .row > :is(label, #mine),
+form:not(.speed) #offer {
+	display: none !important;
+}
+body > * {
+	padding: 0.75rem max(0.75rem, 50% - 36rem);
+}
+h1 {
+	font-size: 1.5rem;
+}
+h2 {
+	font-size: 1.25rem;
+}
+h1,
+h2,
+p,
+dd,
+td {
+	overflow-wrap: anywhere;
+}
+a,
+.link {
+	color: var(--accent);
+	text-decoration: underline;
+}
+small,
+th,
+dt,
+.dim,
+.link,
+.copy,
+.line {
+	font-size: 0.85rem;
+	font-weight: 400;
+}
+small,
+th,
+dt,
+.dim {
+	color: var(--dim);
+}
+.bad {
+	color: var(--bad);
+}
+button,
+input,
+select {
+	font: inherit;
+	color: inherit;
+	background: none;
+}
+button,
+select,
+label {
+	cursor: pointer;
+}
+:focus-visible,
+label:has(:focus-visible) {
+	outline: 2px solid var(--accent);
+	outline-offset: 2px;
+}
+fieldset,
+.row {
+	display: flex;
+	flex-wrap: wrap;
+	align-items: center;
+	gap: 0.4rem 0.9rem;
+}
+.hush,
+legend {
+	position: absolute;
+	clip-path: inset(50%);
+	width: 1px;
+	height: 1px;
+	overflow: hidden;
+}
+.copy,
+pre {
+	font-family: ui-monospace, monospace;
+}
+pre {
+	overflow: auto;
 }
 
-// An error instead of what does not come for 70 s: a command has 60 in all, where nobody set it otherwise,
-// and nothing else tells of a network that is gone.
-function patiently(promise) {
-  let timer;
-  const silence = new Promise((_, reject) => (timer = setTimeout(reject, 7e4)));
-  return Promise.race([promise, silence]).finally(() => clearTimeout(timer));
+/* Form */
+
+header {
+	background: var(--card);
+	border-width: 0 0 1px;
+}
+nav,
+.own,
+.head .stop,
+#mine {
+	margin-inline-start: auto;
+}
+header img {
+	height: 1.75rem;
+}
+main {
+	padding-bottom: 50vh;
+}
+main,
+form,
+.view,
+.card {
+	display: grid;
+	gap: 0.75rem;
+	grid-template-columns: minmax(0, 1fr);
+}
+.card {
+	container-type: inline-size;
+	background: var(--card);
+	border-width: 1px;
+	border-radius: 0.5rem;
+	padding: 0.9rem 1rem;
+}
+.tabs {
+	gap: 0 1.25rem;
+	margin: -0.9rem -1rem 0;
+	padding: 0 1rem;
+	border-width: 0 0 1px;
+}
+.tabs label {
+	padding: 0.7rem 0;
+	border-bottom: 2px solid transparent;
+	color: var(--dim);
+}
+[type="radio"] {
+	position: absolute;
+	opacity: 0;
+}
+.tabs :has(:checked) {
+	border-color: var(--accent);
+	color: var(--text);
+	font-weight: 600;
+}
+.target {
+	flex: 1 15rem;
+}
+input,
+select,
+#run,
+noscript button {
+	min-height: 2.75rem;
+	padding: 0 0.8rem;
+	background: var(--card);
+	border: 1px solid var(--dim);
+	border-radius: 0.4rem;
+}
+.target input {
+	width: 100%;
+}
+[aria-invalid="true"] {
+	border: 2px solid var(--bad);
+}
+#run {
+	min-width: 9rem;
+	background: var(--accent);
+	color: var(--card);
+	font-weight: 600;
+}
+#run:disabled {
+	background: var(--page);
+	color: var(--dim);
+}
+.places label,
+.stop {
+	padding: 0.1rem 0.7rem;
+	border: 1px solid var(--dim);
+	border-radius: 1rem;
+	font-size: 0.9rem;
+}
+.places :has(:checked) {
+	outline: 2px solid var(--accent);
+	outline-offset: -2px;
+}
+.off {
+	text-decoration: line-through;
 }
 
-const reach = (place, path, options) =>
-  patiently(fetch(locate(place, path), { cache: "no-store", ...options }));
+/* Cards */
 
-// Places, and what can be known of them before the click.
-
-// A place that takes 5 s for a small answer is as good as down.
-async function ask(place, path, signal = AbortSignal.timeout(5000)) {
-  const answer = await reach(place, path, { signal });
-  if (!answer.ok) throw new Error(answer.status);
-  return answer.json();
+.running .head {
+	position: sticky;
+	top: 0;
+	background: var(--card);
+}
+.line {
+	display: grid;
+	grid-template-columns: 4rem 1fr 1fr;
+	width: 100%;
+	padding: 0.4rem 0;
+	border-top-width: 1px;
+	text-align: start;
 }
 
-async function look(place) {
-  try {
-    const [health, info] = await Promise.all([ask(place, "health"), ask(place, "network/info")]);
-    set(place, { down: false, missing: [].concat(health.missing ?? []), info: info ?? {} });
-  } catch {
-    place.down = true;
-  }
-  place.option.text = place.name + (place.down ? " (down)" : "");
-  if (place === chosen()) show(place);
+/* Plots */
+
+table {
+	width: 100%;
+	border-collapse: collapse;
+	table-layout: fixed;
+}
+.narrow {
+	display: none;
+}
+th,
+td {
+	padding: 0.25rem 0.4rem;
+	border-bottom-width: 1px;
+	text-align: end;
+	width: 4.4rem;
+}
+.router {
+	width: auto;
+	text-align: start;
+}
+td small {
+	display: block;
+}
+.axis {
+	width: 24%;
+}
+.strip {
+	width: 8.5rem;
+}
+.times {
+	width: 11rem;
+}
+th.axis,
+.plot > small {
+	display: flex;
+	justify-content: space-between;
+	width: auto;
+}
+.silent td {
+	color: var(--dim);
+	padding-block: 0;
+}
+svg {
+	display: block;
+	width: 100%;
+	height: 1.1rem;
+	fill: none;
+	stroke-width: 2px;
+	overflow: visible;
+}
+path {
+	stroke: var(--accent);
+	vector-effect: non-scaling-stroke;
+}
+.strip path {
+	vector-effect: none;
+}
+.hops th:first-child {
+	width: 3.2rem;
+}
+.places th:first-child {
+	width: 8rem;
+	text-align: start;
+}
+.grid {
+	stroke: var(--line);
+	stroke-width: 1px;
+}
+.dot,
+.range {
+	stroke-linecap: round;
+	stroke-width: 8px;
+}
+.range {
+	opacity: 0.4;
+}
+.lost {
+	stroke: var(--bad);
+}
+.upload {
+	--accent: var(--good);
+}
+.curve {
+	fill: var(--accent);
+	fill-opacity: 0.15;
+}
+.latency {
+	stroke: var(--dim);
+}
+.phases {
+	display: grid;
+	grid-template-columns: 5rem 2fr 8fr 8fr;
+}
+.grade {
+	padding: 0 0.3em;
+	border-radius: 0.3rem;
+	background: var(--good);
+	color: var(--card);
+}
+.plot {
+	display: grid;
+	grid-template-columns: 5rem 1fr;
+}
+.plot > small {
+	flex-direction: column;
+}
+.plot svg {
+	height: 8rem;
+	border-width: 1px 0;
+}
+.speed .plot + .plot svg {
+	height: 3.5rem;
+}
+.figures {
+	display: grid;
+	grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr));
+}
+.figures b {
+	font-size: 1.3rem;
+}
+.speed b {
+	font-size: 2.2rem;
 }
 
-function show(place) {
-  const info = place.info ?? { location: place.name };
-  document.title = `Looking glass: ${info.location}`;
-  for (const element of document.querySelectorAll("[data-info]")) {
-    const { info: key, link, label } = element.dataset;
-    element.textContent = info[key] && (label ?? info[key]);
-    element.closest("[data-part]").hidden = !info[key];
-    if (/^https?:/i.test(info[link])) element.href = info[link];
-    else element.removeAttribute("href");
-  }
-  advise(place);
+@container (max-width: 42rem) {
+	.narrow {
+		display: grid;
+		grid-template-columns: 1fr 6rem;
+		gap: 0.5rem;
+	}
+	:is(.axis, .best, .worst, td.strip, th.strip) {
+		display: none;
+	}
+	.line {
+		grid-template-columns: 4rem 1fr;
+	}
+	.line :last-child {
+		grid-column: 2;
+	}
 }
-
-function advise({ name, info = {}, missing, down }) {
-  const command = choice(),
-    { argv } = command.dataset,
-    [version, other] = argv.includes(" -6 ") ? [6, 4] : [4, 6];
-  for (const each of commands) each.disabled = missing.includes(toolOf(each));
-  const problem = down
-    ? "does not answer: it is down, or out of reach"
-    : command.disabled
-      ? `has no ${toolOf(command)} installed: choose another command`
-      : !info[`looking_glass_ipv${version}`] && info[`looking_glass_ipv${other}`]
-        ? `gives no IPv${version} address of its own: ${command.value} may fail there`
-        : "";
-  $("about").textContent = problem ? `${name} ${problem}.` : `Runs ${argv} ADDRESS`;
-  $("about").className = problem ? "says fault" : "says dim";
-  refresh();
+@media (scripting: none) {
+	.script {
+		display: none;
+	}
 }
-
-// An address says which version of the command it takes.
-function fit(text) {
-  const version = /^\[?[\da-f]*:/i.test(text) ? " -6 " : /^\d+(\.\d+){3}$/.test(text) ? " -4 " : " ";
-  const fits = (each) => toolOf(each) === toolOf(choice()) && each.dataset.argv.includes(version);
-  if (!fits(choice())) [...commands].find(fits).checked = true;
-  advise(chosen());
+@media print {
+	form,
+	nav {
+		display: none;
+	}
 }
-
-// Each button says what a click on it does now, or how long it takes until what it does is allowed again.
-function refresh() {
-  const busy = running.size > 0,
-    { url } = chosen();
-  $("run").dataset.limit = `${url} ${choice().value}`;
-  $("download").dataset.limit = `${url} ${$("size").value}`;
-  $("upload").dataset.limit = `${url} upload`;
-  for (const button of document.querySelectorAll("[data-limit]")) {
-    const seconds = Math.ceil((allowed.get(button.dataset.limit) - Date.now()) / 1000);
-    button.disabled = seconds > 0;
-    button.textContent = button.disabled ? `Wait ${seconds} s` : button.dataset.says;
-  }
-  for (const id of ["download", "upload"]) $(id).disabled ||= transferring;
-  $("cancel").disabled = !transferring;
-  $("all").disabled = busy;
-  $("run").disabled ||= choice().disabled;
-  if (busy) set($("run"), { textContent: "Stop", disabled: false });
-  // Enter starts, and never stops.
-  $("run").type = busy ? "button" : "submit";
-}
-
-function stop(...controllers) {
-  for (const controller of controllers) controller?.abort();
-}
-
-// The link to what is chosen.
-function remember() {
-  const query = new URLSearchParams({ command: choice().value, target: target.value.trim() });
-  if (chosen().url) query.set("at", chosen().name);
-  history.replaceState(null, "", `?${query}`);
-}
-
-// Running a command.
-
-async function refusal(answer, limit) {
-  const { detail, error } = (await answer.json().catch(() => {})) ?? {};
-  const wait = answer.headers.get("Retry-After");
-  if (wait) allowed.set(limit, Date.now() + wait * 1000);
-  const message = error ?? detail?.[0]?.msg ?? detail ?? `The server answered with ${answer.status}`;
-  return set(new Error(message), { refused: true, invalid: answer.status === 422 });
-}
-
-// What comes of an answer's body; Safari has no asynchronous iteration of streams.
-async function* chunks(stream) {
-  const reader = stream.getReader();
-  try {
-    for (let chunk; !(chunk = await patiently(reader.read())).done;) yield chunk.value;
-  } finally {
-    reader.cancel().catch(() => {});
-  }
-}
-
-async function* events({ place, command, target, limit }, signal) {
-  const answer = await reach(place, `lookingglass/${command}`, {
-    method: "POST",
-    headers: { Accept: "application/x-ndjson" },
-    body: new URLSearchParams({ target }),
-    signal,
-  });
-  if (!answer.ok) throw await refusal(answer, limit);
-  let rest = "";
-  for await (const chunk of chunks(answer.body.pipeThrough(new TextDecoderStream()))) {
-    const lines = (rest + chunk).split("\n");
-    rest = lines.pop();
-    for (const line of lines) yield JSON.parse(line);
-    // The longest line that a server sends has 1 MiB of output in it, at most six times as long in JSON.
-    if (rest.length > 2 ** 23) throw new Error("endless");
-  }
-}
-
-async function follow(card, signal) {
-  try {
-    for await (const event of events(card, signal)) {
-      card.take(event);
-      if (card.outcome) return;
-    }
-    throw new Error("cut off");
-  } catch (error) {
-    const lost = card.begun
-      ? "The connection was lost."
-      : `No answer from ${card.place.name}: it is down, or cannot be reached.`;
-    if (signal.aborted) card.end("stopped");
-    else card.fail(error?.refused ? error.message : lost, error?.invalid);
-  }
-}
-
-// Runs the commands of all these cards at once.
-async function launch(cards) {
-  const controller = new AbortController(),
-    [card] = cards;
-  running.add(controller);
-  say(`${card.command} is running`);
-  refresh();
-  await Promise.allSettled(cards.map((each) => follow(each, controller.signal)));
-  running.delete(controller);
-  stop(controller);
-  refresh();
-  if (cards.length > 1) say(`${card.command} has ended at all places`);
-  else say(card.begun ? `${card.command} ${card.outcome}: ${card.view.summary()}` : "");
-}
-
-function complain(message, invalid = false) {
-  $("fault").textContent = message;
-  target.ariaInvalid = invalid;
-  $("run").dataset.says = message && !invalid ? "Try again" : "Run";
-}
-
-async function start(where) {
-  const before = [...$("results").children],
-    text = target.value.trim();
-  const cards = where.map((place) => newCard(place, choice(), text)),
-    [card] = cards;
-  remember();
-  complain("");
-  $("results").replaceChildren(...cards.map(({ node }) => node));
-  $("results").scrollIntoView({ block: "nearest" });
-  where.forEach(look);
-  await launch(cards);
-  // A card that is no longer there was tried again.
-  if (cards.some(({ begun, node }) => begun || !node.isConnected)) return;
-  if (cards.length > 1 && !card.invalid) return;
-  // What was there is worth more than the card of a refusal.
-  $("results").replaceChildren(...before);
-  complain(card.failed ?? "", card.invalid);
-  refresh();
-  if (card.failed) target.focus();
-}
-
-// A run at a place: its node, which shows it, and what happens to it.
-function newCard(place, radio, target) {
-  const { value: command, dataset } = radio,
-    limit = `${place.url} ${command}`,
-    view = VIEWS[toolOf(radio)](dataset.argv);
-  const about = make("p.dim", "…"),
-    state = make("p.busy", "running"),
-    text = make("pre");
-  const again = set(make("button.again", "Try again"), { type: "button", onclick: repeat });
-  const button = set(make("button.copy", "Copy as text"), {
-    type: "button",
-    onclick: () => copy(ticket(), button),
-  });
-  const radios = ["graph", "text"].map((value) =>
-    make("label", set(make("input"), { type: "radio", name: limit, value, checked: value === tab }), value),
-  );
-  const tabs = set(make("fieldset.choice", ...radios), {
-    ariaLabel: "Show",
-    onchange: (event) => (tab = event.target.value),
-  });
-  const body = set(make("div.body", make("div.live", view.node), text), {
-    tabIndex: 0,
-    role: "group",
-    ariaLabel: `Result from ${place.name}`,
-  });
-  const node = make(
-    "section.card",
-    make("h2", `${place.name}: ${command} to ${target}`),
-    about,
-    make("div.state", state, again),
-    make("div.row", tabs, button),
-    body,
-  );
-  const card = { place, command, target, limit, view, node };
-  let drawing = 0,
-    seen;
-
-  card.take = (event) => {
-    if (!drawing) seen = node.getBoundingClientRect().bottom < innerHeight + 2;
-    if (event.event === "start") {
-      card.begun = event.time;
-      about.textContent = `to ${event.address}, ${event.time.replace("T", " ").replace("Z", " UTC")}`;
-    }
-    view.take(event);
-    card.raw = event.result?.rawOutput;
-    drawing ||= requestAnimationFrame(write);
-    if (event.event === "end") {
-      const finished = `finished in ${event.duration.toFixed(1)} s`;
-      card.end(event.error?.replace(`${command}: `, "") ?? finished, event.error);
-    }
-  };
-  card.end = (outcome, faulty) => {
-    card.outcome = state.textContent = outcome;
-    state.className = faulty ? "fault" : "dim";
-    write();
-  };
-  card.fail = (failed, invalid) => {
-    set(card, { failed, invalid }).end(failed, true);
-    set(again.dataset, { limit, says: "Try again" });
-  };
-  // Once a frame; what was in sight to its end stays so as it grows.
-  function write() {
-    text.textContent = card.raw ?? view.lines();
-    drawing = 0;
-    if (seen) node.scrollIntoView({ block: "nearest" });
-  }
-  function ticket() {
-    const head = `${command} ${target}\nfrom ${place.name}, ${place.url || here}\nat `;
-    return `${head}${card.begun ?? new Date().toISOString()}, ${state.textContent}\n\n${text.textContent}`;
-  }
-  function repeat() {
-    const next = newCard(place, radio, target);
-    node.replaceWith(next.node);
-    next.node.lastChild.focus();
-    launch([next]).then(() => {
-      if (next.begun) return;
-      // What had come is worth more than another refusal.
-      next.node.replaceWith(node);
-      say((state.textContent = next.outcome));
-    });
-  }
-  return card;
-}
-
-// Views draw what a tool finds as it comes: each has a node, takes events, and has it in words and in lines.
-
-function pingView(argv) {
-  const figures = ["Min ms", "Avg ms", "Max ms", "Loss"].map((name) =>
-    make("div", make("dt", name), make("dd", "–")),
-  );
-  const plot = set(make("div.plot bars"), { role: "img", ariaLabel: "Round-trip times" });
-  const node = make("div", make("dl.figures", ...figures), plot);
-  // By sequence number; null is the time of one that was lost.
-  const bars = [],
-    rtts = [];
-  let top = 0.1,
-    stats = { total: 0, rcv: 0, loss: 0 };
-  plot.style.setProperty("--probes", / -c (\d+)/.exec(argv)[1]);
-
-  function draw(seq, rtt) {
-    const bar = (bars[seq] ??= plot.appendChild(make("i")));
-    // Room for the number above the highest bar.
-    top = Math.max(top, rtt * 1.2);
-    bar.className = rtt == null ? "lost" : "";
-    bar.title = `${seq}: ${rtt == null ? "no answer" : `${ms(rtt)} ms`}`;
-    bar.dataset.rtt = ms(rtt);
-    bar.style.gridColumn = seq;
-    bar.style.setProperty("--rtt", rtt);
-    plot.style.setProperty("--top", top);
-    if (rtt) plot.dataset.top = `${ms(top)} ms`;
-  }
-  function reckon() {
-    const known = Object.values(rtts),
-      back = known.filter((rtt) => rtt != null),
-      total = known.length,
-      rcv = back.length;
-    return {
-      min: Math.min(...back),
-      avg: mean(back),
-      max: Math.max(...back),
-      total,
-      rcv,
-      loss: 100 - (100 * rcv) / total,
-    };
-  }
-  function take({ event, seq, rtt = null, text, result }) {
-    if (event === "note") node.append(make("p", text));
-    if (seq) draw(seq, (rtts[seq] = rtt));
-    if (!seq && !result) return;
-    stats = result?.stats ?? reckon();
-    const texts = [ms(stats.min), ms(stats.avg), ms(stats.max), percent(stats.loss)];
-    texts.forEach((text, i) => (figures[i].lastChild.textContent = text));
-  }
-  const summary = () =>
-    `${stats.rcv} of ${stats.total} answers, ${percent(stats.loss)} lost, average ${ms(stats.avg)} ms`;
-  const line = ({ title, textContent }) => textContent || `icmp_seq=${title}`;
-  const lines = () => [...node.querySelectorAll("i, p")].map(line).join("\n");
-  return { node, take, summary, lines };
-}
-
-const stat =
-  (name) =>
-  ({ stats }) =>
-    ms(stats[name]);
-// Title, text, class.
-const COLUMNS = {
-  traceroute: [0, 1, 2].map((i) => ["ms", ({ timings }) => (timings[i] ? ms(timings[i].rtt) : "*"), ""]),
-  mtr: [
-    ["Loss", ({ stats }) => percent(stats.loss), "loss"],
-    ["Sent", ({ stats }) => stats.total, "wide"],
-    ["Avg ms", stat("avg"), ""],
-    ["Best", stat("min"), "wide"],
-    ["Worst", stat("max"), ""],
-    ["StDev", stat("stDev"), "wide"],
-    ["Spread", () => "", "spread"],
-  ],
-};
-
-function hopView(columns) {
-  const titles = [["Hop"], ["Host"], ...columns].map(([title, , name = ""]) =>
-    set(make(`th.${name}`, title), { scope: "col" }),
-  );
-  const body = make("tbody"),
-    node = make("table", make("thead", make("tr", ...titles)), body),
-    rows = [];
-  let top = 0.1;
-
-  function draw(row, { address, hostname, ...found }) {
-    const { min, avg, max, loss } = found.stats ?? {};
-    const host = address ? [hostname ?? address, make("small", hostname ? address : "")] : ["no answer"];
-    const cells = columns.map(([, text, name]) => make(`td.${name}`, text(found)));
-    row.className = !address ? "silent" : loss ? "lossy" : "";
-    row.replaceChildren(row.cells[0], make("td", ...host), ...cells);
-    for (const [name, value] of Object.entries({ min, avg, max, loss }))
-      row.style.setProperty(`--${name}`, value ?? null);
-    node.style.setProperty("--top", (top = Math.max(top, max ?? 0)));
-  }
-  function add() {
-    rows.push(body.appendChild(make("tr.silent", set(make("th", rows.length + 1), { scope: "row" }))));
-  }
-  function take({ event, hop, text, result, ...found }) {
-    // Over as many columns as there are on the narrowest screen.
-    if (event === "note") body.append(make("tr", make("td"), set(make("td", text), { colSpan: 4 })));
-    // No packet makes more hops; a number beyond fails in draw.
-    while (rows.length < Math.min(hop ?? result?.hops.length, 255)) add();
-    if (hop) draw(rows[hop - 1], found);
-    // At the end mtr has looked beyond the target, and what became of the last probes is known.
-    while (rows.length > result?.hops.length) rows.pop().remove();
-    result?.hops.forEach(({ resolvedAddress: address, resolvedHostname: hostname, ...known }, i) =>
-      draw(rows[i], { address, hostname, ...known }),
-    );
-  }
-  const line = ({ cells }) =>
-    [...cells].map(({ childNodes }) => [...childNodes].map((each) => each.textContent).join(" ")).join("  ");
-  const lines = () => [...node.rows].map(line).join("\n");
-  const summary = () => `${rows.length} hops` + (rows.length ? `, the last ${line(rows.at(-1))}` : "");
-  return { node, take, summary, lines };
-}
-
-const VIEWS = {
-  ping: pingView,
-  traceroute: () => hopView(COLUMNS.traceroute),
-  mtr: () => hopView(COLUMNS.mtr),
-};
-
-// Speed tests.
-
-const rate = (mbps) => `${mbps.toFixed(mbps < 10 ? 2 : mbps < 100 ? 1 : 0)} Mbit/s`;
-const size = (bytes) => `${Math.round(bytes / 2 ** 20)} MiB`;
-const figure = (id, value, says) => $(id).replaceChildren(make("b", value), " ", make("small", says));
-
-async function download({ place, name, signal, limit }, meter) {
-  const answer = await reach(place, `speedtest/${name}`, { signal });
-  if (!answer.ok) throw await refusal(answer, limit);
-  for await (const chunk of chunks(answer.body)) meter.add(chunk.length);
-}
-
-// Not with fetch, which does not tell how far it has come.
-function upload({ place, length, signal, limit }, meter) {
-  const request = new XMLHttpRequest();
-  async function counted() {
-    const { status, response } = request,
-      headers = { "Retry-After": request.getResponseHeader("Retry-After") ?? "" };
-    if (status === 200) return JSON.parse(response);
-    throw await refusal(new Response(response, { status, headers }), limit);
-  }
-  return new Promise((resolve, reject) => {
-    let before = 0;
-    signal.throwIfAborted();
-    signal.onabort = () => reject(request.abort());
-    request.upload.onprogress = ({ loaded }) => (before += meter.add(loaded - before));
-    request.onload = () => counted().then(resolve, reject);
-    request.onerror = reject;
-    request.open("POST", locate(place, "speedtest/upload"));
-    request.send(new Blob(Array(length / 2 ** 20).fill(new Uint8Array(2 ** 20))));
-  });
-}
-
-// How long small requests take, one after the other, but for the first: it opens the connection.
-async function sample(id, { place, signal }, most) {
-  const times = [];
-  for (let count = 0; count < most; count++) {
-    const begun = performance.now();
-    await ask(place, "health", signal);
-    if (count) times.push(performance.now() - begun);
-    const steps = times.slice(1).map((time, i) => Math.abs(time - times[i])),
-      median = times.toSorted((a, b) => a - b)[times.length >> 1];
-    if (count > 1)
-      figure(id, `${ms(median)} ms`, `median of ${times.length}, jitter ${ms(mean(steps))} ms`);
-    await new Promise((resolve) => setTimeout(resolve, 50));
-  }
-}
-
-// Counts bytes, and shows how many come in a second as they do.
-function newMeter(id, { place, length }) {
-  const begun = performance.now(),
-    points = [],
-    timer = setInterval(tick, 100);
-  let bytes = 0,
-    top = 1e-9,
-    last = { time: begun, bytes };
-  function tick() {
-    const time = performance.now(),
-      mbps = ((bytes - last.bytes) * 8e-3) / (time - last.time);
-    // The rate of a few ms is chance.
-    if (!bytes || time - last.time < 50) return;
-    last = { time, bytes };
-    top = Math.max(top, mbps);
-    points.push([(100 * bytes) / length, mbps]);
-    // In percent of the plot, the width of the line and a little below its edges.
-    $("curve").setAttribute("points", points.map(([x, y]) => `${x},${99 - (95 * y) / top}`).join(" "));
-    $("plot").dataset.top = rate(top);
-    figure(id, rate(mbps), `now, ${size(bytes)} of ${size(length)}`);
-  }
-  function add(count) {
-    $("progress").value = (bytes += count) / length;
-    return count;
-  }
-  function end(counted, refused) {
-    clearInterval(timer);
-    tick();
-    if (!bytes) return;
-    if (refused) return figure(id, "–", "");
-    const seconds = counted?.seconds ?? (performance.now() - begun) / 1000,
-      says = `${place.name}: average of ${size(bytes)} in ${seconds.toFixed(1)} s`;
-    figure(
-      id,
-      rate(counted?.mbps ?? (bytes * 8e-6) / seconds),
-      says + (counted ? ", counted by the server" : ""),
-    );
-  }
-  return { add, end };
-}
-
-async function transfer(move, largest) {
-  const place = chosen(),
-    kind = move.name,
-    id = `${kind}ed`,
-    { limit } = $(kind).dataset;
-  const { value: name, dataset } = $("size").selectedOptions[0],
-    { signal } = (transferring = new AbortController());
-  const test = { place, name, length: Math.min(dataset.bytes, largest), signal, limit };
-  let meter,
-    trouble = "";
-  $("trouble").textContent = "";
-  figure("during", "–", "");
-  refresh();
-  // Firefox leaves a button that is disabled the focus, and gives it no keys: not Escape either.
-  $("cancel").focus();
-  try {
-    // Ten, and the one that opens the connection.
-    await sample("before", test, 11);
-    meter = newMeter(id, test);
-    sample("during", test, Infinity).catch(() => {});
-    meter.end(await move(test, meter));
-  } catch (error) {
-    const refused = error?.refused && error.message;
-    trouble = signal.aborted
-      ? "Cancelled"
-      : refused || `The connection to ${place.name} was lost: try again.`;
-    meter?.end(undefined, refused);
-  }
-  stop(transferring);
-  transferring = undefined;
-  $("trouble").textContent = trouble;
-  if (!trouble) say(`${kind}: ${$(id).textContent}`);
-  const next = document.activeElement === $("cancel") && $(kind);
-  refresh();
-  if (next) next.focus();
-}
-
-function begin() {
-  $("form").onsubmit = (event) => {
-    event.preventDefault();
-    if (!running.size) start([chosen()]);
-  };
-  $("run").onclick = (event) => {
-    // The second click of a double one was not meant.
-    if (event.detail === 2 || running.size) event.preventDefault();
-    if (event.detail !== 2) stop(...running);
-  };
-  $("form").onchange = () => {
-    remember();
-    complain("");
-    advise(chosen());
-  };
-  $("all").onclick = () => {
-    if (!target.reportValidity()) return;
-    $("run").focus();
-    start(places);
-  };
-  at.onchange = () => {
-    show(chosen());
-    look(chosen());
-  };
-  target.onfocus = () => target.select();
-  target.oninput = () => {
-    complain("");
-    fit(target.value);
-  };
-  $("size").onchange = () => {
-    $("trouble").textContent = "";
-    refresh();
-  };
-  $("download").onclick = () => transfer(download, Infinity);
-  // A browser keeps the whole of an upload, on a phone too.
-  $("upload").onclick = () => transfer(upload, 100 * 2 ** 20);
-  $("cancel").onclick = () => stop(transferring);
-  document.onkeydown = (event) => {
-    if (event.key === "Escape") stop(...running, transferring);
-    if (event.key === "Enter" && event.repeat) event.preventDefault();
-  };
-  for (const button of document.querySelectorAll("header .copy"))
-    button.onclick = () => copy(button.textContent, button);
-  for (const option of at.options)
-    option.selected = option.text === new URLSearchParams(location.search).get("at");
-  if (places.length < 2) $("where").hidden = $("all").hidden = true;
-  advise(chosen());
-  target.focus({ preventScroll: true });
-  places.forEach(look);
-  setInterval(refresh, 1000);
-}
-
-// After the first paint.
-requestAnimationFrame(() => setTimeout(begin));
 """
 
 PAGE = """\
@@ -3578,88 +3201,951 @@ PAGE = """\
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<title>Looking glass: {location}</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'
-%3E%3Cpath d='M1 8l2-5 3 3 2-5' fill='none' stroke='%2338f'/%3E%3C/svg%3E">
+<meta name="description" content="Ping, traceroute, MTR and speed tests from {location}">
+<title>Looking glass · {location}</title>
+<link rel="icon" href="{icon}">
 <style>{style}</style>
-<header>
-<div>
-<p class="dim">Looking glass, <a href="docs">API</a></p>
-<h1 data-info="location" data-part>{location}</h1>
-<p>
-<a data-info="facility" data-link="facility_url" data-part{facility_url_link}>{facility}</a>
-<a data-info="map_url" data-link="map_url" data-label="Map" data-part{map_url_hidden}{map_url_link}>Map</a>
-</p>
-</div>
-<dl>
-<div data-part{looking_glass_ipv4_hidden}><dt>Test IPv4</dt>
-<dd><button class="copy" title="Copy" data-info="looking_glass_ipv4">{looking_glass_ipv4}</button></dd></div>
-<div data-part{looking_glass_ipv6_hidden}><dt>Test IPv6</dt>
-<dd><button class="copy" title="Copy" data-info="looking_glass_ipv6">{looking_glass_ipv6}</button></dd></div>
-<div data-part><dt>Your address</dt>
-<dd><button class="copy" title="Copy" data-info="your_ip">{your_ip}</button></dd></div>
-</dl>
-</header>
+<header class="row">{brand}<span class="dim">Looking glass</span><nav class="row">{links}</nav></header>
 <main>
-<form id="form" method="post" action="lookingglass/{command}">
-<fieldset class="script" aria-describedby="about">
-<legend>Command</legend>
-<div class="choice commands">
-{commands}</div>
-<p id="about" class="says dim">Runs {argv} ADDRESS</p>
-</fieldset>
-<div>
+<div id="place">
+<h1 data-info="location">{location}</h1>
 <div class="row">
-<label id="where" class="script"{alone}><small>From</small><select name="at">{places}</select></label>
-<label class="target"><small>To: a host name or an address</small>
-<input name="target" value="{target}" list="mine" required maxlength="255" spellcheck="false"
-autocapitalize="none" autocomplete="off" enterkeyhint="go" aria-describedby="fault hint"></label>
-<datalist id="mine"><option>{your_ip}</option></datalist>
-<button id="run" class="script" data-says="Run">Run</button>
-<button id="all" class="script" type="button"{alone}>From all places</button>
-<noscript>{buttons}</noscript>
+<p><a data-info="facility" data-link="facility_url"{facility_url_link}>{facility}</a></p>
+<p><a data-info="map_url" data-link="map_url"{map_url_link}>Map</a></p>
+<p class="own"><span class="dim">This server</span>
+<button class="copy" data-info="looking_glass_ipv4">{looking_glass_ipv4}</button>
+<button class="copy" data-info="looking_glass_ipv6">{looking_glass_ipv6}</button></p>
+<p><span class="dim">You</span> <button class="copy" data-info="your_ip">{your_ip}</button></p>
 </div>
-<p class="says"><span id="fault" class="fault" role="alert"></span>
-<span id="hint" class="dim script">Enter runs, Escape stops.</span></p>
 </div>
+<form id="form" class="card {kind}" method="post" action="lookingglass/{command}">
+<fieldset class="tabs script"><legend>Test</legend>{tabs}</fieldset>
+<div class="row">
+<label class="target"><span class="hush">Target</span><input name="target" value="{target}" required
+placeholder="Host name, address or URL"
+inputmode="url" spellcheck="false" autocomplete="off" aria-describedby="fault"></label>
+<label class="script"><span class="hush">IP version</span><select name="version">{versions}</select></label>
+<button id="run" class="script" disabled>Run</button>
+<p id="offer" class="script">Takes 18 s and moves about 200 MB at 100 Mbit/s, 2 GB at 1 Gbit/s.
+For curl: {downloads}</p>
+<noscript class="row">{buttons}</noscript>
+</div>
+<p class="bad"><span id="fault" role="alert"></span> <span id="hint"></span></p>
+<div class="row script"><fieldset class="places"{alone}><legend>From</legend>{places}</fieldset>
+<button id="mine" type="button" class="link">Test to my address</button></div>
 </form>
-<details>
-<summary>Speed test</summary>
-<div class="row script">
-<label><small>Size</small><select id="size">{sizes}</select></label>
-<button id="download" data-says="Download">Download</button>
-<button id="upload" data-says="Upload 100M">Upload 100M</button>
-<button id="cancel" disabled>Cancel</button>
-</div>
-<noscript>{downloads}</noscript>
-<p class="says"><span id="trouble" class="fault" role="alert"></span>
-<span class="dim">Megabits a second of payload, and the latency of small HTTP requests.</span></p>
-<progress id="progress" value="0" aria-label="How much has come"></progress>
-<div id="plot" class="plot"><svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">
-<polyline id="curve" vector-effect="non-scaling-stroke"/></svg></div>
-<dl>
-<div><dt>Download</dt><dd id="downloaded">–</dd></div>
-<div><dt>Upload</dt><dd id="uploaded">–</dd></div>
-<div><dt>Latency before</dt><dd id="before">–</dd></div>
-<div><dt>Latency during the transfer</dt><dd id="during">–</dd></div>
-</dl>
-</details>
 <div id="results"></div>
+<section id="earlier" class="card" hidden><h2>Earlier</h2><div id="lines"></div></section>
 </main>
 <p id="status" class="hush" role="status"></p>
+<script type="application/json" id="setup">{setup}</script>
 <script>{script}</script>
 </html>
 """
 
-# As they are sent: without what makes them readable. No text has spaces around an operator.
-LEAN_STYLE = re.sub(r"(?<=[:;,{}])\s+|;?\s+(?=[{}])", "", STYLE)
-LEAN_SCRIPT = re.sub(r"^\s*(?://.*\n)?", "", SCRIPT, flags=re.MULTILINE)
-LEAN_SCRIPT = re.sub(r"(?<=[;,{(])\n|[;,]?\n(?=[})])|(?<=\{) | (?=\})", "", LEAN_SCRIPT)
-LEAN_SCRIPT = re.sub(r" (=>|===?|&&|\|\||\?\?|[-+*<>=])\s", r"\1", LEAN_SCRIPT)
+SCRIPT = r"""
+// @ts-check
+/** @typedef {{ address: string, name: string, details: string, rtts: (number | null)[],
+ *   times: number[], lost: number }} Hop - rtts in ms, null for a lost probe
+ * @typedef {{ tool: any, status: string, address: string, time: string, hops: Hop[], notes: string[],
+ *   phases: any[], [key: string]: any }} Run
+ * @typedef {{ event: string, [key: string]: any }} RunEvent */
+
+// Setup
+
+/** @type {(id: string) => any} */
+const $ = (id) => document.getElementById(id)
+const HERE = new URL(".", location.href).href
+const {tools: TOOLS, places: PLACES, streams: STREAMS} = JSON.parse($("setup").textContent)
+const SECOND = 1000
+const PATIENCE = 70 * SECOND
+const LINE_CHARS = 2 ** 23
+const MAX_TESTS = 11
+const IDLE = 2 * SECOND
+const LOAD = 8 * SECOND
+const RAMP = 2 * SECOND
+const GRADES = {"A+": 5, A: 30, B: 60, C: 200, D: 400, F: Infinity}
+
+// Helpers
+
+const digits = (value) => (value >= 0 ? value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0) : "–")
+const shown = (rtt) => (rtt == null ? "*" : digits(rtt))
+const sum = (values) => values.reduce((total, each) => total + each, 0)
+const mean = (values) => sum(values) / values.length
+const quantile = (values, share = 0.5) =>
+	values.toSorted((a, b) => a - b)[Math.max(0, Math.ceil(values.length * share) - 1)]
+const versionOf = (target) => (/^\[?[\da-f]*:/i.test(target) ? 6 : /^\d+(\.\d+){3}$/.test(target) ? 4 : 0)
+const isRunning = ({status}) => status === "running"
+
+function roundUp(value) {
+	const step = 10 ** Math.floor(Math.log10(value)) / 2
+	return +(Math.ceil(value / step) * step).toPrecision(2)
+}
+
+function sleep(time, signal) {
+	return new Promise((resolve) => {
+		setTimeout(resolve, time)
+		signal.addEventListener("abort", resolve)
+	})
+}
+
+function hostOf(pasted) {
+	const text = pasted.trim()
+	return /^(?:\w+:\/\/)?(?:[^/@]*@)?(\[.*?\]|[^/:?#]+)(?::\d+)?(?:[/?#](?!\d+$).*)?$/.exec(text)?.[1] ?? text
+}
+
+function h(tag, ...children) {
+	const [name, ...classes] = tag.split(".")
+	const node = document.createElementNS(`http://www.w3.org/${/svg|path/.test(name) ? "2000/svg" : "1999/xhtml"}`, name)
+	const given = children[0]?.constructor === Object ? children.shift() : {}
+	for (const [key, value] of Object.entries({class: classes.join(" "), ...given}))
+		if (key === "onclick") node[key] = value
+		else if (value) node.setAttribute(key, value)
+	node.append(...children.flat(4).filter(Boolean))
+	return node
+}
+
+function morph(node, fresh) {
+	if (node.nodeName !== fresh.nodeName) return node.replaceWith(fresh)
+	if (node.data !== fresh.data) node.data = fresh.data
+	for (const {name, value} of fresh.attributes ?? [])
+		if (node.getAttribute(name) !== value) node.setAttribute(name, value)
+	for (const {name} of [...(node.attributes ?? [])]) if (!fresh.hasAttribute(name)) node.removeAttribute(name)
+	node.onclick = fresh.onclick
+	while (node.childNodes.length > fresh.childNodes.length) node.lastChild.remove()
+	for (const [i, child] of [...fresh.childNodes].entries())
+		if (node.childNodes[i]) morph(node.childNodes[i], child)
+		else node.append(child)
+}
+
+// Network
+
+function refusal(status, body, wait) {
+	const {error, detail} = JSON.parse(/^{.*}$/s.exec(body)?.[0] ?? "{}")
+	const said = String(error ?? detail?.[0]?.msg ?? detail ?? `The server answered with ${status}`)
+	return Object.assign(new Error(said), {invalid: status === 422, until: Date.now() + wait * SECOND})
+}
+
+function patiently(promise) {
+	let timer
+	const silence = new Promise((_, reject) => (timer = setTimeout(reject, PATIENCE)))
+	return Promise.race([promise, silence]).finally(() => clearTimeout(timer))
+}
+
+async function request({url}, path, options) {
+	const answer = await patiently(fetch(url + path, {cache: "no-store", ...options}))
+	if (!answer.ok) throw refusal(answer.status, await answer.text(), answer.headers.get("Retry-After"))
+	return answer
+}
+
+const ask = async (place, path, signal = AbortSignal.timeout(5 * SECOND)) =>
+	(await request(place, path, {signal})).json()
+
+async function* chunks(stream) {
+	const reader = stream.getReader()
+	try {
+		for (;;) {
+			const {done, value} = await patiently(reader.read())
+			if (done) return
+			yield value
+		}
+	} finally {
+		reader.cancel().catch(() => {})
+	}
+}
+
+async function diagnose({place, command, target}, signal, emit) {
+	const headers = {Accept: "application/x-ndjson"}
+	const body = new URLSearchParams({target})
+	const answer = await request(place, `lookingglass/${command}`, {
+		method: "POST",
+		headers,
+		body,
+		signal,
+	})
+	let buffer = ""
+	for await (const chunk of chunks(answer.body.pipeThrough(new TextDecoderStream()))) {
+		const lines = (buffer + chunk).split("\n")
+		buffer = lines.pop()
+		for (const event of lines.map((line) => JSON.parse(line))) {
+			emit(event)
+			if (event.event === "end") return
+		}
+		if (buffer.length > LINE_CHARS) break
+	}
+	throw new Error("cut off")
+}
+
+async function download(place, source, add, signal) {
+	const answer = await request(place, `speedtest/${source}`, {signal})
+	for await (const chunk of chunks(answer.body)) add(chunk.length)
+}
+
+function upload(place, source, add, signal) {
+	const http = new XMLHttpRequest()
+	let blob = new Blob([new Uint8Array(2 ** 20)])
+	while (blob.size < 2 ** 30) blob = new Blob([blob, blob])
+	return new Promise((resolve, reject) => {
+		let before = 0
+		http.upload.onprogress = ({loaded}) => {
+			add(loaded - before)
+			before = loaded
+		}
+		http.onload = () => {
+			if (http.status === 200) resolve(0)
+			reject(refusal(http.status, http.response, http.getResponseHeader("Retry-After")))
+		}
+		http.onerror = http.onabort = reject
+		signal.addEventListener("abort", () => http.abort())
+		http.open("POST", `${place.url}speedtest/${source}`)
+		http.send(blob)
+	})
+}
+
+const LOADS = {download: [download, ["10G", "1G", "100M"]], upload: [upload, ["upload"]]}
+
+async function load(place, [move, sources], add, clock) {
+	let [bytes, before, fastest] = [0, 0, 0]
+	const count = (more) => {
+		bytes += more
+		add(bytes)
+	}
+	async function stream(i) {
+		try {
+			await move(place, sources[i], count, clock)
+		} catch (error) {
+			if (clock.aborted) return
+			if (!error.until || !sources[i + 1]) throw error
+			await stream(i + 1)
+		}
+	}
+	async function widen(streams) {
+		await sleep(SECOND, clock)
+		if (streams >= STREAMS || clock.aborted || bytes - before < 1.1 * fastest) return
+		fastest = bytes - before
+		before = bytes
+		stream(0).catch(() => {})
+		widen(streams + 1)
+	}
+	widen(1)
+	await stream(0)
+}
+
+async function speedTest({place}, signal, emit) {
+	const begun = performance.now()
+	const now = () => performance.now() - begun
+	const over = new AbortController()
+	const test = AbortSignal.any([signal, over.signal])
+	async function sample() {
+		while (!test.aborted) {
+			const at = now()
+			await ask(place, "health", test)
+			const {requestStart, responseStart} = performance.getEntriesByName(`${place.url}health`).pop()?.toJSON() ?? {}
+			performance.clearResourceTimings()
+			emit({event: "latency", at, rtt: requestStart ? responseStart - requestStart : now() - at})
+			await sleep(SECOND / 10, test)
+		}
+	}
+	await ask(place, "health")
+	emit({event: "start", address: new URL(place.url).hostname, time: new Date().toISOString()})
+	emit({event: "phase", name: "idle", at: now()})
+	sample().catch(() => {})
+	try {
+		await sleep(IDLE, test)
+		for (const name in LOADS) {
+			let [at, bytes] = [now(), 0]
+			emit({event: "phase", name, at})
+			const timer = setInterval(() => emit({event: "bytes", at, bytes, now: now()}), SECOND / 10)
+			const clock = AbortSignal.any([signal, AbortSignal.timeout(LOAD)])
+			await load(place, LOADS[name], (total) => ([at, bytes] = [now(), total]), clock).finally(() =>
+				clearInterval(timer),
+			)
+			signal.throwIfAborted()
+		}
+	} finally {
+		over.abort()
+	}
+	emit({event: "end", status: "finished", duration: now() / SECOND})
+}
+
+// Runs
+
+const counted = (hop) => {
+	const times = hop.rtts.filter((rtt) => rtt != null)
+	return {...hop, times, lost: hop.rtts.length - times.length}
+}
+const NO_HOP = counted({address: "", name: "", details: "", rtts: []})
+
+/** @returns {Run} */
+const newRun = (place, tool, target, command) => ({
+	...{place, tool, target, command, status: "running", error: "", address: "", time: "", duration: 0},
+	...{hops: [], notes: [], phases: [], result: null},
+})
+
+function expect(value, isRight) {
+	if (!isRight) throw new TypeError("not an event of ours")
+	return value
+}
+
+const text = (value) => expect(value ?? "", value == null || typeof value === "string")
+const number = (value, most = Infinity) => expect(value, typeof value === "number" && Math.abs(value) <= most)
+const rttOf = ({rtt}) => (rtt == null ? null : number(rtt))
+const put = (items, position, item, gap) =>
+	Array.from({length: Math.max(items.length, number(position, 1000))}, (_, i) =>
+		i === position - 1 ? item : (items[i] ?? gap),
+	)
+
+function grown({rtts, times, lost}, {rcv, drop, avg}) {
+	const back = number(rcv, 1000) - times.length
+	const added = (count, value) => Array(Math.max(0, count)).fill(value)
+	return [...rtts, ...added(number(drop, 1000) - lost, null), ...added(back, (avg * rcv - sum(times)) / back)]
+}
+
+function hopOf(before, {address, hostname, addresses = [], asn = [], network, stats, timings, probes = timings ?? []}) {
+	const also = addresses.filter((each) => each !== address)
+	const as = [...asn.map((each) => `AS${number(each)}`), text(network)].join(" ").trim()
+	const codes = new Set(probes.map(({code}) => code))
+	return counted({
+		address: text(address),
+		name: text(hostname) || address,
+		details: [hostname && address, as, ...also, ...codes].filter(text).join(" · "),
+		rtts: stats ? grown(before, stats) : probes.map(rttOf),
+	})
+}
+
+function probed({hops, address}, seq, rtt) {
+	const hop = hops[0] ?? NO_HOP
+	return hop.rtts[seq - 1] ? {} : {hops: [counted({...hop, address, rtts: put(hop.rtts, seq, rtt, null)})]}
+}
+
+function rateOf(reports, now) {
+	const [[before], [at, bytes]] = [reports[0], ...reports].slice(-2)
+	const [from, bytesFrom] = reports.findLast(([time]) => time <= at - SECOND) ?? reports[0]
+	const until = now - at > SECOND + at - before ? now : at
+	return ((bytes - bytesFrom) * 8e-3) / Math.max(SECOND, until - from)
+}
+
+const inPhase = ({phases}, change) => ({
+	phases: [...phases.slice(0, -1), {...phases.at(-1), ...change(phases.at(-1))}],
+})
+
+/** @type {Record<string, (run: Run, event: any) => Partial<Run>>} */
+const REDUCERS = {
+	__proto__: null,
+	start: (_, {address, time}) => ({address: text(address), time: text(time)}),
+	reply: (run, event) => probed(run, event.seq, rttOf(event)),
+	lost: (run, {seq}) => probed(run, seq, null),
+	hop: ({hops}, event) => ({
+		hops: put(hops, event.hop, hopOf(hops[event.hop - 1] ?? NO_HOP, event), NO_HOP),
+	}),
+	path: ({hops}, event) => ({hops: hops.slice(0, number(event.hops))}),
+	note: ({notes}, event) => ({notes: [...notes, text(event.text)]}),
+	phase: ({phases}, {name, at}) => ({
+		phases: [...phases, {name, from: at, reports: [[at, 0]], curve: [], latency: []}],
+	}),
+	latency: (run, {at, rtt}) => inPhase(run, ({latency}) => ({latency: [...latency, [at, rtt]]})),
+	bytes: (run, {at, bytes, now}) =>
+		inPhase(run, ({reports, curve}) => {
+			const known = bytes > reports.at(-1)[1] ? [...reports, [at, bytes]] : reports
+			return {reports: known, curve: [...curve, [now, rateOf(known, now)]]}
+		}),
+	end: ({command, hops}, {status, error, duration, result}) => ({
+		...{
+			status: text(status),
+			error: text(error).replace(`${command}: `, ""),
+			duration: number(duration),
+		},
+		hops: hops.slice(0, result?.hops?.length),
+		result: result && {...result, rawOutput: text(result.rawOutput)},
+	}),
+}
+
+/** @type {(run: Run, event: RunEvent) => Run} */
+function reduce(run, event) {
+	expect(event, text(event.event))
+	return {...run, ...REDUCERS[event.event]?.(run, event)}
+}
+
+// Views: words
+
+const lossOf = ({lost, rtts}) => `${+((100 * lost) / (rtts.length || 1)).toFixed(1)} %`
+const carriesOn = (hops, i) => hops.slice(i).every(({times, lost}) => !times.length || lost)
+
+function reached({hops, address}) {
+	const last = hops.at(-1) ?? NO_HOP
+	return last.times.length && [last.address, ...last.details.split(" · ")].includes(address) ? last : NO_HOP
+}
+
+function lossInWords(hops) {
+	const losing = [...hops.keys()].filter((i) => hops[i].lost && hops[i].times.length)
+	const first = losing.find((i) => carriesOn(hops, i))
+	const limited = losing.filter((i) => !carriesOn(hops, i)).map((i) => i + 1)
+	const rest = ` What hop ${limited.join(", ")} lost was not lost further on: such routers probably limit their answers.`
+	return (first >= 0 ? ` Loss begins at hop ${first + 1}.` : "") + (limited[0] ? rest : "")
+}
+
+function pathVerdict(run) {
+	const {hops, tool, target} = run
+	const {times, lost, rtts} = reached(run)
+	const way = `Reached in ${hops.length} hop${hops.length === 1 ? "" : "s"}`
+	const head = (time) => `${digits(time)} ms, ${lost ? `${lost} of ${rtts.length}` : "no"} probes lost`
+	if (times.length && tool.kind === "traceroute") return [way, `${digits(quantile(times))} ms to the target.`]
+	if (times.length && tool.kind === "mtr") return [head(mean(times)), `${way}.${lossInWords(hops)}`, lost]
+	if (times.length) return [head(quantile(times)), "", lost]
+	if (isRunning(run)) return ["Waiting for an answer"]
+	const at = hops.findLastIndex((hop) => hop.times.length)
+	const router = at < 0 ? "" : `The last router that answers is ${hops[at].name}, hop ${at + 1}. `
+	return [`No answer from ${target}`, `${router}The target, or a firewall on the way, may not answer.`, true]
+}
+
+function speedFigures(run) {
+	const [idle, download, upload] = run.phases.map(({from, reports, curve, latency}, i) => {
+		const live = isRunning(run) && !run.phases[i + 1]
+		const [at, bytes] = reports.at(-1)
+		const [time, before] = reports.find(([each]) => each > from + RAMP && each < at - SECOND) ?? reports[0]
+		const mbps = live ? curve.at(-1)?.[1] : ((bytes - before) * 8e-3) / (at - time)
+		return {mbps, megabytes: Math.round(bytes / 1e6), latency: quantile(latency.map(([, rtt]) => rtt))}
+	})
+	const added = Math.max(0, Math.max(download?.latency, upload?.latency) - idle?.latency)
+	const grade = isRunning(run) ? "" : Object.keys(GRADES).find((each) => added < GRADES[each])
+	return {idle, download, upload, added, grade}
+}
+
+function speedVerdict(run) {
+	const {download, upload, grade, added} = speedFigures(run)
+	if (isRunning(run)) return [`Measuring ${run.phases.at(-1)?.name}`]
+	const moved = `Moved ${(download?.megabytes ?? 0) + (upload?.megabytes ?? 0)} MB.`
+	const load = grade ? `Load adds ${digits(added)} ms of latency: bufferbloat ${grade} by Waveform's limits. ` : ""
+	return [`${digits(download?.mbps)} Mbit/s down, ${digits(upload?.mbps)} Mbit/s up`, load + moved]
+}
+
+const KINDS = {
+	ping: [pathVerdict, drawPing],
+	traceroute: [pathVerdict, drawHops],
+	mtr: [pathVerdict, drawHops],
+	speed: [speedVerdict, drawSpeed],
+	text: [({notes}) => [`${notes.length} lines`], drawText],
+}
+
+/** @param {Run} run */
+function verdict(run) {
+	const {status, error, address, tool, duration} = run
+	const [head, sub = "", bad] = KINDS[tool.kind][0](run)
+	if (status === "failed") return {head: error, sub: address && `Before: ${head}. ${sub}`, bad: true}
+	return {
+		head,
+		sub: `${sub} ${duration ? `Took ${duration.toFixed(1)} s.` : isRunning(run) ? "" : "Stopped."}`.trim(),
+		bad,
+	}
+}
+
+function verdictOfAll({runs, target}) {
+	const found = runs.filter((run) => reached(run).address).length
+	if (runs.length === 1) return verdict(runs[0])
+	return {
+		head: `${target} answers ${found} of ${runs.length} places`,
+		sub: "",
+		bad: !runs.some(isRunning) && found < runs.length,
+	}
+}
+
+// Views: pictures
+
+function scaleOf({runs}) {
+	const times = runs.flatMap(({hops}) => hops.flatMap((hop) => hop.times))
+	const high = Math.max(...times, 0.1)
+	return {top: roundUp(high), low: Math.min(...times, high * 0.9), high}
+}
+
+const drawing = (look, ...paths) =>
+	h(`svg${look}`, {viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true"}, paths)
+const path = (look, d, more) => h(`path.${look}`, {d, ...more})
+const joined = (points) =>
+	points.map(([x, y], i) => (y >= 0 ? `${points[i - 1]?.[1] >= 0 ? "L" : "M"}${x} ${y}` : "")).join("")
+const dots = (points) => points.map(([x, y]) => (y >= 0 ? `M${x} ${y}h0` : "")).join("")
+const column = (name, ...title) => h(`th.${name}`, {scope: "col"}, title)
+const rowHead = (title) => h("th", {scope: "row"}, title)
+const table = (look, titles, rows) => h(`table.${look}`, h("thead", h("tr", titles)), h("tbody", rows))
+const axis = ({top}) => column("axis", h("span", "0"), h("span", `${top} ms`))
+const plot = (high, low, ...paths) => h("div.plot", h("small", h("span", high), h("span", low)), drawing("", paths))
+const figure = (name, value, unit) => h("div", h("dt", name), h("dd", h("b", value), " ", unit))
+
+function drawPing({hops, tool}, {low, high}) {
+	const hop = hops[0] ?? NO_HOP
+	const {rtts, times, lost} = hop
+	const y = (rtt) => 95 - (90 * (rtt - low)) / (high - low)
+	const points = rtts.map((rtt, i) => [(100 * i + 50) / Math.max(tool.probes, rtts.length), rtt == null ? NaN : y(rtt)])
+	const steps = times.slice(1).map((time, i) => Math.abs(time - times[i]))
+	const levels = [0, 0.5, 1].map((share) => times[0] && `M0 ${y(quantile(times, share) ?? Math.min(...times))}H100`)
+	const misses = points.map(([x, top]) => (top >= 0 ? "" : `M${x} 75V100`)).join("")
+	const values = rtts.map((rtt, i) => h("tr", rowHead(i + 1), h("td", rtt == null ? "lost" : digits(rtt))))
+	return [
+		plot(
+			`${digits(high)} ms`,
+			digits(low),
+			path("grid", levels.join("")),
+			path("", joined(points)),
+			path("dot", dots(points)),
+			path("lost", misses),
+		),
+		h(
+			"dl.figures",
+			figure("Loss", lossOf(hop), `${lost} of ${rtts.length}`),
+			figure("Median", digits(quantile(times)), "ms"),
+			figure("p95", digits(quantile(times, 0.95)), "ms"),
+			figure("Jitter", digits(mean(steps)), "ms"),
+		),
+		h("div.hush", table("", [column("", "Probe"), column("", "ms")], values)),
+	]
+}
+
+function drawTimes(times, top, each) {
+	const x = (time) => (100 * time) / top
+	const range = times[0] && `M${x(Math.min(...times))} 50H${x(Math.max(...times))}`
+	const mark = times[0] && `M${x(mean(times))} 0V100`
+	const shapes = each ? path("dot", dots(times.map((time) => [x(time), 50]))) : [path("range", range), path("", mark)]
+	return drawing("", path("grid", "M0 50H100"), shapes)
+}
+
+function drawStrip({rtts, times}, slots) {
+	const least = Math.min(...times)
+	const probe = (rtt, i) => {
+		const look = {opacity: rtt == null ? 1 : 1 - 6 / (8 + rtt - least), "stroke-width": 85 / slots}
+		return path(rtt == null ? "lost" : "", `M${(100 * i + 43) / slots} 0V100`, look)
+	}
+	return drawing(".strip", rtts.map(probe))
+}
+
+function drawHop(hop, i, {tool, hops}, {top}) {
+	const {rtts, times, name, details, lost} = hop
+	const isTrace = tool.kind === "traceroute"
+	const slots = Math.max(tool.probes, ...hops.map((each) => each.rtts.length))
+	const pictures = [drawTimes(times, top, isTrace), isTrace ? "" : drawStrip(hop, slots)]
+	const stats = {avg: mean(times), best: Math.min(...times), worst: Math.max(...times)}
+	const narrow = h("div.narrow", pictures)
+	return h(
+		"tr",
+		rowHead(i + 1),
+		h("td.router", name, h("small", details), narrow.cloneNode(true)),
+		h("td.axis", pictures[0]),
+		h(isTrace ? "td.times" : "td.strip", pictures[1], h(isTrace ? "span" : "span.hush", rtts.map(shown).join(" "))),
+		!isTrace && [
+			h(`td.loss${lost && carriesOn(hops, i) ? ".bad" : ""}`, lossOf(hop)),
+			Object.entries(stats).map(([key, time]) => h(`td.${key}`, digits(time))),
+		],
+	)
+}
+
+function drawHops(run, scale) {
+	const {tool, hops} = run
+	const open = hops.findIndex(({rtts}) => !rtts.length)
+	const count = isRunning(run) && open >= 0 ? open : hops.length
+	const rows = []
+	for (let i = 0; i < count; i++) {
+		const first = i + 1
+		while (!hops[i].address && i + 1 < count && !hops[i + 1].address) i++
+		const silent = () =>
+			h("tr.silent", rowHead(first > i ? first : `${first}–${i + 1}`), h("td.router", {colspan: 3}, "no reply"))
+		rows.push(hops[i].address ? drawHop(hops[i], i, run, scale) : silent())
+	}
+	const stats = {strip: "Probes", loss: "Loss", avg: "Avg ms", best: "Best", worst: "Worst"}
+	const titles = Object.entries(tool.kind === "mtr" ? stats : {times: "Times, ms"})
+	const head = [column("", "Hop"), column("router", "Router"), axis(scale), titles.map((title) => column(...title))]
+	return count > 0 && table("hops", head, rows)
+}
+
+function drawSpeed(run) {
+	const {phases} = run
+	const {idle, download, upload, grade} = speedFigures(run)
+	const rtt = (figures) => digits(figures?.latency)
+	const chart = (key, unit, foot) => {
+		const top = roundUp(Math.max(1, ...phases.flatMap((phase) => phase[key].map(([, value]) => value))))
+		const point = ([at, value]) => [(100 * at) / (IDLE + 2 * LOAD + SECOND / 2), 100 - (100 * value) / top]
+		return plot(
+			`${top} ${unit}`,
+			"0",
+			phases.map((phase) => path(`${phase.name}.${key}`, phase[key][0] && joined(phase[key].map(point)) + foot)),
+		)
+	}
+	return h(
+		"div.view.speed",
+		h(
+			"dl.figures",
+			figure("Download", digits(download?.mbps), "Mbit/s"),
+			figure("Upload", digits(upload?.mbps), "Mbit/s"),
+			figure("Latency, idle → under load", rtt(idle), `→ ${rtt(download)} ↓ ${rtt(upload)} ↑ ms`),
+			figure("Bufferbloat", grade && h("span.grade", grade)),
+		),
+		chart("curve", "Mbit/s", "V100"),
+		chart("latency", "ms", ""),
+		h(
+			"p.phases.dim",
+			["Latency", "idle", "download", "upload"].map((name) => h("span", name)),
+		),
+	)
+}
+
+function drawText(run) {
+	return h("pre", {tabindex: "0"}, outputOf(run))
+}
+
+// Views: text
+
+const outputOf = ({result, notes}) => result?.rawOutput ?? notes.join("\n")
+const titleOf = ({tool, target}, where) => `${tool.title} · ${where}${target && ` → ${target}`}`
+const headOf = ({address, time}) => `${address} · ${time.slice(11, 19)} UTC`
+
+const COPIES = {
+	text: (run) =>
+		`${titleOf(run, run.place.name)}\n${run.place.url} · ${run.time} · ${run.address}\n${verdict(run).head}\n\n${outputOf(run)}\n`,
+	Markdown: (run) => COPIES.text(run).replace(/^/gm, "    "),
+	JSON: (run) => JSON.stringify(run.result ?? speedFigures(run), null, 2),
+	curl: ({place, command, target}) =>
+		target
+			? `curl -N -d 'target=${target.replace(/[^\w.:-]/g, encodeURIComponent)}' ${place.url}lookingglass/${command}`
+			: `curl -o /dev/null ${place.url}speedtest/100M`,
+}
+
+// The page
+
+const state = {fault: "", invalid: false, tests: [], limits: new Map()}
+const form = $("form")
+const say = (said) => ($("status").textContent = said)
+
+function query() {
+	/** @type {any} */
+	const {command, at, version, target} = Object.fromEntries(new FormData(form))
+	const tool = TOOLS.find(({id}) => id === command)
+	const isSpeed = tool.kind === "speed"
+	const places = PLACES[at] ? [PLACES[at]] : isSpeed ? PLACES.slice(0, 1) : PLACES
+	const host = isSpeed ? "" : hostOf(target)
+	const parts = {command, target: host, version, at: places[1] ? "all" : at > 0 && places[0].name}
+	const link = `${HERE}?${new URLSearchParams(Object.entries(parts).filter(([, value]) => value))}`
+	return {tool, isSpeed, places, version, target: host, link}
+}
+
+function commandsFor({tool: {id, versions}, target, version}) {
+	const mine = PLACES[0].info.your_ip.includes(":") ? 6 : 4
+	const wanted = versionOf(target) || Number(version)
+	const order = (wanted ? [wanted] : [mine, 10 - mine]).filter((each) => versions.includes(each))
+	return (order[0] ? order : versions.slice(0, 1)).map((each) => (each === 6 ? `${id}6` : id))
+}
+
+function waitFor({url}, command) {
+	const {until, error} = state.limits.get(url + command) ?? {}
+	const seconds = Math.ceil((until - Date.now()) / SECOND)
+	return seconds > 0 ? [error, `Ready again in ${seconds} s.`] : []
+}
+
+const noAnswer = ({name}) => `No answer from ${name}: it is down, or cannot be reached.`
+
+function warning(place, command, {tool, id}) {
+	const {name, down, missing, forbidden, info} = place
+	const version = command === id ? 4 : 6
+	if (down) return noAnswer(place)
+	if (missing?.includes(tool)) return `${tool} is not installed at ${name}: choose another test.`
+	if (forbidden?.includes(tool)) return `${tool} has no permission to run at ${name}: choose another test.`
+	if (!tool || info?.[`looking_glass_ipv${version}`] || !info?.[`looking_glass_ipv${10 - version}`]) return ""
+	return `${name} has no IPv${version} address of its own: ${command} may fail there.`
+}
+
+const runningTest = ({link}) => state.tests.find((test) => test.link === link && test.runs.some(isRunning))
+
+function drawForm() {
+	const asked = query()
+	const {tool, isSpeed, places} = asked
+	const [place, more] = places
+	const [command] = commandsFor(asked)
+	const busy = runningTest(asked)
+	const [limit, ready] = waitFor(place, command)
+	const said = more ? "" : warning(place, command, tool)
+	const run = $("run")
+	run.textContent = busy ? "Stop" : isSpeed ? "Start speed test" : `Run ${tool.title}`
+	run.type = busy ? "button" : "submit"
+	run.disabled = !busy && !more && (limit || said.endsWith("another test."))
+	form.className = `card ${tool.kind}`
+	$("fault").textContent = limit ?? state.fault
+	$("hint").textContent = ready ?? (state.fault ? "" : said)
+	form.target.ariaInvalid = state.invalid
+	PLACES.forEach(({name, down}, i) => {
+		$(`place${i}`).className = down ? "off" : ""
+		$(`place${i}`).previousSibling.ariaLabel = down ? `${name} (down)` : name
+	})
+	for (const node of $("place").querySelectorAll("[data-info]")) {
+		const {info: key, link} = node.dataset
+		const {[key]: value, [link]: url} = place.info ?? {location: place.name}
+		node.hidden = !value
+		if (key !== link) node.textContent = value
+		if (/^https?:/i.test(url)) node.href = url
+		else node.removeAttribute("href")
+	}
+}
+
+const button = (said, look, onclick) => h(`button.${look}`, {type: "button", onclick}, said)
+const copyButton = (said, content) => button(said, "link", ({currentTarget}) => copy(content(), currentTarget))
+
+async function copy(content, from) {
+	try {
+		await navigator.clipboard.writeText(content)
+	} catch {
+		const area = from.parentNode.appendChild(h("textarea"))
+		area.value = content
+		area.select()
+		document.execCommand("copy")
+		area.remove()
+		from.focus()
+	}
+	say("Copied")
+}
+
+function flip(test, key) {
+	test[key] = !test[key]
+	draw(test)
+}
+
+function drawCopies({runs, link}) {
+	return h(
+		"div.row",
+		h("span.dim", "Copy"),
+		Object.entries(COPIES).map(([name, content]) => copyButton(name, () => runs.map(content).join("\n"))),
+		copyButton("link", () => link),
+	)
+}
+
+function drawRun(test, run) {
+	const {tool, address, notes} = run
+	const view = test.asText ? drawText : KINDS[tool.kind][1]
+	return (
+		address && h("div.view", view(run, scaleOf(test)), tool.kind !== "text" && notes.map((note) => h("p.dim", note)))
+	)
+}
+
+function drawAll(test) {
+	const scale = scaleOf(test)
+	const rows = test.runs.map((run) => {
+		const last = reached(run)
+		const {head, bad} = verdict(run)
+		return h(
+			"tr",
+			rowHead(run.place.name),
+			h(`td.router${bad ? ".bad" : ""}`, head, " ", waitFor(run.place, run.command)[1]),
+			h("td.loss", last.address ? lossOf(last) : "–"),
+			h("td.axis", drawTimes(last.times, scale.top)),
+			h("td.avg", last.address ? run.hops.length : "–"),
+		)
+	})
+	const titles = [
+		column("", "Place"),
+		column("router", "State"),
+		column("loss", "Loss"),
+		axis(scale),
+		column("avg", "Hops"),
+	]
+	const begun = test.runs.filter(({address}) => address)
+	const details = begun.map((run) => [
+		h("h3", run.place.name),
+		h("p.dim", `${headOf(run)}. ${verdict(run).sub}`),
+		drawRun(test, run),
+	])
+	return [table("places", titles, rows), details]
+}
+
+function draw(test) {
+	const {runs, open, node} = test
+	const [run, more] = runs
+	const {head, sub, bad} = verdictOfAll(test)
+	const newest = node.parentNode === $("results")
+	const running = runs.some(isRunning) ? ".running" : ""
+	const title = titleOf(test, more ? "all places" : run.place.name)
+	const conclusion = (tag) => h(`${tag}${bad ? ".bad" : ""}`, head)
+	const line = [h("span", run.time.slice(11, 16)), h("span", title), conclusion("span")]
+	const flipText = button(test.asText ? "Chart" : "Text", "stop", () => flip(test, "asText"))
+	const action = running ? button("Stop", "stop", () => stop(test)) : runs[0].hops[0] && flipText
+	const card = [
+		h("div.head", h("p.row", h("b", title), h("span.dim", more ? "" : headOf(run)), action), conclusion("h2")),
+		more ? drawAll(test) : drawRun(test, run),
+		h("p.dim", sub),
+		drawCopies(test),
+	]
+	const folded = h(
+		"button.line",
+		{type: "button", "aria-expanded": String(open), onclick: () => flip(test, "open")},
+		line,
+	)
+	morph(node, h(`article${newest ? ".card" : ".view"}${running}`, !newest && folded, (newest || open) && card))
+	if (newest) document.title = `${running ? "…" : head} · ${title}`
+}
+
+const changed = new Set()
+function drawSoon(test) {
+	if (!changed.size)
+		setTimeout(() => {
+			changed.forEach(draw)
+			changed.clear()
+		}, SECOND / 20)
+	changed.add(test)
+}
+
+function show(test) {
+	const {node} = test
+	if (node.isConnected) return
+	const last = $("results").firstChild
+	$("results").replaceChildren(node)
+	if (last) $("lines").prepend(last)
+	$("earlier").hidden = !last
+	for (const each of state.tests) each.open = each === test
+	state.tests.forEach(draw)
+	if (node.getBoundingClientRect().top > innerHeight / 2) node.scrollIntoView()
+}
+
+function stop(test) {
+	test?.control.abort()
+	$("run").focus({preventScroll: true})
+}
+
+async function follow(test, i) {
+	const {tool, target, runs, control} = test
+	const {place} = runs[i]
+	const change = (more) => {
+		Object.assign(runs[i], more)
+		if (runs[i].address) show(test)
+		drawSoon(test)
+	}
+	const emit = (event) => change(reduce(runs[i], event))
+	let fault
+	for (const command of commandsFor(test)) {
+		runs[i] = newRun(place, tool, target, command)
+		const begun = (tool.kind === "speed" ? speedTest : diagnose)(runs[i], control.signal, emit)
+		fault = await begun.catch((error) => error ?? true)
+		if (!fault?.invalid) break
+	}
+	const {address, command} = runs[i]
+	const lost = address ? `The connection to ${place.name} was lost.` : noAnswer(place)
+	const error = fault?.until ? `${fault.message}.`.replace("Rate limit exceeded:", "The limit is") : lost
+	if (fault) change(control.signal.aborted ? {status: "stopped"} : {status: "failed", error})
+	if (fault?.until > Date.now()) state.limits.set(place.url + command, {until: fault.until, error})
+	drawForm()
+	return fault
+}
+
+async function begin(asked) {
+	const {tool, target, places} = asked
+	const runs = places.map((place) => newRun(place, tool, target))
+	const test = {
+		...asked,
+		runs,
+		open: true,
+		asText: false,
+		control: new AbortController(),
+		node: h("article"),
+	}
+	state.tests.unshift(test)
+	for (const {control, node} of state.tests.splice(MAX_TESTS)) {
+		control.abort()
+		node.remove()
+	}
+	say(`${tool.title} is running`)
+	places.forEach(check)
+	drawForm()
+	const faults = await Promise.all(runs.map((_, i) => follow(test, i)))
+	state.invalid = faults.some((fault) => fault?.invalid) && !runs.some(({address}) => address)
+	if (runs[1] && !state.invalid) show(test)
+	const {head, sub} = verdictOfAll(test)
+	if (test.node.isConnected) return say(`${head}. ${sub}`)
+	state.tests = state.tests.filter((each) => each !== test)
+	state.fault = runs[0].status === "stopped" || waitFor(places[0], runs[0].command)[0] ? "" : head
+	if (state.invalid) form.target.focus()
+	drawForm()
+}
+
+async function check(place) {
+	const asked = ["health", "network/info"].map((path) => ask(place, path))
+	const [health, info] = await Promise.all(asked).catch(() => [])
+	Object.assign(place, info ? {missing: [], forbidden: [], ...health, info, down: false} : {down: true})
+	drawForm()
+}
+
+function changeForm(fault = "") {
+	Object.assign(state, {fault, invalid: Boolean(fault)})
+	history.replaceState(null, "", query().link)
+	drawForm()
+}
+
+function submit(event) {
+	event.preventDefault()
+	const asked = query()
+	if (runningTest(asked)) return
+	if (!asked.isSpeed) form.target.value = asked.target
+	const empty = !asked.target && !asked.isSpeed
+	changeForm(empty ? "Enter a host name, an address or a URL." : "")
+	if (empty) form.target.focus()
+	else begin(asked)
+}
+
+function start() {
+	for (const place of PLACES) place.url = place.url ? `${place.url}/` : HERE
+	form.noValidate = true
+	form.onsubmit = submit
+	form.oninput = () => changeForm()
+	form.target.onfocus = () => form.target.select()
+	$("run").onclick = (event) => {
+		const busy = runningTest(query())
+		if (busy || event.detail > 1) event.preventDefault()
+		if (event.detail < 2) stop(busy)
+	}
+	$("mine").onclick = (event) => {
+		form.target.value = PLACES[0].info.your_ip
+		submit(event)
+	}
+	document.onkeydown = (event) => {
+		if (event.key === "Escape") stop(state.tests.find(({runs}) => runs.some(isRunning)))
+	}
+	for (const node of $("place").querySelectorAll(".copy")) node.onclick = () => copy(node.textContent, node)
+	PLACES.forEach(check)
+	drawForm()
+	setInterval(() => {
+		drawForm()
+		state.tests.slice(0, 1).forEach(drawSoon)
+	}, SECOND)
+}
+
+requestAnimationFrame(() => setTimeout(start))
+"""  # noqa: E501
+
+TITLES = {"ping": "Ping", "traceroute": "Traceroute", "mtr": "MTR"}
+MAX_STREAMS = 4  # of one speed test: what these do not fill, more would not
+CONTRAST = 4.5  # of text, by WCAG 2, level AA
+BACKGROUNDS = ("#f5f7fa", "#171f28")  # those of STYLE that text in the accent stands on, light and dark
+LINK = re.compile(r"https?://", re.IGNORECASE)
+
+
+def luminance(color: Sequence[float]) -> float:
+    """Of red, green and blue from 0 to 1, as WCAG 2 defines it."""
+    linear = (each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in color)
+    return sum(weight * each for weight, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def readable(color: str, background: str) -> str:
+    """`color` (#rrggbb), darkened or lightened until text in it can be read on `background`, and text in the
+    colour of the background on it."""
+    wanted, behind = ([int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)] for text in (color, background))
+    end = 0 if luminance(behind) > luminance([0.5] * 3) else 1
+    for share in range(101):
+        mixed = [each + (end - each) * share / 100 for each in wanted]
+        low, high = sorted((luminance(behind), luminance(mixed)))
+        if (high + 0.05) / (low + 0.05) >= CONTRAST:
+            break
+    return "#" + "".join(f"{round(each * 255):02x}" for each in mixed)
+
+
+if SETTINGS.PAGE_COLOR:
+    accents = ", ".join(readable(SETTINGS.PAGE_COLOR, background) for background in BACKGROUNDS)
+    STYLE += f":root {{\n  --accent: light-dark({accents});\n}}\n"
+
 POLICY = {
     "default-src": ("'none'",),
-    "script-src": (script_hash(LEAN_SCRIPT),),
-    "style-src": (script_hash(LEAN_STYLE),),
+    "script-src": (script_hash(SCRIPT),),
+    "style-src": (script_hash(STYLE),),
     "connect-src": ("'self'", *(f"{place['url']}/" for place in SETTINGS.LOCATIONS)),
     "img-src": ("data:",),
     "form-action": ("'self'",),
@@ -3675,38 +4161,107 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Vary": "Accept",
 }
-LINK = re.compile(r"https?://", re.IGNORECASE)
 
 
-def page(about: Mapping[str, str], command: str, target: str) -> str:
-    """The page, with what network_info says of this place, and this command and target in its form."""
-    said = {name: escape(text) for name, text in about.items()}
+def base_name(command: Command) -> str:
+    """The name that a command shares with its twin for the other IP version."""
+    return command.name.removesuffix("6") if command.version == 6 else command.name
+
+
+def page_tool(name: str) -> dict[str, object]:
+    """A tab of the page: the command `name` for IPv4, its twin for IPv6, or both."""
+    commands = [command for command in COMMANDS.values() if base_name(command) == name]
+    tool, argv = commands[0].tool, commands[0].argv
+    is_drawn = tool in TITLES and (tool != "mtr" or "--raw" in argv)
+    return {
+        "id": name,
+        "title": TITLES.get(name, name),
+        "kind": tool if is_drawn else "text",
+        "tool": tool,
+        "probes": int(argv[argv.index("-c") + 1]) if is_drawn and "-c" in argv[:-1] else 10,
+        "versions": [command.version for command in commands],
+    }
+
+
+TABS = [page_tool(name) for name in dict.fromkeys(map(base_name, COMMANDS.values()))]
+if SETTINGS.MAX_SPEEDTESTS:
+    TABS.append({"id": "speedtest", "title": "Speed test", "kind": "speed", "tool": "", "versions": [4]})
+# How many transfers of a speed test may run at once: half of what the limits allow, the rest being
+# for the next test.
+STREAMS = min(
+    MAX_STREAMS,
+    SETTINGS.MAX_SPEEDTESTS_PER_CLIENT - 1,
+    *(rate.amount // 2 for rate in SETTINGS.RATE_LIMIT_SPEEDTEST),
+)
+LOGO = f'<img src="{SETTINGS.PAGE_LOGO}" alt="">' if SETTINGS.PAGE_LOGO else ""
+OPERATOR = f"<b>{escape(SETTINGS.PAGE_TITLE)}</b>\n" if SETTINGS.PAGE_TITLE else ""
+
+
+def radios(name: str, labels: Mapping[str, str], checked: str) -> str:
+    """A radio button for each value, with its label, which is markup."""
+    return "\n".join(
+        f'<label><input type="radio" name="{name}" value="{value}"{" checked" if value == checked else ""}>'
+        f"{label}</label>"
+        for value, label in labels.items()
+    )
+
+
+def options(texts: Mapping[str, str], selected: str) -> str:
+    return "".join(
+        f'<option value="{value}"{" selected" if value == selected else ""}>{text}</option>'
+        for value, text in texts.items()
+    )
+
+
+def anchors(links: Mapping[str, str]) -> str:
+    return "\n".join(f'<a href="{escape(url)}">{escape(name)}</a>' for name, url in links.items())
+
+
+def chosen_test(asked: Mapping[str, str]) -> tuple[str, str]:
+    """The tab and the IP version ("4", "6" or "") that a link asks for; `command` may name both at once."""
+    name, version = asked.get("command", ""), asked.get("version", "")
+    if name in COMMANDS and base_name(COMMANDS[name]) != name:
+        name, version = base_name(COMMANDS[name]), "6"
+    known = [str(tool["id"]) for tool in TABS]
+    return name if name in known else known[0], version if version in ("4", "6") else ""
+
+
+def page(info: Mapping[str, str], asked: Mapping[str, str]) -> str:
+    """The page with the /network/info of this place, and what a link asks for in its form."""
+    shown = {name: escape(text) for name, text in info.items()}
     links = {
-        f"{name}_link": f' href="{said[name]}"' if LINK.match(said[name]) else ""
+        f"{name}_link": f' href="{shown[name]}"' if LINK.match(info[name]) else ""
         for name in ("facility_url", "map_url")
     }
-    hidden = {f"{name}_hidden": "" if text else " hidden" for name, text in said.items()}
-    others = (place for place in SETTINGS.LOCATIONS if place["name"] != about["location"])
-    choices = [{"name": about["location"], "url": ""}, *others]
+    others = [place for place in SETTINGS.LOCATIONS if place["name"] != info["location"]]
+    places: list[Mapping[str, object]] = [{"name": info["location"], "url": "", "info": info}, *others]
+    chips = {
+        str(i): f'<span id="place{i}">{escape(str(place["name"]))}</span>' for i, place in enumerate(places)
+    }
+    at = {str(place["name"]): str(i) for i, place in enumerate(places)} | {"all": str(len(places))}
+    test, version = chosen_test(asked)
+    commands = [name for name, command in COMMANDS.items() if base_name(command) == test] or [*COMMANDS]
+    setup = {"tools": TABS, "places": places, "streams": STREAMS}
+    auto = f"Auto (IPv{6 if ':' in info['your_ip'] else 4})"
     return PAGE.format(
-        **said | links | hidden,
-        style=LEAN_STYLE,
-        script=LEAN_SCRIPT,
-        command=command,
-        argv=" ".join(COMMANDS[command].argv[:-1]),
-        target=escape(target),
-        alone="" if SETTINGS.LOCATIONS else " hidden",
-        places="".join(
-            f'<option value="{escape(place["url"])}">{escape(place["name"])}</option>' for place in choices
+        **shown | links,
+        style=STYLE,
+        script=SCRIPT,
+        setup=json.dumps(setup, separators=(",", ":")).replace("<", "\\u003c"),
+        icon=SETTINGS.PAGE_LOGO or "data:,",
+        brand=LOGO + OPERATOR,
+        links=anchors({link["name"]: link["url"] for link in SETTINGS.PAGE_LINKS} | {"API": "docs"}),
+        kind=next(tool["kind"] for tool in TABS if tool["id"] == test),
+        command=commands[-1 if version == "6" else 0],
+        target=escape(asked.get("target", "")),
+        tabs=radios("command", {str(tool["id"]): str(tool["title"]) for tool in TABS}, test),
+        places=radios(
+            "at", chips | ({str(len(places)): "all"} if others else {}), at.get(asked.get("at", ""), "0")
         ),
-        commands="".join(
-            f'<label><input type="radio" name="command" value="{name}" data-argv="{" ".join(each.argv[:-1])}"'
-            f"{' checked' if name == command else ''}>{name}</label>\n"
-            for name, each in COMMANDS.items()
-        ),
-        buttons="".join(f'<button formaction="lookingglass/{name}">{name}</button>\n' for name in COMMANDS),
-        sizes="".join(f'<option data-bytes="{size.length}">{name}</option>' for name, size in SIZES.items()),
-        downloads="".join(f'<a href="speedtest/{name}">{name}</a>\n' for name in SIZES),
+        alone="" if others else " hidden",
+        versions=options({"": auto, "4": "IPv4", "6": "IPv6"}, version),
+        buttons="\n".join(f'<button formaction="lookingglass/{name}">{name}</button>' for name in COMMANDS),
+        downloads=anchors({name: f"speedtest/{name}" for name in SIZES}) if SETTINGS.MAX_SPEEDTESTS else "",
     )
 
 
@@ -3714,12 +4269,8 @@ async def front(request: Request) -> Response:
     """The page for browsers, the usage for others."""
     if "text/html" not in request.headers.get("accept", "").lower():
         return await usage(request)
-    about = location_info(client_address(request))
-    command = request.query_params.get("command", "")
-    if command not in COMMANDS:
-        command = "ping6" if ":" in about["your_ip"] else "ping"
-    target = request.query_params.get("target", about["your_ip"])
-    return HTMLResponse(page(about, command, target), headers=PAGE_HEADERS)
+    info = location_info(client_address(request))
+    return HTMLResponse(page(info, request.query_params), headers=PAGE_HEADERS)
 
 
 # ---- routes and app ----------------------------------------------------------------------------------------
