@@ -1390,7 +1390,7 @@ def in_pieces(output: bytes, cuts: list[int]) -> list[bytes]:
     cuts=st.lists(st.integers(0, 10_000), max_size=20),
     complete=st.booleans(),
 )
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_the_parsers_accept_any_bytes_and_produce_json(
     command: str, output: bytes, cuts: list[int], complete: bool
 ) -> None:
@@ -1416,7 +1416,7 @@ CARRIED = {  # the lines that need no note, since other events carry them or the
     tool=st.sampled_from(list(CARRIED)),
     lines=st.lists(st.sampled_from(RECORDED_LINES) | st.binary(max_size=60)),
 )
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_each_line_is_carried_by_an_event_or_is_a_note(tool: str, lines: list[bytes]) -> None:
     parser = lg.parser_for(lg.COMMANDS[tool])(ipaddress.ip_address("198.51.100.254"))
     output = b"".join(line + b"\n" for line in lines)
@@ -2186,9 +2186,11 @@ def test_every_described_response_can_be_provoked(
     until(server.idle)
 
 
-def test_a_request_body_that_does_not_arrive_is_408(echo: Server) -> None:
+def test_a_request_body_that_does_not_arrive_is_408(serve: Start) -> None:
+    seconds = dict.fromkeys(("BODY_SECONDS", "STALL_SECONDS", "LINGER_SECONDS"), 1)
+    server = serve(constants=seconds)
     paths = [path for path, _, status in described_responses() if status == "408"]
-    connections = [echo.connect() for _ in paths]
+    connections = [server.connect() for _ in paths]
     for path, connection in zip(paths, connections, strict=True):
         connection.sendall(f"POST {path} HTTP/1.1\r\nHost: lg\r\nContent-Length: 9\r\n\r\n".encode())
     assert len(paths) == 7
@@ -2486,10 +2488,17 @@ def test_curl_uploads_with_expect(echo: Server, tmp_path: Path, options: list[st
     assert json.loads(subprocess.run(line, capture_output=True, check=True).stdout)["bytes"] == 5_000_000
 
 
+def begin_upload(server: Server) -> socket.socket:
+    """A connection on which the server reads an upload of 1 GiB."""
+    connection = server.send(UPLOAD.replace(b"Host", b"Expect: 100-continue\r\nHost") % 2**30)
+    assert received(connection, b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+    return connection
+
+
 def test_aborted_upload_frees_its_slot(serve: Start) -> None:
     server = serve(MAX_SPEEDTESTS="1")
-    connection = server.send(UPLOAD % 1000 + b"x")
-    until(lambda: server.http.post("/speedtest/upload", content=b"x").status_code == 503)
+    connection = begin_upload(server)
+    assert server.http.post("/speedtest/upload", content=b"x").status_code == 503
     connection.close()
     until(lambda: server.http.post("/speedtest/upload", content=b"x").status_code == 200)
 
@@ -2526,8 +2535,7 @@ def test_upload_at_its_time_limit_is_answered_with_what_came(serve: Start) -> No
 def test_trickled_upload_loses_its_slot(serve: Start, limit: dict[str, float]) -> None:
     """Below the rate that is expected of a transfer it is not waited for until the time limit."""
     server = serve(constants=limit, MAX_SPEEDTESTS="1")
-    with trickling(server.send(UPLOAD % 2**30 + b"x")):
-        until(lambda: server.http.post("/speedtest/upload", content=b"x").status_code == 503)
+    with trickling(begin_upload(server)):
         until(lambda: server.http.post("/speedtest/upload", content=b"x").status_code == 200)
 
 
@@ -4720,7 +4728,7 @@ def recorder(shared: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[S
 @example("ping", b"target=here.example")
 @example("ping6", b"target=[::1]")
 @example("ping", b"target=inside.example")
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_body_starts_a_tool_with_an_allowed_address_or_is_a_client_error(
     recorder: tuple[Server, Path], command: str, body: bytes
 ) -> None:
