@@ -4240,7 +4240,7 @@ def page(info: Mapping[str, str], asked: Mapping[str, str]) -> str:
     }
     at = {str(place["name"]): str(i) for i, place in enumerate(places)} | {"all": str(len(places))}
     test, version = chosen_test(asked)
-    commands = [name for name, command in COMMANDS.items() if base_name(command) == test] or [*COMMANDS]
+    commands = [name for name, command in COMMANDS.items() if base_name(command) == test] or [*COMMANDS, ""]
     setup = {"tools": TABS, "places": places, "streams": STREAMS}
     auto = f"Auto (IPv{6 if ':' in info['your_ip'] else 4})"
     return PAGE.format(

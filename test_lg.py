@@ -6213,6 +6213,11 @@ def test_server_without_commands_offers_speed_tests(serve: Start) -> None:
     assert ("lookingglass" in usage, "speedtest" in usage) == (False, True)
 
 
+def test_server_without_commands_has_a_page(serve: Start) -> None:
+    server = serve(COMMANDS="")
+    assert server.http.get("/", headers={"Accept": "text/html"}).status_code == 200
+
+
 @pytest.mark.parametrize("path", ["100M", "1G", "10G", "upload"])
 def test_speed_tests_that_are_off_are_404(serve: Start, path: str) -> None:
     server = serve(MAX_SPEEDTESTS="0")
