@@ -2877,8 +2877,16 @@ dt,
 .link,
 .copy,
 .line {
-	font-size: 0.85rem;
-	font-weight: 400;
+	width: 100%;
+	padding: 0.4rem 0;
+	border-top-width: 1px;
+	text-align: start;
+}
+.line > * {
+	flex: 1 15rem;
+}
+.line :first-child {
+	flex: 0 4rem;
 }
 small,
 th,
@@ -2913,8 +2921,7 @@ fieldset,
 	align-items: center;
 	gap: 0.4rem 0.9rem;
 }
-.hush,
-legend {
+.hush {
 	position: absolute;
 	clip-path: inset(50%);
 	width: 1px;
@@ -3109,7 +3116,6 @@ path {
 }
 .grid {
 	stroke: var(--line);
-	stroke-width: 1px;
 }
 .dot,
 .range {
@@ -3156,11 +3162,10 @@ path {
 .speed .plot + .plot svg {
 	height: 3.5rem;
 }
-.figures {
-	display: grid;
-	grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr));
+dl > div {
+	flex: 1 9rem;
 }
-.figures b {
+dd b {
 	font-size: 1.3rem;
 }
 .speed b {
@@ -3175,12 +3180,6 @@ path {
 	}
 	:is(.axis, .best, .worst, td.strip, th.strip) {
 		display: none;
-	}
-	.line {
-		grid-template-columns: 4rem 1fr;
-	}
-	.line :last-child {
-		grid-column: 2;
 	}
 }
 @media (scripting: none) {
@@ -3219,7 +3218,7 @@ PAGE = """\
 </div>
 </div>
 <form id="form" class="card {kind}" method="post" action="lookingglass/{command}">
-<fieldset class="tabs script"><legend>Test</legend>{tabs}</fieldset>
+<fieldset class="tabs script" aria-label="Test">{tabs}</fieldset>
 <div class="row">
 <label class="target"><span class="hush">Target</span><input name="target" value="{target}" required
 placeholder="Host name, address or URL"
@@ -3231,7 +3230,7 @@ For curl: {downloads}</p>
 <noscript class="row">{buttons}</noscript>
 </div>
 <p class="bad"><span id="fault" role="alert"></span> <span id="hint"></span></p>
-<div class="row script"><fieldset class="places"{alone}><legend>From</legend>{places}</fieldset>
+<div class="row script"><fieldset class="places" aria-label="From"{alone}>{places}</fieldset>
 <button id="mine" type="button" class="link">Test to my address</button></div>
 </form>
 <div id="results"></div>
@@ -3255,7 +3254,6 @@ SCRIPT = r"""
 
 /** @type {(id: string) => any} */
 const $ = (id) => document.getElementById(id)
-const HERE = new URL(".", location.href).href
 const {tools: TOOLS, places: PLACES, streams: STREAMS} = JSON.parse($("setup").textContent)
 const SECOND = 1000
 const PATIENCE = 70 * SECOND
@@ -3269,7 +3267,7 @@ const GRADES = {"A+": 5, A: 30, B: 60, C: 200, D: 400, F: Infinity}
 // Helpers
 
 const digits = (value) => (value >= 0 ? value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0) : "–")
-const shown = (rtt) => (rtt == null ? "*" : digits(rtt))
+const shown = (rtt) => (rtt == null ? "lost" : digits(rtt))
 const sum = (values) => values.reduce((total, each) => total + each, 0)
 const mean = (values) => sum(values) / values.length
 const quantile = (values, share = 0.5) =>
@@ -3476,7 +3474,6 @@ const counted = (hop) => {
 }
 const NO_HOP = counted({address: "", name: "", details: "", rtts: []})
 
-/** @returns {Run} */
 const newRun = (place, tool, target, command) => ({
 	...{place, tool, target, command, status: "running", error: "", address: "", time: "", duration: 0},
 	...{hops: [], notes: [], phases: [], result: null},
@@ -3631,7 +3628,7 @@ const KINDS = {
 function verdict(run) {
 	const {status, error, address, tool, duration} = run
 	const [head, sub = "", bad] = KINDS[tool.kind][0](run)
-	if (status === "failed") return {head: error, sub: address && `Before: ${head}. ${sub}`, bad: true}
+	if (status === "failed") return {head: error, sub: address && `Before: ${head}.`, bad: true}
 	return {
 		head,
 		sub: `${sub} ${duration ? `Took ${duration.toFixed(1)} s.` : isRunning(run) ? "" : "Stopped."}`.trim(),
@@ -3676,9 +3673,9 @@ function drawPing({hops, tool}, {low, high}) {
 	const y = (rtt) => 95 - (90 * (rtt - low)) / (high - low)
 	const points = rtts.map((rtt, i) => [(100 * i + 50) / Math.max(tool.probes, rtts.length), rtt == null ? NaN : y(rtt)])
 	const steps = times.slice(1).map((time, i) => Math.abs(time - times[i]))
-	const levels = [0, 0.5, 1].map((share) => times[0] && `M0 ${y(quantile(times, share) ?? Math.min(...times))}H100`)
+	const levels = [0, 0.5, 1].map((share) => times[0] && `M0 ${y(quantile(times, share))}H100`)
 	const misses = points.map(([x, top]) => (top >= 0 ? "" : `M${x} 75V100`)).join("")
-	const values = rtts.map((rtt, i) => h("tr", rowHead(i + 1), h("td", rtt == null ? "lost" : digits(rtt))))
+	const values = rtts.map((rtt, i) => h("tr", rowHead(i + 1), h("td", shown(rtt))))
 	return [
 		plot(
 			`${digits(high)} ms`,
@@ -3689,7 +3686,7 @@ function drawPing({hops, tool}, {low, high}) {
 			path("lost", misses),
 		),
 		h(
-			"dl.figures",
+			"dl.row",
 			figure("Loss", lossOf(hop), `${lost} of ${rtts.length}`),
 			figure("Median", digits(quantile(times)), "ms"),
 			figure("p95", digits(quantile(times, 0.95)), "ms"),
@@ -3710,7 +3707,7 @@ function drawTimes(times, top, each) {
 function drawStrip({rtts, times}, slots) {
 	const least = Math.min(...times)
 	const probe = (rtt, i) => {
-		const look = {opacity: rtt == null ? 1 : 1 - 6 / (8 + rtt - least), "stroke-width": 85 / slots}
+		const look = {opacity: rtt && 1 - 6 / (8 + rtt - least), "stroke-width": 85 / slots}
 		return path(rtt == null ? "lost" : "", `M${(100 * i + 43) / slots} 0V100`, look)
 	}
 	return drawing(".strip", rtts.map(probe))
@@ -3744,9 +3741,8 @@ function drawHops(run, scale) {
 	for (let i = 0; i < count; i++) {
 		const first = i + 1
 		while (!hops[i].address && i + 1 < count && !hops[i + 1].address) i++
-		const silent = () =>
-			h("tr.silent", rowHead(first > i ? first : `${first}–${i + 1}`), h("td.router", {colspan: 3}, "no reply"))
-		rows.push(hops[i].address ? drawHop(hops[i], i, run, scale) : silent())
+		const silent = [rowHead(first > i ? first : `${first}–${i + 1}`), h("td.router", {colspan: 7}, "no reply")]
+		rows.push(hops[i].address ? drawHop(hops[i], i, run, scale) : h("tr.silent", silent))
 	}
 	const stats = {strip: "Probes", loss: "Loss", avg: "Avg ms", best: "Best", worst: "Worst"}
 	const titles = Object.entries(tool.kind === "mtr" ? stats : {times: "Times, ms"})
@@ -3770,7 +3766,7 @@ function drawSpeed(run) {
 	return h(
 		"div.view.speed",
 		h(
-			"dl.figures",
+			"dl.row",
 			figure("Download", digits(download?.mbps), "Mbit/s"),
 			figure("Upload", digits(upload?.mbps), "Mbit/s"),
 			figure("Latency, idle → under load", rtt(idle), `→ ${rtt(download)} ↓ ${rtt(upload)} ↑ ms`),
@@ -3820,7 +3816,7 @@ function query() {
 	const places = PLACES[at] ? [PLACES[at]] : isSpeed ? PLACES.slice(0, 1) : PLACES
 	const host = isSpeed ? "" : hostOf(target)
 	const parts = {command, target: host, version, at: places[1] ? "all" : at > 0 && places[0].name}
-	const link = `${HERE}?${new URLSearchParams(Object.entries(parts).filter(([, value]) => value))}`
+	const link = `${PLACES[0].url}?${new URLSearchParams(Object.entries(parts).filter(([, value]) => value))}`
 	return {tool, isSpeed, places, version, target: host, link}
 }
 
@@ -3903,15 +3899,6 @@ function flip(test, key) {
 	draw(test)
 }
 
-function drawCopies({runs, link}) {
-	return h(
-		"div.row",
-		h("span.dim", "Copy"),
-		Object.entries(COPIES).map(([name, content]) => copyButton(name, () => runs.map(content).join("\n"))),
-		copyButton("link", () => link),
-	)
-}
-
 function drawRun(test, run) {
 	const {tool, address, notes} = run
 	const view = test.asText ? drawText : KINDS[tool.kind][1]
@@ -3961,14 +3948,22 @@ function draw(test) {
 	const line = [h("span", run.time.slice(11, 16)), h("span", title), conclusion("span")]
 	const flipText = button(test.asText ? "Chart" : "Text", "stop", () => flip(test, "asText"))
 	const action = running ? button("Stop", "stop", () => stop(test)) : runs[0].hops[0] && flipText
+	const copies = Object.entries(COPIES).map(([name, content]) => copyButton(name, () => runs.map(content).join("\n")))
 	const card = [
 		h("div.head", h("p.row", h("b", title), h("span.dim", more ? "" : headOf(run)), action), conclusion("h2")),
 		more ? drawAll(test) : drawRun(test, run),
-		h("p.dim", sub),
-		drawCopies(test),
+		!running && [
+			h("p.dim", sub),
+			h(
+				"p.row",
+				h("span.dim", "Copy"),
+				copies,
+				copyButton("link", () => test.link),
+			),
+		],
 	]
 	const folded = h(
-		"button.line",
+		"button.line.row",
 		{type: "button", "aria-expanded": String(open), onclick: () => flip(test, "open")},
 		line,
 	)
@@ -4031,14 +4026,7 @@ async function follow(test, i) {
 async function begin(asked) {
 	const {tool, target, places} = asked
 	const runs = places.map((place) => newRun(place, tool, target))
-	const test = {
-		...asked,
-		runs,
-		open: true,
-		asText: false,
-		control: new AbortController(),
-		node: h("article"),
-	}
+	const test = {...asked, runs, control: new AbortController(), node: h("article")}
 	state.tests.unshift(test)
 	for (const {control, node} of state.tests.splice(MAX_TESTS)) {
 		control.abort()
@@ -4053,7 +4041,8 @@ async function begin(asked) {
 	const {head, sub} = verdictOfAll(test)
 	if (test.node.isConnected) return say(`${head}. ${sub}`)
 	state.tests = state.tests.filter((each) => each !== test)
-	state.fault = runs[0].status === "stopped" || waitFor(places[0], runs[0].command)[0] ? "" : head
+	const {place, command, status, error} = runs.find((_, i) => faults[i]?.invalid) ?? runs[0]
+	state.fault = status === "stopped" || waitFor(place, command)[0] ? "" : error
 	if (state.invalid) form.target.focus()
 	drawForm()
 }
@@ -4083,7 +4072,7 @@ function submit(event) {
 }
 
 function start() {
-	for (const place of PLACES) place.url = place.url ? `${place.url}/` : HERE
+	for (const place of PLACES) place.url = new URL(place.url ? `${place.url}/` : ".", location.href).href
 	form.noValidate = true
 	form.onsubmit = submit
 	form.oninput = () => changeForm()

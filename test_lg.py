@@ -2769,8 +2769,8 @@ new PerformanceObserver((list) => shifts.push(...late(list.getEntries()).map(whe
 window.announced = [];
 addEventListener("DOMContentLoaded", () => {
   const status = document.getElementById("status");
-  const observer = new MutationObserver(() => announced.push(status.textContent));
-  if (status) observer.observe(status, { childList: true });
+  const note = () => announced.push(status.textContent);
+  if (status) new MutationObserver(note).observe(status, { childList: true });
 });
 """
 SLOW_PING = """#!/bin/sh
@@ -2808,7 +2808,7 @@ def browser_in_hops(launch: Callable[..., Browser], hops: tuple[str, ...]) -> It
 
 
 def open_page(browser: Browser, url: str, faults: list[str], **options: Any) -> Page:
-    """The page at `url`, ready for a click; errors and violations of its policy go to `faults`."""
+    """The page at `url`, ready for a click; errors and breaches of its policy go to `faults`."""
     context = browser.new_context(**options)
     context.add_init_script(WATCH)
     page = context.new_page()
@@ -2863,7 +2863,7 @@ def amsterdam(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def stand_ins(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Its ping goes on until it is stopped, its traceroute has marks, its mtr a bad hop."""
+    """A server whose ping runs until it is stopped; its traceroute prints marks, its mtr has a bad hop."""
     hop = 'echo " $n  r$n.example (198.51.100.$n)  1.000 ms  2.000 ms !N  *"; sleep 0.2'
     traceroute = f"#!/bin/sh\nfor n in 1 2 3 4; do {hop}; done\n"
     start: Start = Server
@@ -3262,7 +3262,7 @@ def test_ping_plots_each_reply_and_states_the_figures(live: Mapping[str, Page]) 
     page.click("text=Chart")
     answers = [float(rtt) for rtt in re.findall(r"icmp_seq=\d+ ttl=\d+ time=([\d.]+) ms", raw)]
     lost = 15 - len(answers)
-    assert text(page, ".figures").split("\n")[:2] == ["Loss", f"{round(lost / 0.15, 1):g} % {lost} of 15"]
+    assert text(page, "#results dl").split("\n")[:2] == ["Loss", f"{round(lost / 0.15, 1):g} % {lost} of 15"]
     assert (page.get_attribute(".plot .dot", "d") or "").count("M") == len(answers)
     assert (page.get_attribute(".plot .lost", "d") or "").count("M") == lost
     assert shifts(page) == []
@@ -3322,7 +3322,7 @@ def test_mtr_redraws_its_rows_in_place(visit: Visit, stand_ins: Server) -> None:
     assert rows == [
         "1 198.51.100.1 10.0 10.0 10.0 10.0 10.0 0 % 10.0 10.0 10.0",
         "2 no reply",
-        "3 198.51.100.3 30.0 34.0 * * 46.0 40 % 36.7 30.0 46.0",
+        "3 198.51.100.3 30.0 34.0 lost lost 46.0 40 % 36.7 30.0 46.0",
         "4 198.51.100.254 40.0 40.0 40.0 40.0 40.0 0 % 40.0 40.0 40.0",
     ]
     assert page.locator(".loss.bad").count() == 0
@@ -3411,7 +3411,7 @@ def test_earlier_tests_stay_below_and_open(visit: Visit, stand_ins: Server) -> N
     assert "Traceroute · Amsterdam → 127.0.0.1" in line.inner_text()
     line.click()
     assert page.locator("#lines .hops tbody tr").count() == 4
-    assert page.evaluate("document.activeElement.className") == "line"
+    assert page.evaluate("document.activeElement.className").startswith("line")
 
 
 def test_last_ten_earlier_tests_are_kept(visit: Visit, stand_ins: Server) -> None:
@@ -3428,6 +3428,7 @@ def test_last_ten_earlier_tests_are_kept(visit: Visit, stand_ins: Server) -> Non
 # Speed tests
 
 WIRES = (10, 25, 80)  # Mbit/s
+TOKENS = "burst 16kb latency 60ms"  # tc-tbf(8): what may pass at once, and what may wait
 SAMPLE = """
 window.samples = [];
 setInterval(() => {
@@ -3459,8 +3460,7 @@ def wires(
             commands += [
                 f"-n {host} addr add 10.99.{rate}.{end}/24 dev w{rate}",
                 f"-n {host} link set w{rate} up",
-                f"netns exec {host} tc qdisc add dev w{rate} root"
-                f" tbf rate {rate}mbit burst 16kb latency 60ms",
+                f"netns exec {host} tc qdisc add dev w{rate} root tbf rate {rate}mbit {TOKENS}",
             ]
     try:
         for command in commands:
@@ -3693,7 +3693,7 @@ def test_full_server_counts_down(visit: Visit, serve_in_hops: Start) -> None:
     first.click("#run")
     first.wait_for_selector(".plot")
     second.click("#run")
-    until(lambda: second.inner_text("#fault").startswith("The server is full"))
+    until(lambda: second.inner_text("#fault").startswith("All 1 slots"))
     assert second.inner_text("#hint").startswith("Ready again in ")
     first.keyboard.press("Escape")
     ended(first)
@@ -3808,12 +3808,15 @@ def test_axe_finds_nothing(visit: Visit, amsterdam: Server, stand_ins: Server, a
 
 @pytest.mark.parametrize("width", [320, 1024, 3840])
 def test_nothing_shifts_while_results_arrive(visit: Visit, stand_ins: Server, width: int) -> None:
-    page = visit(stand_ins, "?target=198.51.100.254", viewport={"width": width, "height": 1400})
-    for tab in ("Traceroute", "MTR"):
-        run(page, tab)
-        page.wait_for_selector(f"#results b:has-text('{tab}')")
+    pages = [
+        visit(stand_ins, f"?command={name}&target=198.51.100.254", viewport={"width": width, "height": 1400})
+        for name in ("traceroute", "mtr")
+    ]
+    for page in pages:
+        page.click("#run")
+    for page in pages:
         ended(page)
-    assert shifts(page) == []
+    assert [shifts(page) for page in pages] == [[], []]
 
 
 @pytest.mark.parametrize("width", [320, 1024, 3840])
@@ -3848,8 +3851,10 @@ def test_first_row_is_in_the_upper_part_of_a_laptops_screen(live: Mapping[str, P
 
 
 # The outline of what has the focus; a radio button's is that of its label.
-OUTLINE = "getComputedStyle(document.activeElement.closest('label:has([type=radio])') ??"
-OUTLINE += " document.activeElement).outlineStyle"
+OUTLINE = """(() => {
+  const label = document.activeElement.closest("label:has([type=radio])");
+  return getComputedStyle(label ?? document.activeElement).outlineStyle;
+})()"""
 
 
 def test_keyboard_alone_is_enough(visit: Visit, amsterdam: Server) -> None:
@@ -5520,8 +5525,7 @@ def flood(server: Server, header: bytes, body: bytes, connections: int) -> Itera
 
 @pytest.mark.parametrize("path", ["/health", "/speedtest/upload", "/lookingglass/ping"])
 def test_bodies_in_chunks_of_one_byte_do_not_delay_others(serve: Start, path: str) -> None:
-    """Measured in processor time of the server, which other tests do not change: 14 s when each chunk was
-    parsed."""
+    """In processor time of the server, which other tests do not change; it took 14 s to parse each chunk."""
     server = serve()
     header = f"POST {path} HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     with flood(server, header, b"1\r\nx\r\n" * 50_000, connections=20):
