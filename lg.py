@@ -2836,8 +2836,6 @@ STYLE = """\
 	color: var(--text);
 }
 
-/* Base */
-
 * {
 	box-sizing: border-box;
 	margin: 0;
@@ -2861,8 +2859,7 @@ h2 {
 h1,
 h2,
 p,
-dd,
-td {
+.router {
 	overflow-wrap: anywhere;
 }
 a,
@@ -2877,16 +2874,8 @@ dt,
 .link,
 .copy,
 .line {
-	width: 100%;
-	padding: 0.4rem 0;
-	border-top-width: 1px;
-	text-align: start;
-}
-.line > * {
-	flex: 1 15rem;
-}
-.line :first-child {
-	flex: 0 4rem;
+	font-size: 0.85rem;
+	font-weight: 400;
 }
 small,
 th,
@@ -2936,14 +2925,11 @@ pre {
 	overflow: auto;
 }
 
-/* Form */
-
 header {
 	background: var(--card);
 	border-width: 0 0 1px;
 }
 nav,
-.own,
 .head .stop,
 #mine {
 	margin-inline-start: auto;
@@ -2989,6 +2975,9 @@ form,
 	color: var(--text);
 	font-weight: 600;
 }
+#place .row {
+	justify-content: space-between;
+}
 .target {
 	flex: 1 15rem;
 }
@@ -3009,7 +2998,7 @@ noscript button {
 	border: 2px solid var(--bad);
 }
 #run {
-	min-width: 9rem;
+	width: 11rem;
 	background: var(--accent);
 	color: var(--card);
 	font-weight: 600;
@@ -3033,23 +3022,23 @@ noscript button {
 	text-decoration: line-through;
 }
 
-/* Cards */
-
 .running .head {
 	position: sticky;
 	top: 0;
 	background: var(--card);
 }
 .line {
-	display: grid;
-	grid-template-columns: 4rem 1fr 1fr;
 	width: 100%;
 	padding: 0.4rem 0;
 	border-top-width: 1px;
 	text-align: start;
 }
-
-/* Plots */
+.line > * {
+	flex: 1 15rem;
+}
+.line > :first-child {
+	flex: 0 4rem;
+}
 
 table {
 	width: 100%;
@@ -3081,6 +3070,7 @@ td small {
 }
 .times {
 	width: 11rem;
+	white-space: nowrap;
 }
 th.axis,
 .plot > small {
@@ -3104,7 +3094,7 @@ path {
 	stroke: var(--accent);
 	vector-effect: non-scaling-stroke;
 }
-.strip path {
+.probes path {
 	vector-effect: none;
 }
 .hops th:first-child {
@@ -3163,7 +3153,7 @@ path {
 	height: 3.5rem;
 }
 dl > div {
-	flex: 1 9rem;
+	flex: 1 7rem;
 }
 dd b {
 	font-size: 1.3rem;
@@ -3175,11 +3165,17 @@ dd b {
 @container (max-width: 42rem) {
 	.narrow {
 		display: grid;
-		grid-template-columns: 1fr 6rem;
+		grid-template-columns: 1fr 1fr;
 		gap: 0.5rem;
 	}
 	:is(.axis, .best, .worst, td.strip, th.strip) {
 		display: none;
+	}
+	.hops {
+		table-layout: auto;
+	}
+	.router {
+		width: 100%;
 	}
 }
 @media (scripting: none) {
@@ -3209,20 +3205,20 @@ PAGE = """\
 <div id="place">
 <h1 data-info="location">{location}</h1>
 <div class="row">
-<p><a data-info="facility" data-link="facility_url"{facility_url_link}>{facility}</a></p>
-<p><a data-info="map_url" data-link="map_url"{map_url_link}>Map</a></p>
-<p class="own"><span class="dim">This server</span>
-<button class="copy" data-info="looking_glass_ipv4">{looking_glass_ipv4}</button>
-<button class="copy" data-info="looking_glass_ipv6">{looking_glass_ipv6}</button></p>
-<p><span class="dim">You</span> <button class="copy" data-info="your_ip">{your_ip}</button></p>
+<p class="row"><a data-info="facility" data-link="facility_url"{facility_url_link}>{facility}</a>
+<a data-info="map_url" data-link="map_url"{map_url_link}{map_url_hidden}>Map</a></p>
+<p class="row"><span class="dim">This server</span>
+<button class="copy" data-info="looking_glass_ipv4"{looking_glass_ipv4_hidden}>{looking_glass_ipv4}</button>
+<button class="copy" data-info="looking_glass_ipv6"{looking_glass_ipv6_hidden}>{looking_glass_ipv6}</button>
+<span class="dim">You</span> <button class="copy" data-info="your_ip">{your_ip}</button></p>
 </div>
 </div>
 <form id="form" class="card {kind}" method="post" action="lookingglass/{command}">
 <fieldset class="tabs script" aria-label="Test">{tabs}</fieldset>
 <div class="row">
-<label class="target"><span class="hush">Target</span><input name="target" value="{target}" required
-placeholder="Host name, address or URL"
-inputmode="url" spellcheck="false" autocomplete="off" aria-describedby="fault"></label>
+<label class="target"><span class="hush">Target</span><input name="target" value="{target}"
+inputmode="url" spellcheck="false" autocomplete="off"
+placeholder="Host name, address or URL" aria-describedby="fault"></label>
 <label class="script"><span class="hush">IP version</span><select name="version">{versions}</select></label>
 <button id="run" class="script" disabled>Run</button>
 <p id="offer" class="script">Takes 18 s and moves about 200 MB at 100 Mbit/s, 2 GB at 1 Gbit/s.
@@ -3304,8 +3300,8 @@ function h(tag, ...children) {
 }
 
 function morph(node, fresh) {
-	if (node.nodeName !== fresh.nodeName) return node.replaceWith(fresh)
-	if (node.data !== fresh.data) node.data = fresh.data
+	const isCell = /^T[DH]$|DD|#/.test(node.nodeName)
+	if (node.nodeName !== fresh.nodeName || (isCell && !node.isEqualNode(fresh))) return node.replaceWith(fresh)
 	for (const {name, value} of fresh.attributes ?? [])
 		if (node.getAttribute(name) !== value) node.setAttribute(name, value)
 	for (const {name} of [...(node.attributes ?? [])]) if (!fresh.hasAttribute(name)) node.removeAttribute(name)
@@ -3710,7 +3706,7 @@ function drawStrip({rtts, times}, slots) {
 		const look = {opacity: rtt && 1 - 6 / (8 + rtt - least), "stroke-width": 85 / slots}
 		return path(rtt == null ? "lost" : "", `M${(100 * i + 43) / slots} 0V100`, look)
 	}
-	return drawing(".strip", rtts.map(probe))
+	return drawing(".probes", rtts.map(probe))
 }
 
 function drawHop(hop, i, {tool, hops}, {top}) {
@@ -3746,7 +3742,12 @@ function drawHops(run, scale) {
 	}
 	const stats = {strip: "Probes", loss: "Loss", avg: "Avg ms", best: "Best", worst: "Worst"}
 	const titles = Object.entries(tool.kind === "mtr" ? stats : {times: "Times, ms"})
-	const head = [column("", "Hop"), column("router", "Router"), axis(scale), titles.map((title) => column(...title))]
+	const head = [
+		column("", "Hop"),
+		column("router", "Router", h("div.narrow", `0–${scale.top} ms`)),
+		axis(scale),
+		titles.map((title) => column(...title)),
+	]
 	return count > 0 && table("hops", head, rows)
 }
 
@@ -3833,14 +3834,13 @@ function waitFor({url}, command) {
 	return seconds > 0 ? [error, `Ready again in ${seconds} s.`] : []
 }
 
-const noAnswer = ({name}) => `No answer from ${name}: it is down, or cannot be reached.`
+const noAnswer = ({name}) => `No answer from ${name}: it is down or cannot be reached.`
 
 function warning(place, command, {tool, id}) {
 	const {name, down, missing, forbidden, info} = place
 	const version = command === id ? 4 : 6
 	if (down) return noAnswer(place)
-	if (missing?.includes(tool)) return `${tool} is not installed at ${name}: choose another test.`
-	if (forbidden?.includes(tool)) return `${tool} has no permission to run at ${name}: choose another test.`
+	if ([missing, forbidden].flat().includes(tool)) return `${tool} cannot run at ${name} now: choose another test.`
 	if (!tool || info?.[`looking_glass_ipv${version}`] || !info?.[`looking_glass_ipv${10 - version}`]) return ""
 	return `${name} has no IPv${version} address of its own: ${command} may fail there.`
 }
@@ -3947,7 +3947,7 @@ function draw(test) {
 	const conclusion = (tag) => h(`${tag}${bad ? ".bad" : ""}`, head)
 	const line = [h("span", run.time.slice(11, 16)), h("span", title), conclusion("span")]
 	const flipText = button(test.asText ? "Chart" : "Text", "stop", () => flip(test, "asText"))
-	const action = running ? button("Stop", "stop", () => stop(test)) : runs[0].hops[0] && flipText
+	const action = running ? button("Stop", "stop", () => test.control.abort()) : runs[0].hops[0] && flipText
 	const copies = Object.entries(COPIES).map(([name, content]) => copyButton(name, () => runs.map(content).join("\n")))
 	const card = [
 		h("div.head", h("p.row", h("b", title), h("span.dim", more ? "" : headOf(run)), action), conclusion("h2")),
@@ -3991,11 +3991,6 @@ function show(test) {
 	for (const each of state.tests) each.open = each === test
 	state.tests.forEach(draw)
 	if (node.getBoundingClientRect().top > innerHeight / 2) node.scrollIntoView()
-}
-
-function stop(test) {
-	test?.control.abort()
-	$("run").focus({preventScroll: true})
 }
 
 async function follow(test, i) {
@@ -4073,21 +4068,20 @@ function submit(event) {
 
 function start() {
 	for (const place of PLACES) place.url = new URL(place.url ? `${place.url}/` : ".", location.href).href
-	form.noValidate = true
 	form.onsubmit = submit
 	form.oninput = () => changeForm()
 	form.target.onfocus = () => form.target.select()
 	$("run").onclick = (event) => {
 		const busy = runningTest(query())
 		if (busy || event.detail > 1) event.preventDefault()
-		if (event.detail < 2) stop(busy)
+		if (event.detail < 2) busy?.control.abort()
 	}
 	$("mine").onclick = (event) => {
 		form.target.value = PLACES[0].info.your_ip
 		submit(event)
 	}
 	document.onkeydown = (event) => {
-		if (event.key === "Escape") stop(state.tests.find(({runs}) => runs.some(isRunning)))
+		if (event.key === "Escape") state.tests.find(({runs}) => runs.some(isRunning))?.control.abort()
 	}
 	for (const node of $("place").querySelectorAll(".copy")) node.onclick = () => copy(node.textContent, node)
 	PLACES.forEach(check)
@@ -4222,6 +4216,7 @@ def page(info: Mapping[str, str], asked: Mapping[str, str]) -> str:
         f"{name}_link": f' href="{shown[name]}"' if LINK.match(info[name]) else ""
         for name in ("facility_url", "map_url")
     }
+    hidden = {f"{name}_hidden": "" if value else " hidden" for name, value in info.items()}
     others = [place for place in SETTINGS.LOCATIONS if place["name"] != info["location"]]
     places: list[Mapping[str, object]] = [{"name": info["location"], "url": "", "info": info}, *others]
     chips = {
@@ -4233,7 +4228,7 @@ def page(info: Mapping[str, str], asked: Mapping[str, str]) -> str:
     setup = {"tools": TABS, "places": places, "streams": STREAMS}
     auto = f"Auto (IPv{6 if ':' in info['your_ip'] else 4})"
     return PAGE.format(
-        **shown | links,
+        **shown | links | hidden,
         style=STYLE,
         script=SCRIPT,
         setup=json.dumps(setup, separators=(",", ":")).replace("<", "\\u003c"),
