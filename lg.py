@@ -3061,6 +3061,7 @@ td {
 }
 td small {
 	display: block;
+	min-height: 1lh;
 }
 .axis {
 	width: 24%;
@@ -3170,6 +3171,9 @@ dd b {
 	}
 	:is(.axis, .best, .worst, td.strip, th.strip) {
 		display: none;
+	}
+	h2 {
+		min-height: 2lh;
 	}
 	.hops {
 		table-layout: auto;
