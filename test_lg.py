@@ -41,7 +41,7 @@ from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, cast, get_args
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypedDict, cast, get_args
 from urllib.parse import quote
 
 import httpx
@@ -350,23 +350,55 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 
 Once = Callable[[str, Callable[[], Any]], Any]
+Alone = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """Makes a value that JSON can hold once, for all processes that run the tests."""
+def common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all the processes that run the tests."""
     folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@contextlib.contextmanager
+def locked(path: Path, exclusively: bool = True) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH)
+        yield
+
+
+@pytest.fixture(scope="session")
+def once(common_folder: Path) -> Once:
+    """Makes a value that JSON can hold once, for all processes that run the tests."""
 
     def get(name: str, make: Callable[[], Any]) -> Any:
-        path = folder / f"{name}.json"
-        with (folder / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        path = common_folder / f"{name}.json"
+        with locked(path.with_suffix(".lock")):
             if not path.exists():
                 path.write_text(json.dumps(make()))
             return json.loads(path.read_text())
 
     return get
+
+
+@pytest.fixture(scope="session")
+def alone(common_folder: Path) -> Alone:
+    """While a session's fixture is in this context, no test of another process runs: for what is measured."""
+
+    @contextlib.contextmanager
+    def keep_others_waiting() -> Iterator[None]:
+        with locked(common_folder / "queue"), locked(common_folder / "running"):
+            yield
+
+    return keep_others_waiting
+
+
+@pytest.fixture(autouse=True)
+def beside_others(common_folder: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        with locked(common_folder / "queue", exclusively=False):
+            stack.enter_context(locked(common_folder / "running", exclusively=False))
+        yield
 
 
 TOOLS = ("ping", "traceroute", "mtr")
@@ -3440,11 +3472,20 @@ setInterval(() => {
 """
 
 
+class SpeedTest(TypedDict):
+    """What a page showed during and after a speed test."""
+
+    samples: list[list[Any]]
+    heading: str
+    card: str
+    shifts: list[Any]
+
+
 @pytest.fixture(scope="session")
 def wires(
-    launch: Callable[..., Browser], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Mapping[int, Page]]:
-    """Pages on which a speed test has ended, each over a wire of its own rate between two namespaces."""
+    launch: Callable[..., Browser], once: Once, alone: Alone, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, SpeedTest]:
+    """Speed tests, each over a wire of its own rate between two namespaces."""
     ip = shutil.which("ip")
     if os.geteuid() != 0 or not ip or not shutil.which("tc"):
         lacking("root, ip and tc, for wires of limited rates")
@@ -3463,7 +3504,8 @@ def wires(
                 f"-n {host} link set w{rate} up",
                 f"netns exec {host} tc qdisc add dev w{rate} root tbf rate {rate}mbit {TOKENS}",
             ]
-    try:
+
+    def measure() -> dict[int, SpeedTest]:
         for command in commands:
             done = subprocess.run([ip, *command.split()], capture_output=True, text=True, check=False)
             if done.returncode:
@@ -3474,15 +3516,28 @@ def wires(
         faults: list[str] = []
         urls = {rate: f"http://10.99.{rate}.1:{server.port}/?command=speedtest" for rate in WIRES}
         pages = {rate: open_page(browser, url, faults) for rate, url in urls.items()}
-        for page in pages.values():
-            page.evaluate(SAMPLE)
-            page.click("#run")
-        for page in pages.values():
-            ended(page)
-        yield pages
+        with alone():
+            for page in pages.values():
+                page.evaluate(SAMPLE)
+                page.click("#run")
+            for page in pages.values():
+                ended(page)
+        shown = {
+            rate: SpeedTest(
+                samples=page.evaluate("samples"),
+                heading=text(page, "#results h2"),
+                card=text(page, "#results article"),
+                shifts=shifts(page),
+            )
+            for rate, page in pages.items()
+        }
         browser.close()
         server.stop()
         assert faults == []
+        return shown
+
+    try:
+        return cast(Mapping[str, SpeedTest], once("wires", measure))
     finally:
         for host in (near, far):
             subprocess.run([ip, "netns", "del", host], check=False, capture_output=True)
@@ -3491,26 +3546,26 @@ def wires(
 @pytest.mark.parametrize("rate", WIRES)
 @pytest.mark.parametrize(("phase", "column"), [("download", 2), ("upload", 3)])
 def test_live_figure_is_that_of_the_wire_after_two_seconds(
-    wires: Mapping[int, Page], rate: int, phase: str, column: int
+    wires: Mapping[str, SpeedTest], rate: int, phase: str, column: int
 ) -> None:
-    samples = [each for each in wires[rate].evaluate("samples") if each[1] == f"Measuring {phase}"]
+    samples = [each for each in wires[str(rate)]["samples"] if each[1] == f"Measuring {phase}"]
     settled = [each[column] for each in samples if each[0] > samples[0][0] + 2000]
     assert len(settled) > 15
     assert settled == pytest.approx([rate] * len(settled), rel=0.15)
 
 
 @pytest.mark.parametrize("rate", WIRES)
-def test_speed_test_states_both_rates_latency_and_a_grade(wires: Mapping[int, Page], rate: int) -> None:
-    page = wires[rate]
-    down, up = re.fullmatch(r"([\d.]+) Mbit/s down, ([\d.]+) Mbit/s up", text(page, "#results h2")).groups()  # type: ignore[union-attr]
+def test_speed_test_states_both_rates_latency_and_a_grade(wires: Mapping[str, SpeedTest], rate: int) -> None:
+    shown = wires[str(rate)]
+    down, up = re.fullmatch(r"([\d.]+) Mbit/s down, ([\d.]+) Mbit/s up", shown["heading"]).groups()  # type: ignore[union-attr]
     assert [float(down), float(up)] == pytest.approx([rate, rate], rel=0.15)
-    assert re.search(r"bufferbloat (A\+|[ABCDF]) by Waveform's limits", text(page, "#results article"))
-    assert re.search(r"Moved \d+ MB", text(page, "#results article"))
-    assert shifts(page) == []
+    assert re.search(r"bufferbloat (A\+|[ABCDF]) by Waveform's limits", shown["card"])
+    assert re.search(r"Moved \d+ MB", shown["card"])
+    assert shown["shifts"] == []
 
 
-def test_speed_test_is_ended_by_the_clock(wires: Mapping[int, Page]) -> None:
-    samples = wires[10].evaluate("samples")
+def test_speed_test_is_ended_by_the_clock(wires: Mapping[str, SpeedTest]) -> None:
+    samples = wires["10"]["samples"]
     phases = [f"Measuring {name}" for name in ("idle", "download", "upload")]
     times = [[each[0] for each in samples if each[1] == phase] for phase in phases]
     spent = [max(each) - min(each) for each in times]
