@@ -3225,7 +3225,7 @@ inputmode="url" spellcheck="false" autocomplete="off"
 placeholder="Host name, address or URL" aria-describedby="fault"></label>
 <label class="script"><span class="hush">IP version</span><select name="version">{versions}</select></label>
 <button id="run" class="script" disabled>Run</button>
-<p id="offer" class="script">Takes 18 s and moves about 200 MB at 100 Mbit/s, 2 GB at 1 Gbit/s.
+<p id="offer" class="script">Takes 18 s. Moves 200 MB at 100 Mbit/s, 2 GB at 1 Gbit/s.
 For curl: {downloads}</p>
 <noscript class="row">{buttons}</noscript>
 </div>
@@ -3775,7 +3775,7 @@ function drawSpeed(run) {
 			figure("Download", digits(download?.mbps), "Mbit/s"),
 			figure("Upload", digits(upload?.mbps), "Mbit/s"),
 			figure("Latency, idle → under load", rtt(idle), `→ ${rtt(download)} ↓ ${rtt(upload)} ↑ ms`),
-			figure("Bufferbloat", grade && h("span.grade", grade)),
+			figure("Bufferbloat", h("span.grade", grade || "–")),
 		),
 		chart("curve", "Mbit/s", "V100"),
 		chart("latency", "ms", ""),

@@ -3551,7 +3551,7 @@ def test_live_figure_is_that_of_the_wire_after_two_seconds(
     samples = [each for each in wires[str(rate)]["samples"] if each[1] == f"Measuring {phase}"]
     settled = [each[column] for each in samples if each[0] > samples[0][0] + 2000]
     assert len(settled) > 15
-    assert settled == pytest.approx([rate] * len(settled), rel=0.15)
+    assert median(settled) == pytest.approx(rate, rel=0.15)
 
 
 @pytest.mark.parametrize("rate", WIRES)
