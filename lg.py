@@ -3053,11 +3053,13 @@ td {
 	padding: 0.25rem 0.4rem;
 	border-bottom-width: 1px;
 	text-align: end;
+	white-space: nowrap;
 	width: 4.4rem;
 }
 .router {
 	width: auto;
 	text-align: start;
+	white-space: normal;
 }
 td small {
 	display: block;
@@ -3071,7 +3073,6 @@ td small {
 }
 .times {
 	width: 11rem;
-	white-space: nowrap;
 }
 th.axis,
 .plot > small {
@@ -3171,9 +3172,6 @@ dd b {
 	}
 	:is(.axis, .best, .worst, td.strip, th.strip) {
 		display: none;
-	}
-	h2 {
-		min-height: 2lh;
 	}
 	.hops {
 		table-layout: auto;
@@ -3563,7 +3561,7 @@ function reduce(run, event) {
 	return {...run, ...REDUCERS[event.event]?.(run, event)}
 }
 
-// Views: words
+// Words
 
 const lossOf = ({lost, rtts}) => `${+((100 * lost) / (rtts.length || 1)).toFixed(1)} %`
 const carriesOn = (hops, i) => hops.slice(i).every(({times, lost}) => !times.length || lost)
@@ -3646,7 +3644,7 @@ function verdictOfAll({runs, target}) {
 	}
 }
 
-// Views: pictures
+// Pictures
 
 function scaleOf({runs}) {
 	const times = runs.flatMap(({hops}) => hops.flatMap((hop) => hop.times))
@@ -3790,7 +3788,7 @@ function drawText(run) {
 	return h("pre", {tabindex: "0"}, outputOf(run))
 }
 
-// Views: text
+// Text
 
 const outputOf = ({result, notes}) => result?.rawOutput ?? notes.join("\n")
 const titleOf = ({tool, target}, where) => `${tool.title} · ${where}${target && ` → ${target}`}`
