@@ -23,7 +23,7 @@ ENV PATH=/venv/bin:$PATH
 WORKDIR /app
 COPY . .
 ENTRYPOINT ["tini", "-s", "--"]
-CMD ["python", "-m", "pytest", "-q", "-rs", "test_lg.py"]
+CMD ["python", "-m", "pytest", "-q", "-rs", "-n", "4", "--dist", "worksteal", "test_lg.py"]
 
 
 FROM tools

@@ -110,14 +110,8 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
 LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
 LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
 CORS_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
-STORE_PACKAGES = {
-    "memory": "limits",
-    "redis": "redis",
-    "rediss": "redis",
-    "valkey": "valkey",
-    "valkeys": "valkey",
-}
-STORE_PACKAGES |= {"mongodb": "pymongo"}  # with memcached no window can move
+STORE = re.compile(r"(memory|redis|valkey|mongodb)s?(?:\+[a-z]+)?://.*")  # memcached has no moving window
+STORE_PACKAGES = {"memory": "limits", "redis": "redis", "valkey": "valkey", "mongodb": "pymongo"}
 SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)\b", re.DOTALL)
 
 Rates = tuple[limits.RateLimitItem, ...]
@@ -189,11 +183,10 @@ def rates(value: str) -> Rates:
 
 
 def storage_uri(value: str) -> str:
-    package = STORE_PACKAGES.get(re.split("[+:]", value)[0])
-    if not package or "://" not in value:
+    if not (match := STORE.fullmatch(value)):
         raise ValueError("expected a URI of memory, redis, valkey or mongodb, like redis://HOST:6379")
-    if not find_spec(package):
-        raise ValueError(f"expected the Python package {package} to be installed: pip install {package}")
+    if not find_spec(package := STORE_PACKAGES[match[1]]):
+        raise ValueError(f"expected the Python package {package}: pip install {package}")
     return value
 
 
@@ -634,6 +627,9 @@ class Slots:
         self.what, self.total, self.per_client = what, total, per_client
         self.taken: Counter[str] = Counter()
 
+    def __str__(self) -> str:
+        return f"{self.total} at once, {self.per_client} per client"
+
     @contextmanager
     def take(self, client: str) -> Iterator[None]:
         """Hold a slot. Raises RequestError where none is free."""
@@ -847,7 +843,7 @@ COMMANDS = {
     for command in (*(each for each in BUILT_IN if each.name in SETTINGS.COMMANDS), *EXTRA)
 }
 COUNTERS |= {sample("lg_runs_total", command=name, outcome="finished"): 0 for name in COMMANDS}
-TOOLS = tuple(dict.fromkeys(command.tool for command in COMMANDS.values()))
+NEEDED_TOOLS = tuple(dict.fromkeys(command.tool for command in COMMANDS.values()))
 # Debian's packages.
 PACKAGES = {
     "ping": "iputils-ping",
@@ -869,18 +865,23 @@ def check_version(target: IPAddress | str, command: Command) -> None:
         raise validation_error(f"{target} is an IPv{target.version} address: {hint}", str(target))
 
 
+UNSUITABLE: set[str] = set()  # tools that turned out not to be the programs that we expect
+
+
 def missing_tools() -> list[str]:
-    """The tools that are not installed or not executable; looked for at most once a second."""
+    """The tools that are not installed, not executable or unsuitable; looked for at most once a second."""
     return find_missing_tools(int(time.monotonic()))
 
 
 @lru_cache(1)
 def find_missing_tools(second: int) -> list[str]:
-    return [tool for tool in TOOLS if not shutil.which(tool, path=ENVIRONMENT["PATH"])]
+    path = ENVIRONMENT["PATH"]
+    return [tool for tool in NEEDED_TOOLS if tool in UNSUITABLE or not shutil.which(tool, path=path)]
 
 
-def install_hint(tools: Sequence[str]) -> str:
-    return "apt-get install " + " ".join(PACKAGES.get(tool, tool) for tool in tools)
+def install_hint(tools: Sequence[str]) -> str | None:
+    packages = [PACKAGES[tool] for tool in tools if tool in PACKAGES]
+    return f"apt-get install {' '.join(packages)}" if packages else None
 
 
 # ---- parsing what the tools print --------------------------------------------------------------------------
@@ -1742,8 +1743,9 @@ async def started(command: Command, address: IPAddress) -> AsyncIterator[Process
         raise shutting_down()
     try:
         process = Process(command.argv_for(address), command.ok_statuses, SETTINGS.DIAGNOSTIC_TIMEOUT)
-    except (FileNotFoundError, PermissionError):
-        log.error(f"{tool} is not installed or not executable", {"install": install_hint([tool])})
+    except (FileNotFoundError, PermissionError) as error:
+        hint = install_hint([tool]) if isinstance(error, FileNotFoundError) else None
+        log.error(f"{tool} is not installed or may not run", {"error": error, "install": hint})
         message = f"{tool} is not installed on this server, or may not run"
         raise RequestError(503, {"error": message}, reason="unavailable") from None
     except OSError as error:
@@ -1841,13 +1843,20 @@ async def diagnosis(
 
 
 PROBE_SECONDS = 1  # a tool without permission ends long before
-# ping of iputils, BusyBox and GNU inetutils, and mtr.
-DENIED = re.compile(rb".*(?:permission denied|not permitted|privilege|cap_net_raw).*", re.IGNORECASE)
+# As ping of iputils, BusyBox and GNU inetutils prints it, and mtr, which has a program of its own to send.
+DENIED = re.compile(
+    rb".*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*", re.IGNORECASE
+)
+# As BusyBox and GNU inetutils refuse options of the programs that we expect.
+REFUSED = re.compile(rb".*(?:(?:invalid|unrecognized|unknown) option|invalid number).*", re.IGNORECASE)
 FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
 
 
 async def probe_tool(command: Command) -> None:
-    """Run a command on loopback: a tool that lacks the permission to send is logged and kept in FORBIDDEN."""
+    """Run a command on loopback, and log what is wrong with its tool.
+
+    One without the permission to send is kept in FORBIDDEN, another program of its name in UNSUITABLE.
+    """
     denied: object = None
     try:
         loopback = ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
@@ -1861,6 +1870,10 @@ async def probe_tool(command: Command) -> None:
             await process.kill_and_reap()
         if line := DENIED.search(output):
             denied = line[0].decode(errors="replace")
+        elif line := REFUSED.search(output):
+            UNSUITABLE.add(command.tool)
+            pairs = {"install": install_hint([command.tool]), "error": line[0].decode(errors="replace")}
+            log.warning(f"{command.tool} is not the program that is expected here", pairs)
     except PermissionError as error:  # file capabilities that this process may not have
         denied = error if shutil.which(command.tool, path=ENVIRONMENT["PATH"]) else None
     except OSError:
@@ -1987,8 +2000,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     """A client's connection: uvicorn's protocol with a bound for everything that a client may send.
 
     Reading is never paused, so that a client that leaves is noticed at once. Of what is read, REQUEST_BYTES
-    are parsed for a request, including what follows it. The rest of a body whose Content-Length is larger than
-    BODY_BYTES is counted, as it is kept by nobody. Anything else is discarded.
+    are parsed for a request, including what follows it. The rest of a body with a Content-Length of more than
+    BODY_BYTES is counted: no endpoint keeps it. Anything else is discarded.
     """
 
     per_client: ClassVar[Counter[str]] = Counter()
@@ -2272,6 +2285,8 @@ SIZES = {
     )
     if SETTINGS.MAX_SPEEDTESTS
 }
+if not COMMANDS and not SIZES:
+    raise settings_error("expected a command or speed tests to offer", COMMANDS="", MAX_SPEEDTESTS=0)
 DOWNLOADED, UPLOADED = (sample("lg_speedtest_bytes_total", direction=each) for each in ("download", "upload"))
 COUNTERS |= {DOWNLOADED: 0, UPLOADED: 0}
 
@@ -2365,6 +2380,7 @@ STREAM_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Vary": "Accept",
 }
+PLACE = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
 
 
 async def diagnostic(command: Command, request: Request) -> Response:
@@ -2440,8 +2456,7 @@ METRICS = {  # by name: the type and the help of Prometheus' text format
 async def metrics(request: Request) -> Response:
     if not any(client_address(request) in network for network in SETTINGS.METRICS_ALLOW_IPS):
         raise HTTPException(404)
-    place = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
-    samples = COUNTERS | {sample("lg_info", version=VERSION, **place): 1}
+    samples = COUNTERS | {sample("lg_info", version=VERSION, **PLACE): 1}
     samples["lg_connections"] = Connection.per_client.total()
     for kind, slots in (("command", DIAGNOSTICS), ("speedtest", SPEEDTESTS)):
         samples[sample("lg_slots", kind=kind)] = slots.total
@@ -2483,21 +2498,19 @@ HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.I
 
 def describe_rates(rates: Rates) -> str:
     """Rates in English: `2 per minute and 30 per 2 hours`."""
-    periods = (f"{rate.multiples} {rate.GRANULARITY.name}s" for rate in rates)
+    units = [(rate.multiples, rate.GRANULARITY.name) for rate in rates]
+    periods = [unit if multiples == 1 else f"{multiples} {unit}s" for multiples, unit in units]
     return (
-        " and ".join(
-            f"{rate.amount} per {period if rate.multiples > 1 else rate.GRANULARITY.name}"
-            for rate, period in zip(rates, periods, strict=True)
-        )
-        or "no limit"
+        " and ".join(f"{rate.amount} per {period}" for rate, period in zip(rates, periods, strict=True))
+        or "none"
     )
 
 
 def rate_limits_text() -> str:
-    parts = [f"each command {describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}"] if COMMANDS else []
+    parts = [f"{describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)} for each command"] if COMMANDS else []
     if SIZES:
-        parts.append(f"each speed test {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}")
-        parts.append(f"the 10G download {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST_10G)}")
+        parts.append(f"{describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)} for each speed test")
+        parts.append(f"{describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST_10G)} for the 10G download")
     return ", ".join(parts)
 
 
@@ -2510,8 +2523,7 @@ async def usage(request: Request) -> Response:
     example = "mtr" if "mtr" in COMMANDS else next(iter(COMMANDS), "")
     text = USAGE.format(
         base=base,
-        location=SETTINGS.NETWORK_LOCATION,
-        facility=SETTINGS.NETWORK_FACILITY,
+        **PLACE,
         diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=lines, command=example) if COMMANDS else "",
         speedtests=SPEEDTESTS_USAGE.format(base=base) if SIZES else "",
         limits=rate_limits_text(),
@@ -2521,7 +2533,7 @@ async def usage(request: Request) -> Response:
 
 async def answer_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    count_refusal(client_address(request), request.url.path, error.reason)
+    count_refusal(client_address(request), request.scope["path"], error.reason)
     try:
         return JSONResponse(error.body, error.status, error.headers)
     except (ValueError, RecursionError):  # what the client sent, to be echoed, cannot be written as JSON
@@ -3041,14 +3053,17 @@ td {
 	padding: 0.25rem 0.4rem;
 	border-bottom-width: 1px;
 	text-align: end;
+	white-space: nowrap;
 	width: 4.4rem;
 }
 .router {
 	width: auto;
 	text-align: start;
+	white-space: normal;
 }
 td small {
 	display: block;
+	min-height: 1lh;
 }
 .axis {
 	width: 24%;
@@ -3058,7 +3073,6 @@ td small {
 }
 .times {
 	width: 11rem;
-	white-space: nowrap;
 }
 th.axis,
 .plot > small {
@@ -3204,12 +3218,12 @@ PAGE = """\
 <form id="form" class="card {kind}" method="post" action="lookingglass/{command}">
 <fieldset class="tabs script" aria-label="Test">{tabs}</fieldset>
 <div class="row">
-<label class="target"><span class="hush">Target</span>
-<input name="target" value="{target}" inputmode="url" spellcheck="false"
+<label class="target"><span class="hush">Target</span><input name="target" value="{target}"
+inputmode="url" spellcheck="false"
 placeholder="Host name, address or URL" aria-describedby="fault"></label>
 <label class="script"><span class="hush">IP version</span><select name="version">{versions}</select></label>
 <button id="run" class="script" disabled>Run</button>
-<p id="offer" class="script">Takes 18 s and moves about 200 MB at 100 Mbit/s, 2 GB at 1 Gbit/s.
+<p id="offer" class="script">Takes 18 s. Moves 200 MB at 100 Mbit/s, 2 GB at 1 Gbit/s.
 For curl: {downloads}</p>
 <noscript class="row">{buttons}</noscript>
 </div>
@@ -3549,7 +3563,7 @@ function reduce(run, event) {
 	return {...run, ...REDUCERS[event.event]?.(run, event)}
 }
 
-// Views: words
+// Words
 
 const lossOf = ({lost, rtts}) => `${+((100 * lost) / (rtts.length || 1)).toFixed(1)} %`
 const carriesOn = (hops, i) => hops.slice(i).every(({times, lost}) => !times.length || lost)
@@ -3632,7 +3646,7 @@ function verdictOfAll({runs, target}) {
 	}
 }
 
-// Views: pictures
+// Pictures
 
 function scaleOf({runs}) {
 	const times = runs.flatMap(({hops}) => hops.flatMap((hop) => hop.times))
@@ -3776,7 +3790,7 @@ function drawText(run) {
 	return h("pre", {tabindex: "0"}, outputOf(run))
 }
 
-// Views: text
+// Text
 
 const outputOf = ({result, notes}) => result?.rawOutput ?? notes.join("\n")
 const titleOf = ({tool, target}, where) => `${tool.title} · ${where}${target && ` → ${target}`}`
@@ -4191,7 +4205,7 @@ def anchors(links: Mapping[str, str]) -> str:
 
 
 def chosen_test(asked: Mapping[str, str]) -> tuple[str, str]:
-    """The tab and the IP version ("4", "6" or "") that a link asks for, which may name a command too."""
+    """The tab and the IP version ("4", "6" or "") that a link asks for; `command` may name both at once."""
     name, version = asked.get("command", ""), asked.get("version", "")
     if name in COMMANDS and base_name(COMMANDS[name]) != name:
         name, version = base_name(COMMANDS[name]), "6"
@@ -4214,7 +4228,7 @@ def page(info: Mapping[str, str], asked: Mapping[str, str]) -> str:
     }
     at = {str(place["name"]): str(i) for i, place in enumerate(places)} | {"all": str(len(places))}
     test, version = chosen_test(asked)
-    commands = [name for name, command in COMMANDS.items() if base_name(command) == test] or [*COMMANDS]
+    commands = [name for name, command in COMMANDS.items() if base_name(command) == test] or [*COMMANDS, ""]
     setup = {"tools": TABS, "places": places, "streams": STREAMS}
     auto = f"Auto (IPv{6 if ':' in info['your_ip'] else 4})"
     return PAGE.format(
@@ -4250,17 +4264,13 @@ async def front(request: Request) -> Response:
 # ---- routes and app ----------------------------------------------------------------------------------------
 
 
-def slots_text() -> str:
-    kinds = [("commands", DIAGNOSTICS)] * bool(COMMANDS) + [("speed tests", SPEEDTESTS)] * bool(SIZES)
-    return ", ".join(f"{slots.total} {kind} at once, {slots.per_client} per client" for kind, slots in kinds)
-
-
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Log at the start what an operator has to know."""
     for line in unknown_settings(ENV_FILE):
         log.warning(line)
-    log.info("limits", {"rates": rate_limits_text(), "slots": slots_text()})
+    slots = {"commands": DIAGNOSTICS if COMMANDS else None, "speedtests": SPEEDTESTS if SIZES else None}
+    log.info("limits", {"rates": rate_limits_text(), **slots})
     if missing := missing_tools():
         log.warning(
             "Tools are missing: their commands answer 503 until they are installed",
@@ -4347,23 +4357,16 @@ class Logfmt(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
-        pairs: dict[str, object] = {
-            "time": moment,
-            "level": record.levelname.lower(),
-            "msg": record.getMessage(),
-        }
-        if isinstance(record.args, Mapping):
-            pairs |= record.args
-        if record.exc_info:
-            pairs["traceback"] = self.formatException(record.exc_info)
-        return " ".join(
-            f"{key}={self.quote(str(value))}" for key, value in pairs.items() if value is not None
-        )
+        pairs: dict[str, object] = {"time": moment, "level": record.levelname.lower()}
+        pairs |= {"msg": record.getMessage(), **(record.args if isinstance(record.args, Mapping) else {})}
+        pairs["traceback"] = self.formatException(record.exc_info) if record.exc_info else None
+        return " ".join(f"{key}={self.quote(value)}" for key, value in pairs.items() if value is not None)
 
-    def quote(self, value: str) -> str:
-        if value.isprintable() and re.fullmatch(r'[^\s"=\\]+', value):
-            return value
-        return json.dumps(value, ensure_ascii=not value.isprintable())
+    def quote(self, value: object) -> str:
+        text = str(value)
+        if text.isprintable() and re.fullmatch(r'[^\s"=\\]+', text):
+            return text
+        return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 class LogHandler(logging.Handler):
@@ -4386,13 +4389,8 @@ class LogHandler(logging.Handler):
             line = self.lines.get()
             if dropped := self.dropped:
                 self.dropped -= dropped
-                lost = {
-                    "name": "lg",
-                    "levelname": "WARNING",
-                    "msg": "log lines dropped",
-                    "args": {"lines": dropped},
-                }
-                line += self.format(logging.makeLogRecord(lost)) + "\n"
+                arguments = ("lg", logging.WARNING, "", 0, "log lines dropped", ({"lines": dropped},), None)
+                line += self.format(logging.LogRecord(*arguments)) + "\n"
             data = line.encode(errors="backslashreplace")
             with suppress(OSError):  # a full disk, a pipe without a reader
                 while data:
@@ -4426,9 +4424,7 @@ def serve() -> None:
         sockets = listen(SETTINGS.HOST, SETTINGS.PORT)
     except (OSError, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise settings_error(
-                "expected a free port: it is in use by another program", PORT=SETTINGS.PORT
-            ) from None
+            raise settings_error("expected a port that is not in use", PORT=SETTINGS.PORT) from None
         reason = f"expected an address of this machine and a port that this user may use ({error})"
         raise settings_error(reason, HOST=SETTINGS.HOST, PORT=SETTINGS.PORT) from None
     config = uvicorn.Config(
@@ -4443,9 +4439,8 @@ def serve() -> None:
         server_header=False,
         timeout_graceful_shutdown=STOP_SECONDS,
     )
-    place = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
     host = f"[{own_address()}]" if ":" in own_address() else own_address()
-    log.info("started", {"version": VERSION, **place, "url": f"http://{host}:{SETTINGS.PORT}/"})
+    log.info("started", {"version": VERSION, **PLACE, "url": f"http://{host}:{SETTINGS.PORT}/"})
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     # If the parent left it ignored, tools would be reaped before they are waited for.
