@@ -2930,7 +2930,7 @@ header {
 	border-width: 0 0 1px;
 }
 nav,
-.head .stop,
+.stop,
 #mine {
 	margin-inline-start: auto;
 }
@@ -3223,7 +3223,7 @@ inputmode="url" spellcheck="false"
 placeholder="Host name, address or URL" aria-describedby="fault"></label>
 <label class="script"><span class="hush">IP version</span><select name="version">{versions}</select></label>
 <button id="run" class="script" disabled>Run</button>
-<p id="offer" class="script">Takes 18 s. Moves 200 MB at 100 Mbit/s, 2 GB at 1 Gbit/s.
+<p id="offer" class="script">Takes 18 s and moves up to 2 GB at 1 Gbit/s.
 For curl: {downloads}</p>
 <noscript class="row">{buttons}</noscript>
 </div>
