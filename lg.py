@@ -2817,6 +2817,7 @@ async def api_docs(name: str, request: Request) -> Response:
 
 # ---- the page ----------------------------------------------------------------------------------------------
 
+# Tokens, base, form, cards, plots, then narrow screens and other media.
 STYLE = """\
 :root {
 	color-scheme: light dark;
@@ -3240,6 +3241,20 @@ For curl: {downloads}</p>
 </html>
 """
 
+# The script, in the order of its banners. What stands here is not sent.
+#
+# - `h` makes an element; what others wrote becomes text, never markup. `morph` makes a node like another and
+#   touches only what differs, so that focus and selection stay; a cell that differs is replaced.
+# - Nothing in *Network* knows the document. `patiently` rejects after PATIENCE: nothing else shows that a
+#   network is gone. An upload uses XMLHttpRequest, as fetch does not report how much it has sent.
+# - `load` lasts until its clock ends it. More streams are added while each makes the load faster.
+# - `reduce` is pure. `expect` rejects what no server of ours sends: another place could send anything.
+# - The events of mtr hold sums; `grown` derives the probes since the last event from what they grew by.
+# - Browsers report an upload in steps. `rateOf` measures from report to report, over a second or three times
+#   the gap between them, and shows a stall once one is overdue.
+# - Loss is red where it `carriesOn`: every later hop that answers loses too.
+# - While mtr runs, no hop is drawn beyond the first whose answer may still come: rows stay where they are.
+# - A test that is refused is never shown, and leaves what was there before.
 SCRIPT = r"""
 // @ts-check
 /** @typedef {{ address: string, name: string, details: string, rtts: (number | null)[],
@@ -3516,8 +3531,8 @@ function probed({hops, address}, seq, rtt) {
 function rateOf(reports, now) {
 	const [at, bytes] = reports.at(-1)
 	const gap = at - reports.slice(-4)[0][0]
-	const start = reports.findLast(([time]) => time <= at - Math.max(SECOND, 3 * gap)) ?? reports[0]
-	const [from, before] = start[1] ? start : (reports[1] ?? start)
+	const isBefore = ([time]) => time <= at - Math.max(SECOND, 3 * gap)
+	const [from, before] = reports.slice(1).findLast(isBefore) ?? reports[1] ?? reports[0]
 	const until = now - at > SECOND + gap ? now : at
 	return ((bytes - before) * 8e-3) / Math.max(SECOND, until - from)
 }
