@@ -1842,7 +1842,7 @@ async def diagnosis(
         await asyncio.wait((run,))
 
 
-PROBE_SECONDS = 1  # a tool without permission ends long before
+PROBE_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
 # As ping of iputils, BusyBox and GNU inetutils prints it, and mtr, which has a program of its own to send.
 DENIED = re.compile(
     rb".*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*", re.IGNORECASE
