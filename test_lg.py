@@ -3854,7 +3854,7 @@ def test_axe_finds_nothing(visit: Visit, amsterdam: Server, stand_ins: Server, a
     assert found == []
 
 
-@pytest.mark.parametrize("width", [320, 1024, 3840])
+@pytest.mark.parametrize("width", [1024, 3840])
 def test_nothing_shifts_while_results_arrive(visit: Visit, stand_ins: Server, width: int) -> None:
     pages = [
         visit(stand_ins, f"?command={name}&target=198.51.100.254", viewport={"width": width, "height": 1400})
