@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A looking glass: ping, traceroute and mtr from here, streamed as they run, and speed tests.
+"""A looking glass: streamed ping, traceroute and mtr from this server, and speed tests.
 
-`python lg.py` serves it; `python lg.py health` asks a server with the same settings how it is.
-Read it from the top: each chapter uses only what is above it.
+`python lg.py` starts the server; `python lg.py health` prints the health of the running one.
+Each chapter uses only what is above it.
 """
 
 from __future__ import annotations
@@ -4281,7 +4281,7 @@ async def front(request: Request) -> Response:
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Log at the start what an operator has to know."""
+    """Log the limits and everything that needs the operator's attention."""
     for line in unknown_settings(ENV_FILE):
         log.warning(line)
     slots = {"commands": DIAGNOSTICS if COMMANDS else None, "speedtests": SPEEDTESTS if SIZES else None}
