@@ -4050,6 +4050,7 @@ async function begin(asked) {
 	places.forEach(check)
 	drawForm()
 	const faults = await Promise.all(runs.map((_, i) => follow(test, i)))
+	test.control.abort()
 	state.invalid = faults.some((fault) => fault?.invalid) && !runs.some(({address}) => address)
 	if (runs[1] && !state.invalid) show(test)
 	const {head, sub} = verdictOfAll(test)
