@@ -69,6 +69,7 @@ from typing import (
     is_typeddict,
 )
 from urllib.parse import parse_qs
+from weakref import WeakValueDictionary
 
 import h11
 import idna
@@ -2266,6 +2267,7 @@ BLOCK = bytes(2**23 if sys.version_info >= (3, 12) else 2**21)
 PACE = 2**16  # bytes/s that a transfer must reach on average: a trickle holds no slot
 UPLOAD_BYTES = 2**30
 UPLOAD_SECONDS = 120  # after which an upload is answered with what has come
+UPLOAD_TEST_CHARS = 64  # of a test's name
 
 
 class Size(NamedTuple):
@@ -2329,14 +2331,43 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
 
 
 class Upload(TypedDict):
-    """The answer to an upload: from the first byte to the last; `mbps` is null where that took no time."""
+    """What an upload has brought; `mbps` is null where that took no time."""
 
     bytes: int
     seconds: float
     mbps: float | None
 
 
-async def receive_upload(chunks: AsyncIterator[bytes], client: IPAddress) -> tuple[Upload, Headers]:
+@dataclass
+class UploadTest:
+    """What the uploads of one speed test have brought so far."""
+
+    begun: float  # by the event loop's clock
+    length: int = 0
+
+
+# Those with uploads that run, by the name that the client gave its test.
+UPLOAD_TESTS: WeakValueDictionary[str, UploadTest] = WeakValueDictionary()
+
+
+def measured(length: int, seconds: float) -> Upload:
+    mbps = round(length * 8 / 1e6 / seconds, 3) if seconds else None
+    return {"bytes": length, "seconds": round(seconds, 6), "mbps": mbps}
+
+
+def upload_so_far(test: str) -> Upload:
+    """What the running uploads of a test have brought: nothing where none runs.
+
+    A page asks for this, since a browser counts what it has handed to its system, not what has arrived.
+    """
+    now = asyncio.get_running_loop().time()
+    upload_test = UPLOAD_TESTS.get(test) or UploadTest(now)
+    return measured(upload_test.length, now - upload_test.begun)
+
+
+async def receive_upload(
+    chunks: AsyncIterator[bytes], client: IPAddress, test: str
+) -> tuple[Upload, Headers]:
     """Take an upload and keep nothing: its measurement, and the headers of the rate limit.
 
     After UPLOAD_SECONDS it is measured by what has come; after STALL_SECONDS already, where that is less than
@@ -2347,12 +2378,14 @@ async def receive_upload(chunks: AsyncIterator[bytes], client: IPAddress) -> tup
         loop = asyncio.get_running_loop()
         begun = first = last = loop.time()
         length, outcome = 0, "broken off"
+        upload_test = UPLOAD_TESTS.setdefault(test, UploadTest(begun)) if test else UploadTest(begun)
         try:
             async with asyncio.timeout(STALL_SECONDS) as deadline:
                 async for chunk in chunks:
                     last = loop.time()
                     first = first if length else last
                     length += len(chunk)
+                    upload_test.length += len(chunk)
                     COUNTERS[UPLOADED] += len(chunk)
                     if last - begun > STALL_SECONDS and length < PACE * (last - begun):
                         break
@@ -2365,9 +2398,7 @@ async def receive_upload(chunks: AsyncIterator[bytes], client: IPAddress) -> tup
             outcome = "finished"
         finally:
             log_speedtest("upload", client, outcome, length, loop.time() - begun)
-    seconds = last - first
-    mbps = round(length * 8 / 1e6 / seconds, 3) if seconds else None
-    return {"bytes": length, "seconds": round(seconds, 6), "mbps": mbps}, headers
+    return measured(length, last - first), headers
 
 
 # ---- endpoints ---------------------------------------------------------------------------------------------
@@ -2407,16 +2438,18 @@ async def speedtest(size: Size, request: Request) -> Response:
 
 
 async def upload(request: Request) -> Response:
+    headers = {"Cache-Control": "no-store", "Timing-Allow-Origin": "*"}
+    test = request.query_params.get("test", "")[:UPLOAD_TEST_CHARS]
+    if request.method != "POST":
+        return JSONResponse(upload_so_far(test), headers=headers)
     length = declared_length(request.scope["headers"])
     if length is None:
         raise RequestError(411, {"detail": "Send Content-Length: an upload without it is not accepted"})
     if length > UPLOAD_BYTES:
         raise RequestError(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
     async with aclosing(request.stream()) as chunks:
-        measured, headers = await receive_upload(chunks, client_address(request))
-    return JSONResponse(
-        measured, headers={"Cache-Control": "no-store", "Timing-Allow-Origin": "*", **headers}
-    )
+        answer, rate_headers = await receive_upload(chunks, client_address(request), test)
+    return JSONResponse(answer, headers={**headers, **rate_headers})
 
 
 async def health(request: Request) -> Response:
@@ -2702,17 +2735,22 @@ def speedtest_operations(name: str) -> dict[str, Schema]:
     return {"get": get, "head": operation(f"{summary}: the headers", {"description": "The headers alone."})}
 
 
-def upload_operation() -> Schema:
-    return operation(
+def upload_operations() -> dict[str, Schema]:
+    content = {JSON_TYPE: typed_dict_schema(Upload)}
+    test = {"name": "test", "in": "query", "schema": STRING}
+    test["description"] = f"A name for this test, of at most {UPLOAD_TEST_CHARS} characters."
+    post = operation(
         "Takes bytes, keeps nothing, measures how fast they came",
-        response(
-            "The speed, from the first byte to the last.", {JSON_TYPE: typed_dict_schema(Upload)}, RATED
-        ),
+        response("The speed, from the first byte to the last.", content, RATED),
         (408, 411, 413, 429, 503),
         description=f"Limit: {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}.",
         operationId="speedtest_upload",
+        parameters=[test],
         requestBody={"content": {"application/octet-stream": {"schema": {}}}},
     )
+    summary = "What the running uploads of a test have brought so far"
+    get = operation(summary, response("Zeros where none runs.", content), parameters=[test])
+    return {"get": get, "post": post}
 
 
 def get_operation(summary: str, content: Mapping[str, Schema]) -> Schema:
@@ -2736,7 +2774,7 @@ def openapi() -> Schema:
         "paths": {
             **{f"/lookingglass/{name}": {"post": command_operation(COMMANDS[name])} for name in COMMANDS},
             **{f"/speedtest/{name}": speedtest_operations(name) for name in SIZES},
-            **({"/speedtest/upload": {"post": upload_operation()}} if SIZES else {}),
+            **({"/speedtest/upload": upload_operations()} if SIZES else {}),
             "/network/info": get_operation("Where this is, and who you are", {JSON_TYPE: location}),
             "/health": get_operation("Whether the tools are there", {JSON_TYPE: health}),
             "/": get_operation("How to use it; with `Accept`, the page", {TEXT_TYPE: STRING, **page}),
@@ -3049,10 +3087,12 @@ table {
 .narrow {
 	display: none;
 }
+tr {
+	border-bottom-width: 1px;
+}
 th,
 td {
 	padding: 0.25rem 0.4rem;
-	border-bottom-width: 1px;
 	text-align: end;
 	white-space: nowrap;
 	width: 4.4rem;
@@ -3064,7 +3104,18 @@ td {
 }
 td small {
 	display: block;
+}
+td small,
+.sub {
 	min-height: 1lh;
+}
+.running :is(.router > :first-child, td small, .sub) {
+	overflow: hidden;
+	text-overflow: ellipsis;
+	white-space: nowrap;
+}
+small span {
+	margin-inline-end: 0.75em;
 }
 .axis {
 	width: 24%;
@@ -3166,19 +3217,27 @@ dd b {
 }
 
 @container (max-width: 42rem) {
-	.narrow {
+	:is(.axis, .loss, .best, .worst, .times, td.strip, th.strip) {
+		display: none;
+	}
+	.narrow,
+	small span {
+		display: block;
+	}
+	.router .narrow {
 		display: grid;
 		grid-template-columns: 1fr 1fr;
 		gap: 0.5rem;
 	}
-	:is(.axis, .best, .worst, td.strip, th.strip) {
+	.hops td {
+		vertical-align: top;
+	}
+	.running .sub {
 		display: none;
 	}
-	.hops {
-		table-layout: auto;
-	}
-	.router {
-		width: 100%;
+	.view ~ *,
+	.sub {
+		order: 1;
 	}
 }
 @media (scripting: none) {
@@ -3246,18 +3305,18 @@ For curl: {downloads}</p>
 # - `h` makes an element; what others wrote becomes text, never markup. `morph` makes a node like another and
 #   touches only what differs, so that focus and selection stay; a cell that differs is replaced.
 # - Nothing in *Network* knows the document. `patiently` rejects after PATIENCE: nothing else shows that a
-#   network is gone. An upload uses XMLHttpRequest, as fetch does not report how much it has sent.
+#   network is gone.
 # - `load` lasts until its clock ends it. More streams are added while each makes the load faster.
+# - The server is asked how much of an upload has come: a browser counts what it has handed to its system.
+#   The same requests, and `/health` in the other phases, measure the latency.
 # - `reduce` is pure. `expect` rejects what no server of ours sends: another place could send anything.
 # - The events of mtr hold sums; `grown` derives the probes since the last event from what they grew by.
-# - Browsers report an upload in steps. `rateOf` measures from report to report, over a second or three times
-#   the gap between them, and shows a stall once one is overdue.
 # - Loss is red where it `carriesOn`: every later hop that answers loses too.
 # - While mtr runs, no hop is drawn beyond the first whose answer may still come: rows stay where they are.
 # - A test that is refused is never shown, and leaves what was there before.
 SCRIPT = r"""
 // @ts-check
-/** @typedef {{ address: string, name: string, details: string, rtts: (number | null)[],
+/** @typedef {{ address: string, name: string, network: string, also: string[], rtts: (number | null)[],
  *   times: number[], lost: number }} Hop - rtts in ms, null for a lost probe
  * @typedef {{ tool: any, status: string, address: string, time: string, hops: Hop[], notes: string[],
  *   phases: any[], [key: string]: any }} Run
@@ -3387,54 +3446,33 @@ async function diagnose({place, command, target}, signal, emit) {
 	throw new Error("cut off")
 }
 
-async function download(place, source, add, signal) {
-	const answer = await request(place, `speedtest/${source}`, {signal})
+async function download(place, path, signal, add) {
+	const answer = await request(place, path, {signal})
 	for await (const chunk of chunks(answer.body)) add(chunk.length)
 }
 
-function upload(place, source, add, signal) {
-	const http = new XMLHttpRequest()
-	let blob = new Blob([new Uint8Array(2 ** 20)])
-	while (blob.size < 2 ** 30) blob = new Blob([blob, blob])
-	return new Promise((resolve, reject) => {
-		let before = 0
-		http.upload.onprogress = ({loaded}) => {
-			add(loaded - before)
-			before = loaded
-		}
-		http.onload = () => {
-			if (http.status === 200) resolve(0)
-			reject(refusal(http.status, http.response, http.getResponseHeader("Retry-After")))
-		}
-		http.onerror = http.onabort = reject
-		signal.addEventListener("abort", () => http.abort())
-		http.open("POST", `${place.url}speedtest/${source}`)
-		http.send(blob)
-	})
+function upload(place, path, signal) {
+	let body = new Blob([new Uint8Array(2 ** 20)])
+	while (body.size < 2 ** 30) body = new Blob([body, body])
+	return request(place, path, {method: "POST", body, signal})
 }
 
-const LOADS = {download: [download, ["10G", "1G", "100M"]], upload: [upload, ["upload"]]}
-
-async function load(place, [move, sources], add, clock) {
-	let [bytes, before, fastest] = [0, 0, 0]
-	const count = (more) => {
-		bytes += more
-		add(bytes)
-	}
+async function load(place, [move, ...paths], signal, add, total) {
+	let [before, fastest] = [0, 0]
 	async function stream(i) {
 		try {
-			await move(place, sources[i], count, clock)
+			await move(place, paths[i], signal, add)
 		} catch (error) {
-			if (clock.aborted) return
-			if (!error.until || !sources[i + 1]) throw error
+			if (signal.aborted) return
+			if (!error.until || !paths[i + 1]) throw error
 			await stream(i + 1)
 		}
 	}
 	async function widen(streams) {
-		await sleep(SECOND, clock)
-		if (streams >= STREAMS || clock.aborted || bytes - before < 1.1 * fastest) return
-		fastest = bytes - before
-		before = bytes
+		await sleep(SECOND, signal)
+		if (streams >= STREAMS || signal.aborted || total() - before <= 1.1 * fastest) return
+		fastest = total() - before
+		before = total()
 		stream(0).catch(() => {})
 		widen(streams + 1)
 	}
@@ -3442,40 +3480,50 @@ async function load(place, [move, sources], add, clock) {
 	await stream(0)
 }
 
+const UPLOADS = `speedtest/upload?test=${Math.random()}`
+const PHASES = {
+	idle: [IDLE, "health", (_place, _path, clock) => sleep(IDLE, clock)],
+	download: [LOAD, "health", download, "speedtest/10G", "speedtest/1G", "speedtest/100M"],
+	upload: [LOAD, UPLOADS, upload, UPLOADS],
+}
+
+async function sample(place, path, signal) {
+	const begun = performance.now()
+	const answer = await ask(place, path, signal)
+	const {requestStart, responseStart} = performance.getEntriesByName(place.url + path).pop()?.toJSON() ?? {}
+	performance.clearResourceTimings()
+	return {...answer, rtt: requestStart ? responseStart - requestStart : performance.now() - begun}
+}
+
+async function measure(place, name, signal, now, emit) {
+	const [time, path, ...transfer] = PHASES[name]
+	const from = now()
+	const over = new AbortController()
+	const clock = AbortSignal.any([signal, over.signal, AbortSignal.timeout(time)])
+	let total = 0
+	async function watch() {
+		while (!clock.aborted) {
+			const at = now()
+			const {rtt, bytes = total, seconds} = await sample(place, path, signal)
+			emit({event: "latency", at, rtt})
+			total = Math.max(total, bytes)
+			if (bytes) emit({event: "bytes", at: seconds ? from + seconds * SECOND : now(), bytes})
+			await sleep(SECOND / 10, clock)
+		}
+	}
+	emit({event: "phase", name, at: from})
+	const add = (more) => (total += more)
+	const moved = load(place, transfer, clock, add, () => total).finally(() => over.abort())
+	await Promise.all([moved, watch()])
+	signal.throwIfAborted()
+}
+
 async function speedTest({place}, signal, emit) {
 	const begun = performance.now()
 	const now = () => performance.now() - begun
-	const over = new AbortController()
-	const test = AbortSignal.any([signal, over.signal])
-	async function sample() {
-		while (!test.aborted) {
-			const at = now()
-			await ask(place, "health", test)
-			const {requestStart, responseStart} = performance.getEntriesByName(`${place.url}health`).pop()?.toJSON() ?? {}
-			performance.clearResourceTimings()
-			emit({event: "latency", at, rtt: requestStart ? responseStart - requestStart : now() - at})
-			await sleep(SECOND / 10, test)
-		}
-	}
 	await ask(place, "health")
 	emit({event: "start", address: new URL(place.url).hostname, time: new Date().toISOString()})
-	emit({event: "phase", name: "idle", at: now()})
-	sample().catch(() => {})
-	try {
-		await sleep(IDLE, test)
-		for (const name in LOADS) {
-			let [at, bytes] = [now(), 0]
-			emit({event: "phase", name, at})
-			const timer = setInterval(() => emit({event: "bytes", at, bytes, now: now()}), SECOND / 10)
-			const clock = AbortSignal.any([signal, AbortSignal.timeout(LOAD)])
-			await load(place, LOADS[name], (total) => ([at, bytes] = [now(), total]), clock).finally(() =>
-				clearInterval(timer),
-			)
-			signal.throwIfAborted()
-		}
-	} finally {
-		over.abort()
-	}
+	for (const name in PHASES) await measure(place, name, signal, now, emit)
 	emit({event: "end", status: "finished", duration: now() / SECOND})
 }
 
@@ -3485,7 +3533,7 @@ const counted = (hop) => {
 	const times = hop.rtts.filter((rtt) => rtt != null)
 	return {...hop, times, lost: hop.rtts.length - times.length}
 }
-const NO_HOP = counted({address: "", name: "", details: "", rtts: []})
+const NO_HOP = counted({address: "", name: "", network: "", also: [], rtts: []})
 
 const newRun = (place, tool, target, command) => ({
 	...{place, tool, target, command, status: "running", error: "", address: "", time: "", duration: 0},
@@ -3512,13 +3560,13 @@ function grown({rtts, times, lost}, {rcv, drop, avg}) {
 }
 
 function hopOf(before, {address, hostname, addresses = [], asn = [], network, stats, timings, probes = timings ?? []}) {
-	const also = addresses.filter((each) => each !== address)
-	const as = [...asn.map((each) => `AS${number(each)}`), text(network)].join(" ").trim()
+	const further = addresses.filter((each) => each !== address)
 	const codes = new Set(probes.map(({code}) => code))
 	return counted({
 		address: text(address),
 		name: text(hostname) || address,
-		details: [hostname && address, as, ...also, ...codes].filter(text).join(" · "),
+		network: [...asn.map((each) => `AS${number(each)}`), text(network)].join(" ").trim(),
+		also: [hostname && address, ...further, ...codes].filter(text),
 		rtts: stats ? grown(before, stats) : probes.map(rttOf),
 	})
 }
@@ -3528,13 +3576,10 @@ function probed({hops, address}, seq, rtt) {
 	return hop.rtts[seq - 1] ? {} : {hops: [counted({...hop, address, rtts: put(hop.rtts, seq, rtt, null)})]}
 }
 
-function rateOf(reports, now) {
+function rateOf(reports) {
 	const [at, bytes] = reports.at(-1)
-	const gap = at - reports.slice(-4)[0][0]
-	const isBefore = ([time]) => time <= at - Math.max(SECOND, 3 * gap)
-	const [from, before] = reports.slice(1).findLast(isBefore) ?? reports[1] ?? reports[0]
-	const until = now - at > SECOND + gap ? now : at
-	return ((bytes - before) * 8e-3) / Math.max(SECOND, until - from)
+	const [from, before] = reports.findLast(([time]) => time <= at - SECOND) ?? reports[0]
+	return ((bytes - before) * 8e-3) / Math.max(SECOND, at - from)
 }
 
 const inPhase = ({phases}, change) => ({
@@ -3556,10 +3601,10 @@ const REDUCERS = {
 		phases: [...phases, {name, from: at, reports: [[at, 0]], curve: [], latency: []}],
 	}),
 	latency: (run, {at, rtt}) => inPhase(run, ({latency}) => ({latency: [...latency, [at, rtt]]})),
-	bytes: (run, {at, bytes, now}) =>
+	bytes: (run, {at, bytes}) =>
 		inPhase(run, ({reports, curve}) => {
-			const known = bytes > reports.at(-1)[1] ? [...reports, [at, bytes]] : reports
-			return {reports: known, curve: [...curve, [now, rateOf(known, now)]]}
+			const known = [...reports, [at, bytes]]
+			return {reports: known, curve: [...curve, [at, rateOf(known)]]}
 		}),
 	end: ({command, hops}, {status, error, duration, result}) => ({
 		...{
@@ -3585,7 +3630,7 @@ const carriesOn = (hops, i) => hops.slice(i).every(({times, lost}) => !times.len
 
 function reached({hops, address}) {
 	const last = hops.at(-1) ?? NO_HOP
-	return last.times.length && [last.address, ...last.details.split(" · ")].includes(address) ? last : NO_HOP
+	return last.times.length && [last.address, ...last.also].includes(address) ? last : NO_HOP
 }
 
 function lossInWords(hops) {
@@ -3729,21 +3774,32 @@ function drawStrip({rtts, times}, slots) {
 }
 
 function drawHop(hop, i, {tool, hops}, {top}) {
-	const {rtts, times, name, details, lost} = hop
+	const {rtts, times, name, network, also, lost} = hop
 	const isTrace = tool.kind === "traceroute"
 	const slots = Math.max(tool.probes, ...hops.map((each) => each.rtts.length))
-	const pictures = [drawTimes(times, top, isTrace), isTrace ? "" : drawStrip(hop, slots)]
-	const stats = {avg: mean(times), best: Math.min(...times), worst: Math.max(...times)}
-	const narrow = h("div.narrow", pictures)
+	const values = rtts.map(shown).join(" ")
+	const pictures = () => [
+		drawTimes(times, top, isTrace),
+		h("div", isTrace ? values : [drawStrip(hop, slots), h("span.hush", values)]),
+	]
+	const loss = (tag) => h(`${tag}${lost && carriesOn(hops, i) ? ".bad" : ""}`, lossOf(hop))
+	const [range, probes] = pictures()
 	return h(
 		"tr",
 		rowHead(i + 1),
-		h("td.router", name, h("small", details), narrow.cloneNode(true)),
-		h("td.axis", pictures[0]),
-		h(isTrace ? "td.times" : "td.strip", pictures[1], h(isTrace ? "span" : "span.hush", rtts.map(shown).join(" "))),
+		h(
+			"td.router",
+			h("div", name),
+			h("small", network && h("span", network), h("span", also.join(" · "))),
+			h("div.narrow", pictures()),
+		),
+		h("td.axis", range),
+		h(isTrace ? "td.times" : "td.strip", probes),
 		!isTrace && [
-			h(`td.loss${lost && carriesOn(hops, i) ? ".bad" : ""}`, lossOf(hop)),
-			Object.entries(stats).map(([key, time]) => h(`td.${key}`, digits(time))),
+			loss("td.loss"),
+			h("td.avg", digits(mean(times)), loss("div.narrow")),
+			h("td.best", digits(Math.min(...times))),
+			h("td.worst", digits(Math.max(...times))),
 		],
 	)
 }
@@ -3756,7 +3812,7 @@ function drawHops(run, scale) {
 	for (let i = 0; i < count; i++) {
 		const first = i + 1
 		while (!hops[i].address && i + 1 < count && !hops[i + 1].address) i++
-		const silent = [rowHead(first > i ? first : `${first}–${i + 1}`), h("td.router", {colspan: 7}, "no reply")]
+		const silent = [rowHead(first > i ? first : `${first}–${i + 1}`), h("td.router", "no reply")]
 		rows.push(hops[i].address ? drawHop(hops[i], i, run, scale) : h("tr.silent", silent))
 	}
 	const stats = {strip: "Probes", loss: "Loss", avg: "Avg ms", best: "Best", worst: "Worst"}
@@ -3774,9 +3830,10 @@ function drawSpeed(run) {
 	const {phases} = run
 	const {idle, download, upload, grade} = speedFigures(run)
 	const rtt = (figures) => digits(figures?.latency)
+	const span = Math.max(IDLE + 2 * LOAD + SECOND / 2, phases.at(-1)?.latency.at(-1)?.[0] ?? 0)
 	const chart = (key, unit, foot) => {
 		const top = roundUp(Math.max(1, ...phases.flatMap((phase) => phase[key].map(([, value]) => value))))
-		const point = ([at, value]) => [(100 * at) / (IDLE + 2 * LOAD + SECOND / 2), 100 - (100 * value) / top]
+		const point = ([at, value]) => [(100 * at) / span, 100 - (100 * value) / top]
 		return plot(
 			`${top} ${unit}`,
 			"0",
@@ -3970,16 +4027,14 @@ function draw(test) {
 	const copies = Object.entries(COPIES).map(([name, content]) => copyButton(name, () => runs.map(content).join("\n")))
 	const card = [
 		h("div.head", h("p.row", h("b", title), h("span.dim", more ? "" : headOf(run)), action), conclusion("h2")),
-		more ? drawAll(test) : drawRun(test, run),
-		!running && [
-			h("p.dim", sub),
+		more ? drawAll(test) : [h("p.dim.sub", sub), drawRun(test, run)],
+		!running &&
 			h(
 				"p.row",
 				h("span.dim", "Copy"),
 				copies,
 				copyButton("link", () => test.link),
 			),
-		],
 	]
 	const folded = h(
 		"button.line.row",
@@ -4315,7 +4370,7 @@ app = Starlette(
             for name, command in COMMANDS.items()
         ),
         *(Route(f"/speedtest/{name}", partial(speedtest, size), name=name) for name, size in SIZES.items()),
-        *([Route("/speedtest/upload", upload, methods=["POST"])] if SIZES else []),
+        *([Route("/speedtest/upload", upload, methods=["GET", "POST"])] if SIZES else []),
         Route("/metrics", metrics),
     ],
     middleware=[

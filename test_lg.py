@@ -2535,6 +2535,22 @@ def test_aborted_upload_frees_its_slot(serve: Start) -> None:
     until(lambda: server.http.post("/speedtest/upload", content=b"x").status_code == 200)
 
 
+def test_running_uploads_of_a_test_are_counted_together(echo: Server) -> None:
+    def so_far(test: str) -> dict[str, Any]:
+        return cast(dict[str, Any], echo.http.get(f"/speedtest/upload?test={test}").json())
+
+    named = UPLOAD.replace(b"/upload", b"/upload?test=mine")
+    uploads = [echo.send(named % 1000 + bytes(sent)) for sent in (10, 20)]
+    echo.send(UPLOAD % 1000 + bytes(5))
+    until(lambda: so_far("mine")["bytes"] == 30)
+    assert so_far("mine")["seconds"] > 0
+    nothing = {"bytes": 0, "seconds": 0.0, "mbps": None}
+    assert [so_far(test) for test in ("theirs", "")] == [nothing, nothing]
+    for upload in uploads:
+        upload.close()
+    until(lambda: so_far("mine") == nothing)
+
+
 @contextlib.contextmanager
 def trickling(connection: socket.socket) -> Iterator[None]:
     """Meanwhile, a byte is sent each tenth of a second."""
@@ -2795,7 +2811,9 @@ AMSTERDAM = {
 WATCH = """
 window.shifts = [];
 const late = (entries) => entries.filter(({ hadRecentInput }) => !hadRecentInput);
-const where = ({ value, sources }) => [value, ...sources.map(({ node }) => node?.parentNode?.outerHTML)];
+const edges = ({ x, y, width, height }) => [x, y, width, height].map(Math.round).join(" ");
+const where = ({ sources }) => sources.map(({ node, previousRect, currentRect }) =>
+  `${node?.outerHTML ?? node?.data}: ${edges(previousRect)} -> ${edges(currentRect)}`.slice(-200));
 new PerformanceObserver((list) => shifts.push(...late(list.getEntries()).map(where)))
   .observe({ type: "layout-shift", buffered: true });
 window.announced = [];
@@ -3254,7 +3272,8 @@ def test_hop_shows_its_network_further_routers_and_marks(script: Page) -> None:
     }
     (found,) = reduced(script, "traceroute", hop)["hops"]
     assert found["name"] == "core.example"
-    assert found["details"] == "198.51.100.6 · AS64500 Example · 198.51.100.7 · !X"
+    assert found["network"] == "AS64500 Example"
+    assert found["also"] == ["198.51.100.6", "198.51.100.7", "!X"]
     assert found["rtts"] == [5.7, None, 6.1]
 
 
@@ -3271,18 +3290,15 @@ def test_bufferbloat_is_graded_by_the_latency_that_load_adds(script: Page, added
     assert f"bufferbloat {grade} by Waveform's limits" in reduced(script, "speed", *events)["sub"]
 
 
-def test_live_rate_of_an_upload_in_steps_is_steady(script: Page) -> None:
-    steps = [[at, at * 3125] for at in range(0, 5000, 450)]  # 25 Mbit/s, reported every 0.45 s
-    ticks = [[step, now] for step in range(4, len(steps)) for now in (steps[step][0], steps[step][0] + 440)]
-    rates = [
-        script.evaluate("([reports, now]) => rateOf(reports, now)", [steps[: i + 1], now]) for i, now in ticks
-    ]
+def test_live_rate_is_that_of_the_last_second(script: Page) -> None:
+    reports = [[at, at * 3125] for at in range(0, 5000, 450)]  # 25 Mbit/s, reported every 0.45 s
+    rates = [script.evaluate("rateOf", reports[: count + 1]) for count in range(3, len(reports))]
     assert rates == pytest.approx([25] * len(rates), rel=0.01)
 
 
-def test_live_rate_of_a_stalled_transfer_falls(script: Page) -> None:
-    steps = [[at, at * 3125] for at in range(0, 2000, 100)]
-    assert script.evaluate("(reports) => rateOf(reports, 9000)", steps) < 4
+def test_live_rate_of_a_stalled_transfer_is_zero_a_second_later(script: Page) -> None:
+    reports = [*([at, at * 3125] for at in range(0, 2100, 100)), [2600, 6250000], [3000, 6250000]]
+    assert script.evaluate("rateOf", reports) == 0
 
 
 # Views
@@ -3551,7 +3567,9 @@ def test_live_figure_is_that_of_the_wire_after_two_seconds(
     samples = [each for each in wires[str(rate)]["samples"] if each[1] == f"Measuring {phase}"]
     settled = [each[column] for each in samples if each[0] > samples[0][0] + 2000]
     assert len(settled) > 15
-    assert median(settled) == pytest.approx(rate, rel=0.15)
+    # After a loss, what came behind the lost packet arrives at once: TCP's doing, and rare.
+    assert settled == pytest.approx([rate] * len(settled), rel=0.3)
+    assert sum(each != pytest.approx(rate, rel=0.15) for each in settled) <= len(settled) / 10
 
 
 @pytest.mark.parametrize("rate", WIRES)
@@ -3854,7 +3872,7 @@ def test_axe_finds_nothing(visit: Visit, amsterdam: Server, stand_ins: Server, a
     assert found == []
 
 
-@pytest.mark.parametrize("width", [1024, 3840])
+@pytest.mark.parametrize("width", [320, 390, 1024, 3840])
 def test_nothing_shifts_while_results_arrive(visit: Visit, stand_ins: Server, width: int) -> None:
     pages = [
         visit(stand_ins, f"?command={name}&target=198.51.100.254", viewport={"width": width, "height": 1400})
