@@ -2547,11 +2547,16 @@ def rate_limits_text() -> str:
     return ", ".join(parts)
 
 
-async def usage(request: Request) -> Response:
+def base_url(request: Request) -> str:
+    """The address of this server in lines that people paste into a shell, as the client wrote it."""
     host = request.headers.get("host", "")
-    if not HOST.fullmatch(host):  # it is printed into lines that people paste into a shell
+    if not HOST.fullmatch(host):
         host = f"localhost:{SETTINGS.PORT}"
-    base = f"{client_scheme(request)}://{host}"
+    return f"{client_scheme(request)}://{host}"
+
+
+async def usage(request: Request) -> Response:
+    base = base_url(request)
     lines = "".join(f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in COMMANDS)
     example = "mtr" if "mtr" in COMMANDS else next(iter(COMMANDS), "")
     text = USAGE.format(
@@ -2867,10 +2872,9 @@ STYLE = """\
 	--accent: light-dark(#0a58c2, #7ab8ff);
 	--bad: light-dark(#b3241c, #ffa198);
 	--good: light-dark(#1b7a4a, #62d596);
-	font:
-		clamp(1rem, 0.8rem + 0.25vw, 1.7rem) / 1.4 system-ui,
-		sans-serif;
+	font: max(1rem, 0.8rem + 0.25vw) / 1.4 system-ui;
 	font-variant-numeric: tabular-nums;
+	overflow-wrap: anywhere;
 	background: var(--page);
 	color: var(--text);
 }
@@ -2892,14 +2896,9 @@ body > * {
 h1 {
 	font-size: 1.5rem;
 }
-h2 {
-	font-size: 1.25rem;
-}
-h1,
 h2,
-p,
-.router {
-	overflow-wrap: anywhere;
+dd b {
+	font-size: min(1.25rem, 6cqi);
 }
 a,
 .link {
@@ -2947,9 +2946,10 @@ fieldset,
 	display: flex;
 	flex-wrap: wrap;
 	align-items: center;
-	gap: 0.4rem 0.9rem;
+	gap: 0.5rem 0.75rem;
 }
-.hush {
+.hush,
+[type="radio"] {
 	position: absolute;
 	clip-path: inset(50%);
 	width: 1px;
@@ -2958,7 +2958,7 @@ fieldset,
 }
 .copy,
 pre {
-	font-family: ui-monospace, monospace;
+	font-family: monospace;
 }
 pre {
 	overflow: auto;
@@ -2992,25 +2992,21 @@ form,
 	background: var(--card);
 	border-width: 1px;
 	border-radius: 0.5rem;
-	padding: 0.9rem 1rem;
+	padding: 0.75rem 1rem;
 }
 .tabs {
 	gap: 0 1.25rem;
-	margin: -0.9rem -1rem 0;
+	margin: -0.75rem -1rem 0;
 	padding: 0 1rem;
 	border-width: 0 0 1px;
 }
 .tabs label {
-	padding: 0.7rem 0;
-	border-bottom: 2px solid transparent;
+	padding: 0.75rem 0;
 	color: var(--dim);
 }
-[type="radio"] {
-	position: absolute;
-	opacity: 0;
-}
 .tabs :has(:checked) {
-	border-color: var(--accent);
+	border-bottom: 2px solid var(--accent);
+	margin-bottom: -2px;
 	color: var(--text);
 	font-weight: 600;
 }
@@ -3025,10 +3021,10 @@ select,
 #run,
 noscript button {
 	min-height: 2.75rem;
-	padding: 0 0.8rem;
+	padding: 0 0.75rem;
 	background: var(--card);
 	border: 1px solid var(--dim);
-	border-radius: 0.4rem;
+	border-radius: 0.5rem;
 }
 .target input {
 	width: 100%;
@@ -3043,15 +3039,14 @@ noscript button {
 	font-weight: 600;
 }
 #run:disabled {
-	background: var(--page);
-	color: var(--dim);
+	opacity: 0.5;
 }
 .places label,
 .stop {
-	padding: 0.1rem 0.7rem;
+	padding: 0.1rem 0.75rem;
 	border: 1px solid var(--dim);
 	border-radius: 1rem;
-	font-size: 0.9rem;
+	font-size: 0.85rem;
 }
 .places :has(:checked) {
 	outline: 2px solid var(--accent);
@@ -3068,12 +3063,13 @@ noscript button {
 }
 .line {
 	width: 100%;
-	padding: 0.4rem 0;
+	padding: 0.5rem 0;
 	border-top-width: 1px;
 	text-align: start;
 }
-.line > * {
-	flex: 1 15rem;
+.line > *,
+dl > div {
+	flex: 1 7rem;
 }
 .line > :first-child {
 	flex: 0 4rem;
@@ -3092,7 +3088,7 @@ tr {
 }
 th,
 td {
-	padding: 0.25rem 0.4rem;
+	padding: 0.25rem 0.5rem;
 	text-align: end;
 	white-space: nowrap;
 	width: 4.4rem;
@@ -3109,16 +3105,20 @@ td small,
 .sub {
 	min-height: 1lh;
 }
-.running :is(.router > :first-child, td small, .sub) {
+.sub {
+	margin-top: -0.5rem;
+}
+.router:not(:focus) :is(.name, small, small span),
+.running .sub {
 	overflow: hidden;
 	text-overflow: ellipsis;
 	white-space: nowrap;
 }
-small span {
+small span:not(:empty) {
 	margin-inline-end: 0.75em;
 }
 .axis {
-	width: 24%;
+	width: 20%;
 }
 .strip {
 	width: 8.5rem;
@@ -3185,12 +3185,7 @@ path {
 .phases {
 	display: grid;
 	grid-template-columns: 5rem 2fr 8fr 8fr;
-}
-.grade {
-	padding: 0 0.3em;
-	border-radius: 0.3rem;
-	background: var(--good);
-	color: var(--card);
+	gap: 0.5rem;
 }
 .plot {
 	display: grid;
@@ -3203,14 +3198,11 @@ path {
 	height: 8rem;
 	border-width: 1px 0;
 }
-.speed .plot + .plot svg {
+.speed svg {
+	overflow: hidden;
+}
+.speed .plot ~ .plot svg {
 	height: 3.5rem;
-}
-dl > div {
-	flex: 1 7rem;
-}
-dd b {
-	font-size: 1.3rem;
 }
 .speed b {
 	font-size: 2.2rem;
@@ -3220,24 +3212,32 @@ dd b {
 	:is(.axis, .loss, .best, .worst, .times, td.strip, th.strip) {
 		display: none;
 	}
-	.narrow,
-	small span {
+	.narrow {
 		display: block;
+	}
+	td small {
+		display: flex;
+		flex-direction: column-reverse;
+	}
+	td small span:first-child {
+		min-height: 1lh;
 	}
 	.router .narrow {
 		display: grid;
 		grid-template-columns: 1fr 1fr;
 		gap: 0.5rem;
 	}
-	.hops td {
+	th,
+	td {
+		width: 3.6rem;
 		vertical-align: top;
-	}
-	.running .sub {
-		display: none;
 	}
 	.view ~ *,
 	.sub {
 		order: 1;
+	}
+	.running .sub {
+		display: none;
 	}
 }
 @media (scripting: none) {
@@ -3246,8 +3246,7 @@ dd b {
 	}
 }
 @media print {
-	form,
-	nav {
+	form {
 		display: none;
 	}
 }
@@ -3258,8 +3257,8 @@ PAGE = """\
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<meta name="description" content="Ping, traceroute, MTR and speed tests from {location}">
-<title>Looking glass · {location}</title>
+<meta name="description" content="Network tests from {location}">
+<title>{operator} · {location}</title>
 <link rel="icon" href="{icon}">
 <style>{style}</style>
 <header class="row">{brand}<span class="dim">Looking glass</span><nav class="row">{links}</nav></header>
@@ -3283,8 +3282,7 @@ inputmode="url" spellcheck="false"
 placeholder="Host name, address or URL" aria-describedby="fault"></label>
 <label class="script"><span class="hush">IP version</span><select name="version">{versions}</select></label>
 <button id="run" class="script" disabled>Run</button>
-<p id="offer" class="script">Takes 18 s and moves up to 2 GB at 1 Gbit/s.
-For curl: {downloads}</p>
+{offer}
 <noscript class="row">{buttons}</noscript>
 </div>
 <p class="bad"><span id="fault" role="alert"></span> <span id="hint"></span></p>
@@ -3298,6 +3296,20 @@ For curl: {downloads}</p>
 <script type="application/json" id="setup">{setup}</script>
 <script>{script}</script>
 </html>
+"""
+
+OFFER = """\
+<p id="offer" class="script">Takes 18 s and up to 2 GB at 1 Gbit/s.
+Files: {downloads}<br><code>curl -o /dev/null {base}/speedtest/1G</code></p>"""
+
+# What `tsc` knows of the script, for which .ci/page puts it in front. It is not sent.
+SCRIPT_TYPES = """\
+// @ts-check
+/** @typedef {{ address: string, name: string, network: string, also: string[], rtts: (number | null)[],
+ *   times: number[], lost: number }} Hop - rtts in ms, null for a lost probe
+ * @typedef {{ tool: any, status: string, address: string, time: string, hops: Hop[], notes: string[],
+ *   phases: any[], [key: string]: any }} Run
+ * @typedef {{ event: string, [key: string]: any }} RunEvent */
 """
 
 # The script, in the order of its banners. What stands here is not sent.
@@ -3315,20 +3327,13 @@ For curl: {downloads}</p>
 # - While mtr runs, no hop is drawn beyond the first whose answer may still come: rows stay where they are.
 # - A test that is refused is never shown, and leaves what was there before.
 SCRIPT = r"""
-// @ts-check
-/** @typedef {{ address: string, name: string, network: string, also: string[], rtts: (number | null)[],
- *   times: number[], lost: number }} Hop - rtts in ms, null for a lost probe
- * @typedef {{ tool: any, status: string, address: string, time: string, hops: Hop[], notes: string[],
- *   phases: any[], [key: string]: any }} Run
- * @typedef {{ event: string, [key: string]: any }} RunEvent */
-
 // Setup
 
 /** @type {(id: string) => any} */
 const $ = (id) => document.getElementById(id)
-const {tools: TOOLS, places: PLACES, streams: STREAMS} = JSON.parse($("setup").textContent)
+const {tools: TOOLS, places: PLACES, sizes: SIZES, streams: STREAMS, seconds} = JSON.parse($("setup").textContent)
 const SECOND = 1000
-const PATIENCE = 70 * SECOND
+const PATIENCE = (seconds + 10) * SECOND
 const LINE_CHARS = 2 ** 23
 const MAX_TESTS = 11
 const IDLE = 2 * SECOND
@@ -3413,14 +3418,10 @@ const ask = async (place, path, signal = AbortSignal.timeout(5 * SECOND)) =>
 
 async function* chunks(stream) {
 	const reader = stream.getReader()
-	try {
-		for (;;) {
-			const {done, value} = await patiently(reader.read())
-			if (done) return
-			yield value
-		}
-	} finally {
-		reader.cancel().catch(() => {})
+	for (;;) {
+		const {done, value} = await patiently(reader.read())
+		if (done) return
+		yield value
 	}
 }
 
@@ -3483,14 +3484,18 @@ async function load(place, [move, ...paths], signal, add, total) {
 const UPLOADS = `speedtest/upload?test=${Math.random()}`
 const PHASES = {
 	idle: [IDLE, "health", (_place, _path, clock) => sleep(IDLE, clock)],
-	download: [LOAD, "health", download, "speedtest/10G", "speedtest/1G", "speedtest/100M"],
+	download: [LOAD, "health", download, ...SIZES],
 	upload: [LOAD, UPLOADS, upload, UPLOADS],
 }
 
 async function sample(place, path, signal) {
 	const begun = performance.now()
 	const answer = await ask(place, path, signal)
-	const {requestStart, responseStart} = performance.getEntriesByName(place.url + path).pop()?.toJSON() ?? {}
+	const {requestStart, responseStart} =
+		performance
+			.getEntriesByName(place.url + path)
+			.pop()
+			?.toJSON() ?? {}
 	performance.clearResourceTimings()
 	return {...answer, rtt: requestStart ? responseStart - requestStart : performance.now() - begun}
 }
@@ -3536,8 +3541,19 @@ const counted = (hop) => {
 const NO_HOP = counted({address: "", name: "", network: "", also: [], rtts: []})
 
 const newRun = (place, tool, target, command) => ({
-	...{place, tool, target, command, status: "running", error: "", address: "", time: "", duration: 0},
-	...{hops: [], notes: [], phases: [], result: null},
+	place,
+	tool,
+	target,
+	command,
+	status: "running",
+	error: "",
+	address: "",
+	time: "",
+	duration: 0,
+	hops: [],
+	notes: [],
+	phases: [],
+	result: null,
 })
 
 function expect(value, isRight) {
@@ -3607,11 +3623,9 @@ const REDUCERS = {
 			return {reports: known, curve: [...curve, [at, rateOf(known)]]}
 		}),
 	end: ({command, hops}, {status, error, duration, result}) => ({
-		...{
-			status: text(status),
-			error: text(error).replace(`${command}: `, ""),
-			duration: number(duration),
-		},
+		status: text(status),
+		error: text(error).replace(`${command}: `, ""),
+		duration: number(duration),
 		hops: hops.slice(0, result?.hops?.length),
 		result: result && {...result, rawOutput: text(result.rawOutput)},
 	}),
@@ -3633,18 +3647,20 @@ function reached({hops, address}) {
 	return last.times.length && [last.address, ...last.also].includes(address) ? last : NO_HOP
 }
 
+const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`
+
 function lossInWords(hops) {
 	const losing = [...hops.keys()].filter((i) => hops[i].lost && hops[i].times.length)
 	const first = losing.find((i) => carriesOn(hops, i))
 	const limited = losing.filter((i) => !carriesOn(hops, i)).map((i) => i + 1)
-	const rest = ` What hop ${limited.join(", ")} lost was not lost further on: such routers probably limit their answers.`
+	const rest = ` Loss at hop${limited[1] ? "s" : ""} ${limited.join(", ")} does not go on: such routers probably limit their answers.`
 	return (first >= 0 ? ` Loss begins at hop ${first + 1}.` : "") + (limited[0] ? rest : "")
 }
 
 function pathVerdict(run) {
 	const {hops, tool, target} = run
 	const {times, lost, rtts} = reached(run)
-	const way = `Reached in ${hops.length} hop${hops.length === 1 ? "" : "s"}`
+	const way = `Reached in ${plural(hops.length, "hop")}`
 	const head = (time) => `${digits(time)} ms, ${lost ? `${lost} of ${rtts.length}` : "no"} probes lost`
 	if (times.length && tool.kind === "traceroute") return [way, `${digits(quantile(times))} ms to the target.`]
 	if (times.length && tool.kind === "mtr") return [head(mean(times)), `${way}.${lossInWords(hops)}`, lost]
@@ -3681,7 +3697,7 @@ const KINDS = {
 	traceroute: [pathVerdict, drawHops],
 	mtr: [pathVerdict, drawHops],
 	speed: [speedVerdict, drawSpeed],
-	text: [({notes}) => [`${notes.length} lines`], drawText],
+	text: [({notes}) => [plural(notes.length, "line")], drawText],
 }
 
 /** @param {Run} run */
@@ -3696,11 +3712,12 @@ function verdict(run) {
 	}
 }
 
-function verdictOfAll({runs, target}) {
-	const found = runs.filter((run) => reached(run).address).length
+function verdictOfAll({runs, target, tool}) {
+	const isText = tool.kind === "text"
+	const found = runs.filter((run) => (isText ? run.status === "finished" : reached(run).address)).length
 	if (runs.length === 1) return verdict(runs[0])
 	return {
-		head: `${target} answers ${found} of ${runs.length} places`,
+		head: `${isText ? "Output from" : `${target} answers`} ${found} of ${runs.length} places`,
 		sub: "",
 		bad: !runs.some(isRunning) && found < runs.length,
 	}
@@ -3714,17 +3731,25 @@ function scaleOf({runs}) {
 	return {top: roundUp(high), low: Math.min(...times, high * 0.9), high}
 }
 
-const drawing = (look, ...paths) =>
-	h(`svg${look}`, {viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true"}, paths)
+const drawing = (look, ...paths) => h(`svg${look}`, {viewBox: "0 0 100 100", preserveAspectRatio: "none"}, paths)
 const path = (look, d, more) => h(`path.${look}`, {d, ...more})
 const joined = (points) =>
 	points.map(([x, y], i) => (y >= 0 ? `${points[i - 1]?.[1] >= 0 ? "L" : "M"}${x} ${y}` : "")).join("")
 const dots = (points) => points.map(([x, y]) => (y >= 0 ? `M${x} ${y}h0` : "")).join("")
-const column = (name, ...title) => h(`th.${name}`, {scope: "col"}, title)
-const rowHead = (title) => h("th", {scope: "row"}, title)
+const column = (name, ...title) => h(`th.${name}`, title)
+const rowHead = (title) => h("th", title)
 const table = (look, titles, rows) => h(`table.${look}`, h("thead", h("tr", titles)), h("tbody", rows))
 const axis = ({top}) => column("axis", h("span", "0"), h("span", `${top} ms`))
 const plot = (high, low, ...paths) => h("div.plot", h("small", h("span", high), h("span", low)), drawing("", paths))
+const values = (titles, rows) =>
+	h(
+		"div.hush",
+		table(
+			"",
+			titles.map((title) => column("", title)),
+			rows.map(([name, value]) => h("tr", rowHead(name), h("td", shown(value)))),
+		),
+	)
 const figure = (name, value, unit) => h("div", h("dt", name), h("dd", h("b", value), " ", unit))
 
 function drawPing({hops, tool}, {low, high}) {
@@ -3735,7 +3760,6 @@ function drawPing({hops, tool}, {low, high}) {
 	const steps = times.slice(1).map((time, i) => Math.abs(time - times[i]))
 	const levels = [0, 0.5, 1].map((share) => times[0] && `M0 ${y(quantile(times, share))}H100`)
 	const misses = points.map(([x, top]) => (top >= 0 ? "" : `M${x} 75V100`)).join("")
-	const values = rtts.map((rtt, i) => h("tr", rowHead(i + 1), h("td", shown(rtt))))
 	return [
 		plot(
 			`${digits(high)} ms`,
@@ -3752,7 +3776,10 @@ function drawPing({hops, tool}, {low, high}) {
 			figure("p95", digits(quantile(times, 0.95)), "ms"),
 			figure("Jitter", digits(mean(steps)), "ms"),
 		),
-		h("div.hush", table("", [column("", "Probe"), column("", "ms")], values)),
+		values(
+			["Probe", "ms"],
+			rtts.map((rtt, i) => [i + 1, rtt]),
+		),
 	]
 }
 
@@ -3789,8 +3816,9 @@ function drawHop(hop, i, {tool, hops}, {top}) {
 		rowHead(i + 1),
 		h(
 			"td.router",
-			h("div", name),
-			h("small", network && h("span", network), h("span", also.join(" · "))),
+			{tabindex: -1},
+			h("div.name", name),
+			h("small", h("span", also.join(" · ")), h("span", network)),
 			h("div.narrow", pictures()),
 		),
 		h("td.axis", range),
@@ -3830,15 +3858,20 @@ function drawSpeed(run) {
 	const {phases} = run
 	const {idle, download, upload, grade} = speedFigures(run)
 	const rtt = (figures) => digits(figures?.latency)
-	const span = Math.max(IDLE + 2 * LOAD + SECOND / 2, phases.at(-1)?.latency.at(-1)?.[0] ?? 0)
 	const chart = (key, unit, foot) => {
 		const top = roundUp(Math.max(1, ...phases.flatMap((phase) => phase[key].map(([, value]) => value))))
-		const point = ([at, value]) => [(100 * at) / span, 100 - (100 * value) / top]
-		return plot(
-			`${top} ${unit}`,
-			"0",
-			phases.map((phase) => path(`${phase.name}.${key}`, phase[key][0] && joined(phase[key].map(point)) + foot)),
+		const point = ([at, value]) => [(100 * at) / (IDLE + 2 * LOAD + SECOND / 2), 100 - (100 * value) / top]
+		const rows = phases.flatMap((phase) =>
+			phase[key].map(([at, value]) => [`${phase.name}, ${digits(at / SECOND)} s`, value]),
 		)
+		return [
+			plot(
+				`${top} ${unit}`,
+				"0",
+				phases.map((phase) => path(`${phase.name}.${key}`, phase[key][0] && joined(phase[key].map(point)) + foot)),
+			),
+			values(["Time", unit], rows),
+		]
 	}
 	return h(
 		"div.view.speed",
@@ -3846,8 +3879,8 @@ function drawSpeed(run) {
 			"dl.row",
 			figure("Download", digits(download?.mbps), "Mbit/s"),
 			figure("Upload", digits(upload?.mbps), "Mbit/s"),
-			figure("Latency, idle → under load", rtt(idle), `→ ${rtt(download)} ↓ ${rtt(upload)} ↑ ms`),
-			figure("Bufferbloat", h("span.grade", grade || "–")),
+			figure("Latency idle → loaded", rtt(idle), `→ ${rtt(download)} ↓ ${rtt(upload)} ↑ ms`),
+			figure("Bufferbloat", h(`span${/D|F/.test(grade) ? ".bad" : ""}`, grade || "–")),
 		),
 		chart("curve", "Mbit/s", "V100"),
 		chart("latency", "ms", ""),
@@ -3913,10 +3946,11 @@ function waitFor({url}, command) {
 const noAnswer = ({name}) => `No answer from ${name}: it is down or cannot be reached.`
 
 function warning(place, command, {tool, id}) {
-	const {name, down, missing, forbidden, info} = place
+	const {name, down, health, info} = place
 	const version = command === id ? 4 : 6
 	if (down) return noAnswer(place)
-	if ([missing, forbidden].flat().includes(tool)) return `${tool} cannot run at ${name} now: choose another test.`
+	if ([health?.missing, health?.forbidden].flat().includes(tool))
+		return `${tool} cannot run at ${name} now: choose another test.`
 	if (!tool || info?.[`looking_glass_ipv${version}`] || !info?.[`looking_glass_ipv${10 - version}`]) return ""
 	return `${name} has no IPv${version} address of its own: ${command} may fail there.`
 }
@@ -4017,7 +4051,7 @@ function draw(test) {
 	const {runs, open, node} = test
 	const [run, more] = runs
 	const {head, sub, bad} = verdictOfAll(test)
-	const newest = node.parentNode === $("results")
+	const newest = test === state.newest
 	const running = runs.some(isRunning) ? ".running" : ""
 	const title = titleOf(test, more ? "all places" : run.place.name)
 	const conclusion = (tag) => h(`${tag}${bad ? ".bad" : ""}`, head)
@@ -4056,12 +4090,14 @@ function drawSoon(test) {
 }
 
 function show(test) {
-	const {node} = test
-	if (node.isConnected) return
-	const last = $("results").firstChild
+	const {newest} = state
+	const {node, shown} = test
+	if (shown) return
+	test.shown = true
+	state.newest = test
 	$("results").replaceChildren(node)
-	if (last) $("lines").prepend(last)
-	$("earlier").hidden = !last
+	if (newest) $("lines").prepend(newest.node)
+	$("earlier").hidden = !newest
 	for (const each of state.tests) each.open = each === test
 	state.tests.forEach(draw)
 	if (node.getBoundingClientRect().top > innerHeight / 2) node.scrollIntoView()
@@ -4085,7 +4121,9 @@ async function follow(test, i) {
 	}
 	const {address, command} = runs[i]
 	const lost = address ? `The connection to ${place.name} was lost.` : noAnswer(place)
-	const error = fault?.until ? `${fault.message}.`.replace("Rate limit exceeded:", "The limit is") : lost
+	const error = fault?.until
+		? `${fault.message}.`.replace("Rate limit exceeded:", "The limit is").replace("per 1 ", "per ")
+		: lost
 	if (fault) change(control.signal.aborted ? {status: "stopped"} : {status: "failed", error})
 	if (fault?.until > Date.now()) state.limits.set(place.url + command, {until: fault.until, error})
 	drawForm()
@@ -4109,7 +4147,7 @@ async function begin(asked) {
 	state.invalid = faults.some((fault) => fault?.invalid) && !runs.some(({address}) => address)
 	if (runs[1] && !state.invalid) show(test)
 	const {head, sub} = verdictOfAll(test)
-	if (test.node.isConnected) return say(`${head}. ${sub}`)
+	if (test.shown) return say(`${head}. ${sub}`)
 	state.tests = state.tests.filter((each) => each !== test)
 	const {place, command, status, error} = runs.find((_, i) => faults[i]?.invalid) ?? runs[0]
 	state.fault = status === "stopped" || waitFor(place, command)[0] ? "" : error
@@ -4120,7 +4158,7 @@ async function begin(asked) {
 async function check(place) {
 	const asked = ["health", "network/info"].map((path) => ask(place, path))
 	const [health, info] = await Promise.all(asked).catch(() => [])
-	Object.assign(place, info ? {missing: [], forbidden: [], ...health, info, down: false} : {down: true})
+	Object.assign(place, info ? {health, info, down: false} : {down: true})
 	drawForm()
 }
 
@@ -4136,7 +4174,7 @@ function submit(event) {
 	if (runningTest(asked)) return
 	if (!asked.isSpeed) form.target.value = asked.target
 	const empty = !asked.target && !asked.isSpeed
-	changeForm(empty ? "Enter a host name, an address or a URL." : "")
+	changeForm(empty ? "Enter a host name, address or URL." : "")
 	if (empty) form.target.focus()
 	else begin(asked)
 }
@@ -4145,7 +4183,6 @@ function start() {
 	for (const place of PLACES) place.url = new URL(place.url ? `${place.url}/` : ".", location.href).href
 	form.onsubmit = submit
 	form.oninput = () => changeForm()
-	form.target.onfocus = () => form.target.select()
 	$("run").onclick = (event) => {
 		const busy = runningTest(query())
 		if (busy || event.detail > 1) event.preventDefault()
@@ -4189,7 +4226,7 @@ def readable(color: str, background: str) -> str:
     wanted, behind = ([int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)] for text in (color, background))
     end = 0 if luminance(behind) > luminance([0.5] * 3) else 1
     for share in range(101):
-        mixed = [each + (end - each) * share / 100 for each in wanted]
+        mixed = [round((each + (end - each) * share / 100) * 255) / 255 for each in wanted]
         low, high = sorted((luminance(behind), luminance(mixed)))
         if (high + 0.05) / (low + 0.05) >= CONTRAST:
             break
@@ -4271,8 +4308,8 @@ def options(texts: Mapping[str, str], selected: str) -> str:
     )
 
 
-def anchors(links: Mapping[str, str]) -> str:
-    return "\n".join(f'<a href="{escape(url)}">{escape(name)}</a>' for name, url in links.items())
+def anchors(links: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f'<a href="{escape(url)}">{escape(name)}</a>' for name, url in links)
 
 
 def chosen_test(asked: Mapping[str, str]) -> tuple[str, str]:
@@ -4284,7 +4321,12 @@ def chosen_test(asked: Mapping[str, str]) -> tuple[str, str]:
     return name if name in known else known[0], version if version in ("4", "6") else ""
 
 
-def page(info: Mapping[str, str], asked: Mapping[str, str]) -> str:
+def is_here(place: Link, info: Mapping[str, str], base: str) -> bool:
+    """Whether this is the place itself: all places may have the same LOCATIONS."""
+    return place["name"] == info["location"] or place["url"].partition("//")[2] == base.partition("//")[2]
+
+
+def page(info: Mapping[str, str], asked: Mapping[str, str], base: str) -> str:
     """The page with the /network/info of this place, and what a link asks for in its form."""
     shown = {name: escape(text) for name, text in info.items()}
     links = {
@@ -4292,7 +4334,7 @@ def page(info: Mapping[str, str], asked: Mapping[str, str]) -> str:
         for name in ("facility_url", "map_url")
     }
     hidden = {f"{name}_hidden": "" if value else " hidden" for name, value in info.items()}
-    others = [place for place in SETTINGS.LOCATIONS if place["name"] != info["location"]]
+    others = [place for place in SETTINGS.LOCATIONS if not is_here(place, info, base)]
     places: list[Mapping[str, object]] = [{"name": info["location"], "url": "", "info": info}, *others]
     chips = {
         str(i): f'<span id="place{i}">{escape(str(place["name"]))}</span>' for i, place in enumerate(places)
@@ -4300,16 +4342,24 @@ def page(info: Mapping[str, str], asked: Mapping[str, str]) -> str:
     at = {str(place["name"]): str(i) for i, place in enumerate(places)} | {"all": str(len(places))}
     test, version = chosen_test(asked)
     commands = [name for name, command in COMMANDS.items() if base_name(command) == test] or [*COMMANDS, ""]
-    setup = {"tools": TABS, "places": places, "streams": STREAMS}
+    setup = {
+        "tools": TABS,
+        "places": places,
+        "sizes": [f"speedtest/{name}" for name in reversed(SIZES)],
+        "streams": STREAMS,
+        "seconds": SETTINGS.DIAGNOSTIC_TIMEOUT,
+    }
+    downloads = anchors((name, f"speedtest/{name}") for name in SIZES)
     auto = f"Auto (IPv{6 if ':' in info['your_ip'] else 4})"
     return PAGE.format(
         **shown | links | hidden,
         style=STYLE,
         script=SCRIPT,
+        operator=escape(SETTINGS.PAGE_TITLE or "Looking glass"),
         setup=json.dumps(setup, separators=(",", ":")).replace("<", "\\u003c"),
         icon=SETTINGS.PAGE_LOGO or "data:,",
         brand=LOGO + OPERATOR,
-        links=anchors({link["name"]: link["url"] for link in SETTINGS.PAGE_LINKS} | {"API": "docs"}),
+        links=anchors([*((link["name"], link["url"]) for link in SETTINGS.PAGE_LINKS), ("API", "docs")]),
         kind=next(tool["kind"] for tool in TABS if tool["id"] == test),
         command=commands[-1 if version == "6" else 0],
         target=escape(asked.get("target", "")),
@@ -4320,7 +4370,7 @@ def page(info: Mapping[str, str], asked: Mapping[str, str]) -> str:
         alone="" if others else " hidden",
         versions=options({"": auto, "4": "IPv4", "6": "IPv6"}, version),
         buttons="\n".join(f'<button formaction="lookingglass/{name}">{name}</button>' for name in COMMANDS),
-        downloads=anchors({name: f"speedtest/{name}" for name in SIZES}) if SETTINGS.MAX_SPEEDTESTS else "",
+        offer=OFFER.format(downloads=downloads, base=base) if SIZES else "",
     )
 
 
@@ -4329,7 +4379,7 @@ async def front(request: Request) -> Response:
     if "text/html" not in request.headers.get("accept", "").lower():
         return await usage(request)
     info = location_info(client_address(request))
-    return HTMLResponse(page(info, request.query_params), headers=PAGE_HEADERS)
+    return HTMLResponse(page(info, request.query_params, base_url(request)), headers=PAGE_HEADERS)
 
 
 # ---- routes and app ----------------------------------------------------------------------------------------
