@@ -3186,6 +3186,7 @@ path {
 	display: grid;
 	grid-template-columns: 5rem 2fr 8fr 8fr;
 	gap: 0.5rem;
+	white-space: nowrap;
 }
 .plot {
 	display: grid;
@@ -3208,7 +3209,7 @@ path {
 	font-size: 2.2rem;
 }
 
-@container (max-width: 42rem) {
+@container (max-width: 56rem) {
 	:is(.axis, .loss, .best, .worst, .times, td.strip, th.strip) {
 		display: none;
 	}
