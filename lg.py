@@ -170,9 +170,11 @@ def network(value: str) -> IPNetwork:
 
 
 def proxy(value: str) -> IPNetwork:
-    if value == "*":
-        raise ValueError("expected addresses and networks, not '*': any client could forge its address")
-    return network(value)
+    if value == "*" or not (parsed := network(value)).prefixlen:
+        raise ValueError(
+            f"expected addresses and networks, not {value!r}: any client could forge its address"
+        )
+    return parsed
 
 
 def rates(value: str) -> Rates:

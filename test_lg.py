@@ -4157,6 +4157,8 @@ BAD_SETTINGS = [
     ("LOG_LEVEL", "loud", "critical, error, warning, info or debug"),
     ("FORWARDED_ALLOW_IPS", "*", "any client could forge its address"),
     ("FORWARDED_ALLOW_IPS", "127.0.0.1,*", "any client could forge its address"),
+    ("FORWARDED_ALLOW_IPS", "127.0.0.1,0.0.0.0/0", "any client could forge its address"),
+    ("FORWARDED_ALLOW_IPS", "::/0", "not '::/0': any client could forge its address"),
     ("FORWARDED_ALLOW_IPS", "127.0.0.1,proxy.example", "not 'proxy.example'"),
     ("FORWARDED_ALLOW_IPS", "127.0.0.1,172.18.0.1/16", "did you mean 172.18.0.0/16?"),
     ("FORWARDED_ALLOW_IPS", "fe80::1%eth0", "did you mean fe80::1/128?"),
