@@ -219,7 +219,7 @@ def extra_commands(value: str) -> Mapping[str, tuple[str, ...]]:
     if not isinstance(pairs, tuple):
         raise ValueError('expected JSON like {"bgp": "birdc -r show route for {address} all"}')
     commands: dict[str, tuple[str, ...]] = {}
-    taken = set(BUILT_IN_COMMANDS)
+    taken = {*BUILT_IN_COMMANDS, "speedtest"}  # a tab of the page
     for name, line in pairs:
         if not re.fullmatch("[a-z0-9-]+", name):
             raise ValueError(f"expected names of the characters a-z, 0-9 and -, not {name!r}")

@@ -4194,6 +4194,7 @@ BAD_SETTINGS = [
     ("EXTRA_COMMANDS", '{"": "birdc show route for {address}"}', "not ''"),
     ("EXTRA_COMMANDS", '{"ping": "fping {address}"}', "'ping'"),
     ("EXTRA_COMMANDS", '{"ping6": "fping {address}"}', "'ping6'"),
+    ("EXTRA_COMMANDS", '{"speedtest": "fping {address}"}', "'speedtest'"),
     ("EXTRA_COMMANDS", '{"bgp6": "birdc {address}", "bgp": "birdc {address}"}', "'bgp'"),
     ("EXTRA_COMMANDS", '{"bgp": "birdc {address}", "bgp": "vtysh {address}"}', "'bgp'"),
     ("METRICS_ALLOW_IPS", "prometheus", "not 'prometheus'"),
