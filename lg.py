@@ -810,11 +810,19 @@ class Command(NamedTuple):
     name: str
     argv: tuple[str, ...]  # {address} stands for the target's
     version: int  # of IP
-    ok_statuses: tuple[int, ...]  # exit statuses that are results rather than faults
 
     @property
     def tool(self) -> str:
         return self.argv[0]
+
+    @property
+    def tool_name(self) -> str:
+        return Path(self.tool).name
+
+    @property
+    def ok_statuses(self) -> tuple[int, ...]:
+        """Exit statuses that are results rather than faults."""
+        return (0, 1) if self.tool_name == "ping" else (0,)  # 1: no reply
 
     def argv_for(self, address: IPAddress | str) -> list[str]:
         return [word.replace("{address}", str(address)) for word in self.argv]
@@ -824,19 +832,19 @@ PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56", "{address}")
 TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30", "{address}")
 MTR = ("--raw", "-e", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", "{address}")
 BUILT_IN = (
-    Command("ping", ("ping", "-4", *PING), 4, (0, 1)),  # 1: no reply
-    Command("ping6", ("ping", "-6", *PING), 6, (0, 1)),
-    Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4, (0,)),
-    Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6, (0,)),
-    Command("mtr", ("mtr", "-4", *MTR), 4, (0,)),
-    Command("mtr6", ("mtr", "-6", *MTR), 6, (0,)),
+    Command("ping", ("ping", "-4", *PING), 4),
+    Command("ping6", ("ping", "-6", *PING), 6),
+    Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4),
+    Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6),
+    Command("mtr", ("mtr", "-4", *MTR), 4),
+    Command("mtr6", ("mtr", "-6", *MTR), 6),
 )
+assert tuple(command.name for command in BUILT_IN) == BUILT_IN_COMMANDS
 EXTRA = (
     Command(
         f"{name}6" if version == 6 else name,
         tuple(word.replace("{version}", str(version)) for word in argv),
         version,
-        (0, 1) if argv[0] == "ping" else (0,),
     )
     for name, argv in SETTINGS.EXTRA_COMMANDS.items()
     for version in (4, 6)
@@ -1574,10 +1582,9 @@ PARSERS: dict[str, type[OutputParser]] = {"ping": PingParser, "traceroute": Trac
 
 def parser_for(command: Command) -> type[OutputParser]:
     """The parser of the command's tool."""
-    tool = Path(command.tool).name
-    if tool == "mtr" and "--raw" in command.argv:
+    if command.tool_name == "mtr" and "--raw" in command.argv:
         return MtrParser
-    return PARSERS.get(tool, LineParser)
+    return PARSERS.get(command.tool_name, LineParser)
 
 
 class Transcript:
@@ -2718,7 +2725,7 @@ def command_operation(command: Command) -> Schema:
         cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples
     }
     return operation(
-        f"{command.tool} over IPv{command.version}",
+        f"{command.tool_name} over IPv{command.version}",
         success,
         (408, 413, 422, 429, 503),
         description=f"Runs `{argv}`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "

@@ -1356,7 +1356,7 @@ def test_an_mpls_label_is_a_note_once_and_stands_in_the_table() -> None:
 
 
 def test_each_line_of_another_tool_is_a_note() -> None:
-    command = lg.Command("bgp", ("birdc", "-r", "show", "route", "for", "{address}"), 4, (0,))
+    command = lg.Command("bgp", ("birdc", "-r", "show", "route", "for", "{address}"), 4)
     parser = lg.parser_for(command)(ipaddress.ip_address(TARGET4))
     text, events = parser.feed(b"BIRD 2.0.12 ready.\n\nTable master4:\n198.51.100")
     last, more = parser.finish(complete=True)
@@ -1386,7 +1386,7 @@ def test_each_line_of_another_tool_is_a_note() -> None:
     ],
 )
 def test_the_parser_is_chosen_by_the_tool(argv: str, parser: type[lg.OutputParser]) -> None:
-    assert lg.parser_for(lg.Command("name", tuple(argv.split()), 4, (0,))) is parser
+    assert lg.parser_for(lg.Command("name", tuple(argv.split()), 4)) is parser
 
 
 def lines_like(*patterns: re.Pattern[str]) -> st.SearchStrategy[bytes]:
@@ -1426,7 +1426,7 @@ def in_pieces(output: bytes, cuts: list[int]) -> list[bytes]:
 def test_the_parsers_accept_any_bytes_and_produce_json(
     command: str, output: bytes, cuts: list[int], complete: bool
 ) -> None:
-    other = lg.Command("other", ("dig", "{address}"), 4, (0,))
+    other = lg.Command("other", ("dig", "{address}"), 4)
     parser = lg.parser_for(lg.COMMANDS.get(command, other))(ipaddress.ip_address("198.51.100.254"))
     pieces = [*map(parser.feed, in_pieces(output, cuts)), parser.finish(complete)]
     events = [event for _, events in pieces for event in events]
@@ -6140,6 +6140,15 @@ def test_each_line_of_an_extra_command_is_a_note(serve: Start) -> None:
         "resolvedAddress": "127.0.0.1",
         "rawOutput": "one\ntwo\n",
     }
+
+
+def test_ping_of_an_extra_command_by_its_path_may_have_no_reply(serve: Start, tmp_path: Path) -> None:
+    recorded = RECORDED["ping6, nothing comes back"]
+    (tmp_path / "ping").write_text(f"#!/bin/sh\ncat <<'END'\n{recorded}END\nexit 1\n")
+    (tmp_path / "ping").chmod(0o755)
+    server = serve(EXTRA_COMMANDS=json.dumps({"far": f"{tmp_path}/ping {{address}}"}))
+    end = events_of(server, "far6", "::1")[-1]
+    assert (end["status"], end["result"]["stats"]["loss"]) == ("finished", 100)
 
 
 def test_extra_command_is_refused_an_address_that_may_not_be_measured(serve: Start) -> None:
