@@ -1327,13 +1327,15 @@ class TracerouteParser(OutputParser):
     def parse_probes(self, text: str, names: dict[str, str | None]) -> tuple[list[Probe], bool]:
         """The probes of a hop, and whether they carry all of its line. Adds their routers to `names`."""
         probes: list[Probe] = []
+        complete = True
         position, address, pending = 0, None, False  # pending: an address whose time is still to come
         while word := self.WORD.match(text, position):
             position = word.end()
             if word["address"]:
                 address, pending = word["address"], True
-                name = (word["name"] or address).partition("%")[0]
-                names.setdefault(address, name if name != address else None)
+                name = word["name"] or address
+                names.setdefault(address, hostname_of(name, address))
+                complete &= bool(hostname_of(name, address)) or name.partition("%")[0] == address
             elif word["code"] and probes and not pending:
                 probes[-1]["code"] = word["code"]
             else:
@@ -1344,7 +1346,7 @@ class TracerouteParser(OutputParser):
                     probe["code"] = word["code"]
                 probes.append(probe)
                 pending &= bool(word["star"])
-        return probes, not text[position:].strip()
+        return probes, complete and not text[position:].strip()
 
     def result(self, status: Status = "finished", raw_output: str = "") -> TracerouteResult:
         names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
