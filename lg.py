@@ -1747,6 +1747,13 @@ class Process:
             await asyncio.sleep(0.001)
 
 
+@lru_cache(100)
+def log_start_failure(tool: str, error: str, minute: int) -> None:
+    """Log it once a minute: no rate limit counts the requests that repeat it."""
+    hint = install_hint([tool]) if tool in missing_tools() else None
+    log.error(f"{tool} cannot be started", {"error": error, "install": hint})
+
+
 @asynccontextmanager
 async def started(command: Command, address: IPAddress) -> AsyncIterator[Process]:
     """The command's tool, running towards an address until the context is left. Raises RequestError."""
@@ -1755,13 +1762,11 @@ async def started(command: Command, address: IPAddress) -> AsyncIterator[Process
         raise shutting_down()
     try:
         process = Process(command.argv_for(address), command.ok_statuses, SETTINGS.DIAGNOSTIC_TIMEOUT)
-    except (FileNotFoundError, PermissionError) as error:
-        hint = install_hint([tool]) if isinstance(error, FileNotFoundError) else None
-        log.error(f"{tool} is not installed or may not run", {"error": error, "install": hint})
-        message = f"{tool} is not installed on this server, or may not run"
-        raise RequestError(503, {"error": message}, reason="unavailable") from None
     except OSError as error:
-        log.error(f"{tool} cannot be started", {"error": error})
+        log_start_failure(tool, str(error), int(time.monotonic() / MINUTE_SECONDS))
+        if isinstance(error, (FileNotFoundError, PermissionError)):
+            message = f"{tool} is not installed on this server, or may not run"
+            raise RequestError(503, {"error": message}, reason="unavailable") from None
         message = f"The server cannot start {tool} now: try again soon"
         raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
     try:
@@ -1791,8 +1796,9 @@ class Diagnosis:
                 if isinstance(target, str):
                     await LIMITS.consume(SETTINGS.RATE_LIMIT_LOOKUPS, "lookup", client)
                 address = await resolve(target, command.version)
-                headers = await LIMITS.consume(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
                 async with started(command, address) as process:
+                    # Charged now, since what starts no tool costs nothing.
+                    headers = await LIMITS.consume(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
                     self.headers.set_result(headers)
                     transcript = Transcript(command, target, address, self.as_events)
                     self.output.put_nowait(transcript.start())

@@ -4911,6 +4911,13 @@ def test_request_that_starts_no_tool_costs_nothing_of_the_rate_limit(shared: Sta
     assert server.run("ping", headers=client).status_code == 200
 
 
+def test_tool_that_is_missing_costs_nothing_of_the_rate_limit(serve: Start) -> None:
+    server = serve(PATH="/nonexistent", RATE_LIMIT_DIAGNOSTICS="1/hour")
+    answers = [server.run("ping") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [503, 503, 503]
+    assert answers[-1].headers["X-RateLimit-Remaining"] == "1"
+
+
 def test_names_are_looked_up_within_a_limit_of_their_own(serve: Start) -> None:
     server = serve(tools={"ping": ECHO, "mtr": ECHO}, names=NAMES, RATE_LIMIT_LOOKUPS="2/hour")
     statuses = [server.run(name, "here.example").status_code for name in ("ping", "mtr", "ping")]
@@ -5819,10 +5826,19 @@ def test_command_is_503_while_no_process_can_be_made(serve: Start) -> None:
 
 
 def test_command_works_once_processes_can_be_made_again(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO})
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
     with fault(server, "no-fork"):
         server.run("ping")
     assert server.run("ping").status_code == 200
+
+
+def test_commands_that_cannot_be_started_are_logged_once_a_minute(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, constants={"MINUTE_SECONDS": 10**9})
+    with fault(server, "no-fork"):
+        for _ in range(3):
+            server.run("ping")
+    assert server.stop() in (0, -signal.SIGTERM)
+    assert server.log.count("ping cannot be started") == 1
 
 
 def test_command_is_503_while_no_descriptor_is_left(serve: Start) -> None:
