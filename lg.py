@@ -2521,7 +2521,7 @@ async def metrics(request: Request) -> Response:
 USAGE = """\
 Looking glass: {location}, {facility}
 
-{diagnostics}Speed tests, server information and API:
+{diagnostics}{about} information and API:
 
 {speedtests}    curl {base}/network/info
     curl {base}/health
@@ -2564,6 +2564,13 @@ def rate_limits_text() -> str:
     return ", ".join(parts)
 
 
+def offers() -> str:
+    """What is measured here, in English: `ping, traceroute, mtr and speed tests`."""
+    names = [name for name, command in COMMANDS.items() if command.version == 4 or name[:-1] not in COMMANDS]
+    *others, last = [*names, "speed tests"] if SIZES else names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 async def usage(request: Request) -> Response:
     host = request.headers.get("host", "")
     if not HOST.fullmatch(host):  # it is printed into lines that people paste into a shell
@@ -2575,6 +2582,7 @@ async def usage(request: Request) -> Response:
         base=base,
         **PLACE,
         diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=lines, command=example) if COMMANDS else "",
+        about="Speed tests, server" if SIZES else "Server",
         speedtests=SPEEDTESTS_USAGE.format(base=base) if SIZES else "",
         limits=rate_limits_text(),
     )
@@ -2782,7 +2790,7 @@ def openapi() -> Schema:
     states = {"status": enum("ok", "degraded"), "missing": tools, "forbidden": tools}
     health = object_schema(states, ("missing", "forbidden"))
     page = {"text/html; charset=utf-8": STRING}
-    description = f"Ping, traceroute, mtr and speed tests from {SETTINGS.NETWORK_LOCATION}. "
+    description = f"{offers().capitalize()} from {SETTINGS.NETWORK_LOCATION}. "
     description += f"Limits for each client: {rate_limits_text()}."
     info = {"title": "Looking glass", "version": VERSION, "description": description}
     return {

@@ -6331,8 +6331,23 @@ def test_speed_tests_that_are_off_are_404(serve: Start, path: str) -> None:
 
 def test_speed_tests_that_are_off_are_neither_described_nor_in_the_usage(serve: Start) -> None:
     server = serve(MAX_SPEEDTESTS="0")
-    assert "speedtest" not in json.dumps(described(server)["paths"])
-    assert "speedtest" not in server.http.get("/").text
+    document = described(server)
+    texts = json.dumps([document["info"], document["paths"]]), server.http.get("/").text
+    assert [re.findall("(?i)speed ?test", text) for text in texts] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("settings", "offers"),
+    [
+        ({}, "Ping, traceroute, mtr and speed tests"),
+        ({"COMMANDS": "ping,mtr6", "EXTRA_COMMANDS": json.dumps(BGP)}, "Ping, mtr6, bgp and speed tests"),
+        ({"COMMANDS": "mtr", "MAX_SPEEDTESTS": "0"}, "Mtr"),
+        ({"COMMANDS": ""}, "Speed tests"),
+    ],
+)
+def test_description_names_what_is_offered(serve: Start, settings: dict[str, str], offers: str) -> None:
+    document = described(serve(NETWORK_LOCATION="Amsterdam", **settings))
+    assert document["info"]["description"].startswith(f"{offers} from Amsterdam. Limits ")
 
 
 def test_client_in_rate_limit_exempt_has_no_rate_limit(serve: Start) -> None:
