@@ -112,6 +112,7 @@ LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.AS
 LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
 CORS_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 STORE = re.compile(r"(memory|redis|valkey|mongodb)s?(?:\+[a-z]+)?://.*")  # memcached has no moving window
+CLUSTER = re.compile(r"(redis|valkey)\+cluster://(?:.*@)?[^,@/]+:\d{1,5}(?:,[^,@/]+:\d{1,5})*/?")
 STORE_PACKAGES = {"memory": "limits", "redis": "redis", "valkey": "valkey", "mongodb": "pymongo"}
 SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)\b", re.DOTALL)
 
@@ -188,6 +189,8 @@ def rates(value: str) -> Rates:
 def storage_uri(value: str) -> str:
     if not (match := STORE.fullmatch(value)):
         raise ValueError("expected a URI of memory, redis, valkey or mongodb, like redis://HOST:6379")
+    if "+cluster:" in value and not CLUSTER.fullmatch(value):
+        raise ValueError("expected the nodes of a cluster, like redis+cluster://HOST:7000,HOST:7001")
     if not find_spec(package := STORE_PACKAGES[match[1]]):
         raise ValueError(f"expected the Python package {package}: pip install {package}")
     return value
@@ -692,15 +695,17 @@ class Limits:
         """Raises SystemExit for a URI that cannot be used."""
         self.entries = MemoryStorage()
         self.memory = MovingWindowRateLimiter(self.entries)
-        self.shared: MovingWindowRateLimiter | None = None
+        self.shared: Callable[[], MovingWindowRateLimiter] | None = None
         self.failing, self.asleep_until = False, 0.0
         self.now, self.swept = 0.0, 0.0
         if uri.startswith("memory:"):
             return
         names = ("socket_timeout", "socket_connect_timeout") if uri.startswith("redis") else ()
+        open_store = partial(storage_from_string, uri, **dict.fromkeys(names, STORE_SECONDS))
+        self.shared = cache(lambda: MovingWindowRateLimiter(open_store()))
         try:
-            store = storage_from_string(uri, **dict.fromkeys(names, STORE_SECONDS))
-            self.shared = MovingWindowRateLimiter(store)
+            if "+cluster:" not in uri:  # whose client connects at once, and fails while the cluster is down
+                self.shared()
         except Exception as error:  # each client library has its own
             raise settings_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
 
@@ -719,9 +724,9 @@ class Limits:
             return {}
         self.sweep()
         arguments = (rates, name, rate_limit_key(client))
-        if self.shared and time.monotonic() >= self.asleep_until:
+        if (shared := self.shared) and time.monotonic() >= self.asleep_until:
             with suppress(ConnectionError):
-                return await self.ask_shared(partial(operation, self.shared, *arguments))
+                return await self.ask_shared(lambda: operation(shared(), *arguments))
         try:
             return operation(self.memory, *arguments)
         except RuntimeError:  # the storage starts a thread that removes expired entries
@@ -747,11 +752,10 @@ class Limits:
 
     async def probe(self) -> None:
         """Ask the shared store once, so that the log has it at the start when it does not answer."""
-        if self.shared:
+        if shared := self.shared:
+            rates = (limits.RateLimitItemPerMinute(1),)
             with suppress(ConnectionError, RequestError):
-                await self.ask_shared(
-                    partial(check, self.shared, (limits.RateLimitItemPerMinute(1),), "start")
-                )
+                await self.ask_shared(lambda: check(shared(), rates, "start"))
 
     def note_recovery(self) -> None:
         if self.failing:

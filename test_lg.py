@@ -4175,6 +4175,8 @@ BAD_SETTINGS = [
     ("RATE_LIMIT_STORAGE_URI", "nowhere://", "a URI"),
     ("RATE_LIMIT_STORAGE_URI", "async+redis://127.0.0.1", "a URI"),
     ("RATE_LIMIT_STORAGE_URI", "memcached://127.0.0.1:1", "a URI"),
+    ("RATE_LIMIT_STORAGE_URI", "redis+cluster://127.0.0.1", "redis+cluster://HOST:7000,HOST:7001"),
+    ("RATE_LIMIT_STORAGE_URI", "rediss+cluster://127.0.0.1:1", "redis+cluster://HOST:7000,HOST:7001"),
     ("RATE_LIMIT_STORAGE_URI", "mongodb://127.0.0.1:1", "pip install pymongo"),
     ("MAX_DIAGNOSTICS", "0", "an integer from 1 to"),
     ("MAX_DIAGNOSTICS_PER_CLIENT", "-4", "an integer"),
@@ -5053,8 +5055,8 @@ class Redis:
         self.uri = f"redis://127.0.0.1:{self.port}"
         self.start()
 
-    def start(self) -> None:
-        line = ["redis-server", "--port", str(self.port), "--save", "", "--dir", str(self.folder)]
+    def start(self, *options: str) -> None:
+        line = ["redis-server", "--port", str(self.port), "--save", "", "--dir", str(self.folder), *options]
         self.process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
         until(self.is_up)
 
@@ -5129,6 +5131,39 @@ def test_failure_and_recovery_of_redis_are_each_logged_once(with_redis: Server, 
     until(lambda: with_redis.run("ping").status_code == 200)
     log = logged(with_redis)
     assert [log.count(f"The rate-limit store {what}") for what in ("fails", "answers again")] == [1, 1]
+
+
+def test_server_starts_without_its_redis_cluster(serve: Start) -> None:
+    uri = f"redis+cluster://127.0.0.1:{free_port()}"
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour", RATE_LIMIT_STORAGE_URI=uri)
+    assert [server.run("ping").status_code for _ in range(2)] == [200, 429]
+    assert "The rate-limit store fails" in server.log
+
+
+def test_health_is_printed_without_the_redis_cluster(serve: Start) -> None:
+    server = serve(tools=every_tool(ECHO))
+    uri = f"redis+cluster://127.0.0.1:{free_port()}"
+    asked = run_lg("health", PORT=str(server.port), RATE_LIMIT_STORAGE_URI=uri)
+    assert (asked.returncode, asked.stdout) == (0, '{"status":"ok"}\n')
+
+
+def has_recovered(server: Server) -> bool:
+    return "The rate-limit store answers again" in server.log
+
+
+def test_redis_cluster_is_used_when_it_is_up(serve: Start, redis: Redis) -> None:
+    redis.stop()
+    options = {
+        "RATE_LIMIT_DIAGNOSTICS": "3/hour",
+        "RATE_LIMIT_STORAGE_URI": f"redis+cluster://127.0.0.1:{redis.port}",
+    }
+    servers = [serve(tools={"ping": ECHO}, constants={"STORE_REST_SECONDS": 0}, **options) for _ in range(2)]
+    redis.start("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    with socket.create_connection(("127.0.0.1", redis.port)) as connection:
+        connection.sendall(b"CLUSTER ADDSLOTSRANGE 0 16383\r\n")
+        assert connection.recv(5) == b"+OK\r\n"
+    until(lambda: [server.run("mtr") for server in servers] and all(map(has_recovered, servers)))
+    assert [servers[number % 2].run("ping").status_code for number in range(4)] == [200, 200, 200, 429]
 
 
 def test_server_starts_without_redis(serve: Start, redis: Redis) -> None:
