@@ -2130,7 +2130,10 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         if answering and self.cycle and self.cycle.response_started:
             self.transport.abort()
         else:
-            super().send_400_response(msg)
+            body = json.dumps({"detail": msg})
+            header = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
+            self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{header}\r\n\r\n{body}".encode())
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         if self.conn.their_state is h11.SEND_BODY:  # its parser has not seen the counted body

@@ -5831,6 +5831,16 @@ def test_content_length_with_transfer_encoding_is_400_and_one_request_at_most(ec
     assert re.findall(rb"HTTP/1\.1 \d+", left(echo.send(request))) == [b"HTTP/1.1 400"]
 
 
+@pytest.mark.parametrize(
+    "request_bytes", [b"GET /\0 HTTP/1.1\r\n\r\n", b"\x16\x03\x01\r\n\r\n"], ids=["path", "TLS"]
+)
+def test_malformed_request_is_400_in_json(echo: Server, request_bytes: bytes) -> None:
+    header, _, body = left(echo.send(request_bytes)).partition(b"\r\n\r\n")
+    assert header.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\nContent-Type: application/json\r\n" in header
+    assert json.loads(body) == {"detail": "Invalid HTTP request received."}
+
+
 def test_pipelined_requests_are_answered_in_order(echo: Server) -> None:
     body = b"target=127.0.0.1&x=GET /openapi.json HTTP/1.1"
     requests = (
