@@ -575,7 +575,7 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
     """The address to measure: of a name, the first of this version that is allowed. Raises RequestError."""
     if not isinstance(target, str):
         if not is_allowed(target):
-            message = f"{target} may not be measured here: it is not a public address"
+            message = f"{target} may not be measured here: send another, public address"
             raise validation_error(message, str(target), reason="target")
         return target
     family = socket.AF_INET if version == 4 else socket.AF_INET6
@@ -597,8 +597,8 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
         address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
         if is_allowed(address):
             return address
-    # One message for both, so that nobody can list the names that only this network resolves.
-    message = f"{target} has no public IPv{version} address: check the name"
+    # One message for all, so that nobody can list the names that only this network resolves.
+    message = f"{target} has no IPv{version} address that may be measured here: check the name"
     raise validation_error(message, target, reason="target")
 
 
