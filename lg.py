@@ -1809,6 +1809,7 @@ class Diagnosis:
                     async with aclosing(process.output()) as chunks:
                         async for chunk in chunks:
                             self.output.put_nowait(transcript.output(chunk))
+                            await asyncio.sleep(0)  # other requests go on although the tool writes fast
                 status = process.tool.returncode
                 fault = process.fault or transcript.fault(status)
                 outcome = fault or "finished"
@@ -1847,7 +1848,7 @@ async def diagnosis(
     """Run a command: the headers of its rate limit, and what the client reads. Raises RequestError.
 
     It runs in a task of its own, which frees the slot and the process when the tool has ended, however slowly
-    the client reads. What waits to be read is bounded by OUTPUT_BYTES.
+    the client reads. Text that waits to be read is bounded by OUTPUT_BYTES, events by a multiple of it.
     """
     headers: asyncio.Future[Headers] = asyncio.get_running_loop().create_future()
     diagnosis = Diagnosis(command, target, client, as_events, headers, asyncio.Queue())

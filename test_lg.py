@@ -8,6 +8,7 @@ on demand; a stand-in for the resolver answers for names. Packets go to loopback
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import fcntl
@@ -35,13 +36,13 @@ import time
 import zlib
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypedDict, cast, get_args
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, cast, get_args
 from urllib.parse import quote
 
 import httpx
@@ -57,6 +58,7 @@ import lg
 HERE = Path(__file__).parent
 HOPS, HOPS_NAME = HERE / ".ci" / "hops", f"test{os.getpid()}-"
 TARGET4, TARGET6 = "198.51.100.254", "2001:db8::254"
+T = TypeVar("T")
 PATIENCE = 30.0  # how long a test waits for what must come; these machines can be slow
 
 
@@ -73,6 +75,12 @@ def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
         assert time.monotonic() < deadline, f"still not so after {seconds} s"
         time.sleep(0.01)
     return result
+
+
+def outcome(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What it returns, in a thread of its own: where a browser is driven, this one has a loop already."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 # ---- the server under test ---------------------------------------------------------------------------------
@@ -5429,6 +5437,29 @@ def test_tool_that_closes_its_output_and_runs_on_is_stopped_at_the_time_limit(se
     script = "#!/bin/sh\necho closed\nexec >&- 2>&-\nsleep 1000\n"
     server = serve(tools={"ping": script}, DIAGNOSTIC_TIMEOUT="1")
     assert server.run("ping").text == "closed\n--- ping: stopped after 1 s ---\n"
+
+
+def test_large_output_as_events_gives_way_to_other_requests() -> None:
+    """A million empty lines take seconds to be made events, in 16 pieces: none may hold the loop for long."""
+    command = lg.Command("lines", ("sh", "-c", "yes '' | head -c 1000000 # {address}"), 4)
+    pauses: list[float] = []
+
+    async def watch() -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0)
+            pauses.append(time.monotonic() - before)
+
+    async def run() -> None:
+        watcher = asyncio.create_task(watch())
+        address = ipaddress.IPv4Address("127.0.0.1")
+        async with lg.diagnosis(command, address, address, True) as (_, chunks):
+            length = sum([len(chunk) async for chunk in chunks])
+        watcher.cancel()
+        assert length > 20_000_000
+
+    outcome(run())
+    assert max(pauses) < sum(pauses) / 3
 
 
 def test_client_that_does_not_read_holds_neither_slot_nor_process(serve: Start) -> None:
