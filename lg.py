@@ -2700,8 +2700,6 @@ EXAMPLES = json.loads("""[
 DETAIL, ERROR = object_schema({"detail": STRING}), object_schema({"error": STRING})
 INVALID = object_schema({"type": STRING, "loc": array(STRING), "msg": STRING, "input": {}})
 ERROR_RESPONSES = {  # status: when, and the body's schema
-    404: ("No such address.", DETAIL),
-    405: ("Not with this method; `Allow` names those that are.", DETAIL),
     408: (f"The body did not come within {BODY_SECONDS} s, or an upload stalled.", DETAIL),
     411: ("An upload without Content-Length.", DETAIL),
     413: (f"The body is larger than {BODY_BYTES} bytes, or {UPLOAD_BYTES} of an upload.", DETAIL),
