@@ -1836,7 +1836,7 @@ class Diagnosis:
         }
         log.log(level, "run", {**pairs, "outcome": outcome, "seconds": f"{seconds:.1f}"})
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes]:
         while (chunk := await self.output.get()) is not None:
             yield chunk
 
@@ -1844,7 +1844,7 @@ class Diagnosis:
 @asynccontextmanager
 async def diagnosis(
     command: Command, target: IPAddress | str, client: IPAddress, as_events: bool
-) -> AsyncIterator[tuple[Headers, AsyncIterator[bytes]]]:
+) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
     """Run a command: the headers of its rate limit, and what the client reads. Raises RequestError.
 
     It runs in a task of its own, which frees the slot and the process when the tool has ended, however slowly
@@ -2212,11 +2212,11 @@ async def read_body(request: Request) -> bytes:
     raise RequestError(413, {"detail": f"The body is larger than {BODY_BYTES} bytes: send the target alone"})
 
 
-Exchange = AbstractAsyncContextManager[tuple[Headers, AsyncIterator[bytes]]]
+Exchange = AbstractAsyncContextManager[tuple[Headers, AsyncGenerator[bytes]]]
 
 
 class StreamedResponse(Response):
-    """An answer whose body is an async iterator, and whose work ends when the client leaves.
+    """An answer whose body is an async generator, and whose work ends when the client leaves.
 
     The work is an async context manager that gives further headers and the body. What it raises before is the
     answer instead. It is left on every way out. (Starlette's StreamingResponse leaves its generator to the
@@ -2248,7 +2248,7 @@ class StreamedResponse(Response):
                 raise ClientDisconnect from None
 
     async def stream(self, send: Send) -> None:
-        async with self.exchange as (headers, chunks):
+        async with self.exchange as (headers, chunks), aclosing(chunks):
             items = {**self.fixed_headers, **headers}.items()
             raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in items]
             self.begun = True
@@ -2324,7 +2324,7 @@ def log_speedtest(size: str, client: IPAddress, outcome: str, length: int, secon
 
 
 @asynccontextmanager
-async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, AsyncIterator[bytes]]]:
+async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
     """The headers of the rate limit and the same block again and again.
 
     Raises RequestError, or TransferAborted when the client takes less than PACE.
@@ -2334,7 +2334,7 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
         loop = asyncio.get_running_loop()
         begun, remaining, outcome = loop.time(), size.length, "broken off"
 
-        async def blocks() -> AsyncIterator[bytes]:
+        async def blocks() -> AsyncGenerator[bytes]:
             nonlocal remaining
             while remaining:
                 sent = size.length - remaining

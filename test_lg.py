@@ -36,7 +36,7 @@ import time
 import zlib
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from io import StringIO
@@ -52,6 +52,7 @@ from dotenv import dotenv_values
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, Route, sync_playwright
+from starlette.types import Message
 
 import lg
 
@@ -5334,6 +5335,38 @@ def test_client_that_leaves_is_logged(serve: Start) -> None:
     group_of(address)
     connection.close()
     until(lambda: f'address={address} client=127.0.0.1 outcome="client gone"' in server.log)
+
+
+def test_client_that_leaves_ends_the_generator_of_its_answer() -> None:
+    """Not the garbage collector, at some time later."""
+    gone = asyncio.Event()
+    ended: list[str] = []
+
+    async def blocks() -> AsyncGenerator[bytes]:
+        try:
+            while True:
+                yield b"block"
+        finally:
+            await asyncio.sleep(0)
+            ended.append("blocks")
+
+    @contextlib.asynccontextmanager
+    async def exchange() -> AsyncIterator[tuple[lg.Headers, AsyncGenerator[bytes]]]:
+        yield {}, blocks()
+
+    async def receive() -> Message:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            gone.set()
+
+    async def answer() -> list[str]:
+        await lg.StreamedResponse(exchange(), {})({}, receive, send)
+        return list(ended)
+
+    assert outcome(answer()) == ["blocks"]
 
 
 def test_real_mtr_leaves_no_process_behind(serve: Start) -> None:
