@@ -2608,16 +2608,6 @@ async def answer_request_error(request: Request, error: Exception) -> Response:
         return JSONResponse(body, error.status, error.headers)
 
 
-async def answer_http(request: Request, error: Exception) -> Response:
-    """The answer of the router; a path that ends in a slash and has a route without is redirected to it."""
-    assert isinstance(error, HTTPException)
-    path, query = request.scope["path"].rstrip("/"), request.url.query
-    routes = {route.path for route in request.app.routes}
-    if error.status_code == 404 and path != request.scope["path"] and path in routes:
-        return Response(status_code=307, headers={"Location": f"{path}?{query}" if query else path})
-    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
-
-
 async def answer_nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=400)  # the client is gone, and reads nothing
 
@@ -4389,21 +4379,34 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await probes
 
 
+routes = [
+    Route("/", front, middleware=[Middleware(GZipMiddleware)]),
+    Route("/health", health),
+    Route("/network/info", network_info),
+    Route("/openapi.json", describe_api),
+    *(Route(f"/{name}", partial(api_docs, name), name=name) for name in API_DOCS),
+    *(
+        Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"], name=name)
+        for name, command in COMMANDS.items()
+    ),
+    *(Route(f"/speedtest/{name}", partial(speedtest, size), name=name) for name, size in SIZES.items()),
+    *([Route("/speedtest/upload", upload, methods=["GET", "POST"])] if SIZES else []),
+    Route("/metrics", metrics),
+]
+
+
+async def answer_http(request: Request, error: Exception) -> Response:
+    """The answer of the router; a path that ends in a slash and has a route without is redirected to it."""
+    assert isinstance(error, HTTPException)
+    path, query = request.scope["path"].rstrip("/"), request.url.query
+    known = path in [route.path for route in routes]
+    if error.status_code == 404 and known and path != request.scope["path"]:
+        return Response(status_code=307, headers={"Location": f"{path}?{query}" if query else path})
+    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+
+
 app = Starlette(
-    routes=[
-        Route("/", front, middleware=[Middleware(GZipMiddleware)]),
-        Route("/health", health),
-        Route("/network/info", network_info),
-        Route("/openapi.json", describe_api),
-        *(Route(f"/{name}", partial(api_docs, name), name=name) for name in API_DOCS),
-        *(
-            Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"], name=name)
-            for name, command in COMMANDS.items()
-        ),
-        *(Route(f"/speedtest/{name}", partial(speedtest, size), name=name) for name, size in SIZES.items()),
-        *([Route("/speedtest/upload", upload, methods=["GET", "POST"])] if SIZES else []),
-        Route("/metrics", metrics),
-    ],
+    routes=routes,
     middleware=[
         Middleware(
             CORSMiddleware,
