@@ -880,7 +880,15 @@ def check_version(target: IPAddress | str, command: Command) -> None:
         raise validation_error(f"{target} is an IPv{target.version} address: {hint}", str(target))
 
 
-UNSUITABLE: set[str] = set()  # tools that turned out not to be the programs that we expect
+Program = tuple[str, float]  # the file of a tool, and when it was changed
+UNSUITABLE: set[Program | None] = set()  # those that turned out not to be what we expect
+
+
+def find_program(tool: str) -> Program | None:
+    path = shutil.which(tool, path=ENVIRONMENT["PATH"])
+    with suppress(OSError):
+        return (path, Path(path).stat().st_mtime) if path else None
+    return None
 
 
 def missing_tools() -> list[str]:
@@ -890,8 +898,7 @@ def missing_tools() -> list[str]:
 
 @lru_cache(1)
 def find_missing_tools(second: int) -> list[str]:
-    path = ENVIRONMENT["PATH"]
-    return [tool for tool in NEEDED_TOOLS if tool in UNSUITABLE or not shutil.which(tool, path=path)]
+    return [tool for tool in NEEDED_TOOLS if find_program(tool) in {None, *UNSUITABLE}]
 
 
 def install_hint(tools: Sequence[str]) -> str | None:
@@ -1894,11 +1901,11 @@ async def probe_tool(command: Command) -> None:
         if line := DENIED.search(output):
             denied = line[0].decode(errors="replace")
         elif line := REFUSED.search(output):
-            UNSUITABLE.add(command.tool)
+            UNSUITABLE.add(find_program(command.tool))
             pairs = {"install": install_hint([command.tool]), "error": line[0].decode(errors="replace")}
             log.warning(f"{command.tool} is not the program that is expected here", pairs)
     except PermissionError as error:  # file capabilities that this process may not have
-        denied = error if shutil.which(command.tool, path=ENVIRONMENT["PATH"]) else None
+        denied = error if find_program(command.tool) else None
     except OSError:
         return
     if denied:

@@ -6542,6 +6542,14 @@ def test_ping_of_another_maker_is_missing_in_health(serve: Start, message: str) 
     until(lambda: server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]})
 
 
+def test_expected_ping_that_is_installed_later_is_not_missing(serve: Start) -> None:
+    other = "#!/bin/sh\necho 'ping: invalid option -- O' >&2\nexit 1\n"
+    server = serve(tools={"ping": other, "traceroute": ECHO, "mtr": ECHO})
+    until(lambda: server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]})
+    server.stand_in("ping", ECHO)
+    until(lambda: server.http.get("/health").json() == {"status": "ok"})
+
+
 def test_ping_of_another_maker_is_logged_with_what_to_install(serve: Start) -> None:
     other = "#!/bin/sh\necho 'ping: invalid option -- O' >&2\nexit 1\n"
     server = serve(tools={"ping": other, "traceroute": ECHO, "mtr": ECHO})
