@@ -4018,17 +4018,13 @@ def test_nothing_is_loaded_from_elsewhere(visit: Visit, amsterdam: Server) -> No
 HOSTILE_NAME = """<img/src="x"/onerror="document.title='owned'">"""
 
 
-def test_name_of_a_router_is_text(visit: Visit, amsterdam: Server) -> None:
-    hosts = Path(f"/etc/netns/{HOPS_NAME}0/hosts")
-    before = hosts.read_text()
-    page = visit(amsterdam, "?command=traceroute&version=6&target=target.lg.example")
-    try:
-        hosts.write_text(f"2001:db8:0:2::2 {HOSTILE_NAME}\n{before}")  # the PTR record of the second hop
-        page.click("#run")
-        ended(page)
-    finally:
-        hosts.write_text(before)
-    assert HOSTILE_NAME in page.inner_text(".hops tbody tr:nth-child(2)")
+def test_name_of_a_router_is_text(visit: Visit, stand_ins: Server) -> None:
+    page = visit(stand_ins, "?command=mtr&target=127.0.0.1")
+    hop = mtr_hop(1, "198.51.100.2", 5, 5, hostname=HOSTILE_NAME)
+    page.route("**/lookingglass/*", answering("\n".join(map(json.dumps, stream(hop))) + "\n"))
+    page.click("#run")
+    ended(page)
+    assert HOSTILE_NAME in page.inner_text(".hops tbody")
     assert page.locator("#results img").count() == 0
 
 
