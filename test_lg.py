@@ -6795,7 +6795,7 @@ CHECKED_BY = {
 }
 
 
-def test_every_kind_of_snippet_in_the_readme_has_a_test() -> None:
+def test_every_language_in_the_readme_has_a_test() -> None:
     assert {each.language for each in SNIPPETS} == set(CHECKED_BY)
     assert [name for name in CHECKED_BY.values() if name not in globals()] == []
 
@@ -7051,7 +7051,7 @@ def test_caddy_behind_cloudflare_passes_the_visitors_address_on(
 # Deployment.
 
 
-def test_compose_section_works_in_a_fresh_clone(tmp_path: Path) -> None:
+def test_compose_section_makes_valid_files(tmp_path: Path) -> None:
     script = snippet("sh", "compose")
     files, _, commands = script.partition("docker compose")
     shutil.copy(HERE / ".env.example", tmp_path)
