@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import importlib.util
 import ipaddress
@@ -2428,6 +2429,25 @@ def test_head_costs_nothing_of_the_limit(serve: Start) -> None:
     assert server.http.get("/speedtest/100M").status_code == 200
 
 
+def begun(server: Server, size: str, client: str = "192.0.2.1") -> int:
+    """The status of a download that is broken off at once."""
+    headers = {"X-Forwarded-For": client}
+    with server.http.stream("GET", f"/speedtest/{size}", headers=headers) as response:
+        return response.status_code
+
+
+def test_10g_has_a_rate_limit_of_its_own(serve: Start) -> None:
+    server = serve(RATE_LIMIT_SPEEDTEST="2/hour", RATE_LIMIT_SPEEDTEST_10G="1/hour")
+    sizes = ("10G", "10G", "1G", "1G", "1G")
+    assert [begun(server, size) for size in sizes] == [200, 429, 200, 200, 429]
+
+
+def test_client_with_all_its_transfers_running_is_429(serve: Start) -> None:
+    server = serve(MAX_SPEEDTESTS_PER_CLIENT="1")
+    with server.http.stream("GET", "/speedtest/10G", headers={"X-Forwarded-For": "192.0.2.1"}):
+        assert [begun(server, "1G", client) for client in ("192.0.2.1", "192.0.2.2")] == [429, 200]
+
+
 def test_aborted_download_frees_its_slot(serve: Start) -> None:
     server = serve(MAX_SPEEDTESTS="1")
     with server.http.stream("GET", "/speedtest/10G"):
@@ -2763,6 +2783,25 @@ def test_preflight_of_another_origin_is_allowed(echo: Server) -> None:
     assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (200, "*")
 
 
+def test_methods_and_headers_of_other_origins_may_be_limited(shared: Start) -> None:
+    server = shared(CORS_METHODS="GET", CORS_HEADERS="X-One")
+
+    def preflight(method: str, header: str) -> int:
+        asked = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": header}
+        return server.http.options("/health", headers=ORIGIN | asked).status_code
+
+    asked = [("GET", "X-One"), ("POST", "X-One"), ("GET", "X-Two")]
+    assert [preflight(*each) for each in asked] == [200, 400, 400]
+
+
+def test_other_origins_may_read_errors(serve: Start, tmp_path: Path) -> None:
+    server = serve(tools={"ping": ECHO}, PATH=f"{tmp_path}/0/bin", RATE_LIMIT_DIAGNOSTICS="1/hour")
+    asked = [("ping", "10.0.0.1"), ("ping", "127.0.0.1"), ("ping", "127.0.0.1"), ("mtr", "127.0.0.1")]
+    answers = [server.run(*each, headers=ORIGIN) for each in asked]
+    assert [answer.status_code for answer in answers] == [422, 200, 429, 503]
+    assert [answer.headers.get("Access-Control-Allow-Origin") for answer in answers] == ["*"] * 4
+
+
 def test_other_origins_may_read_the_rate_limit(echo: Server) -> None:
     exposed = echo.http.get("/network/info", headers=ORIGIN).headers["Access-Control-Expose-Headers"]
     limits = {"Retry-After", "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"}
@@ -2782,6 +2821,12 @@ def test_only_named_origins_are_allowed(shared: Start, origin: str, allowed: str
     server = shared(CORS_ORIGINS="https://a.example, https://b.example", CORS_CREDENTIALS="true")
     answer = server.http.get("/health", headers={"Origin": origin})
     assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+
+
+def test_named_origins_may_send_credentials(shared: Start) -> None:
+    server = shared(CORS_ORIGINS=ORIGIN["Origin"], CORS_CREDENTIALS="true")
+    answer = server.http.get("/health", headers=ORIGIN)
+    assert answer.headers["Access-Control-Allow-Credentials"] == "true"
 
 
 @pytest.mark.parametrize(
@@ -4257,6 +4302,14 @@ def test_settings_that_leave_nothing_to_offer_stop_the_start() -> None:
     assert "expected a command or speed tests" in start_error(COMMANDS="", MAX_SPEEDTESTS="0")
 
 
+def test_host_is_the_only_address_that_is_listened_on(serve: Start) -> None:
+    server = serve(HOST="127.0.0.1")
+    with socket.socket() as ipv4, socket.socket(socket.AF_INET6) as ipv6:
+        refused = [ipv4.connect_ex(("127.0.0.2", server.port)), ipv6.connect_ex(("::1", server.port))]
+    assert refused == [errno.ECONNREFUSED] * 2
+    assert f"url=http://127.0.0.1:{server.port}/" in server.log
+
+
 def test_port_in_use_stops_the_start(serve: Start) -> None:
     server = serve()
     assert "in use" in start_error(PORT=str(server.port))
@@ -4412,6 +4465,11 @@ def test_env_file_of_the_replaced_server_is_read(serve: Start, install: Callable
 def test_environment_overrides_the_env_file(install: Callable[[str], Path]) -> None:
     folder = install("PORT=in .env\n")
     assert "PORT='in the environment'" in start_error(folder, PORT="in the environment")
+
+
+def test_empty_variable_overrides_the_env_file(install: Callable[[str], Path]) -> None:
+    error = start_error(install("COMMANDS=nmap\n"), COMMANDS="", MAX_SPEEDTESTS="0")
+    assert error.startswith("lg.py: COMMANDS=''")
 
 
 @pytest.mark.parametrize(
@@ -4862,6 +4920,11 @@ def test_answers_within_the_rate_limit_count_down(limited: Server) -> None:
     ]
 
 
+def test_422_after_the_check_of_the_rate_limit_has_its_headers(limited: Server) -> None:
+    refused = limited.run("ping", "10.0.0.1")
+    assert (refused.status_code, refused.headers["X-RateLimit-Remaining"]) == (422, "2")
+
+
 def test_rate_limit_reset_is_in_epoch_seconds(limited: Server) -> None:
     assert 0 < int(limited.run("ping").headers["X-RateLimit-Reset"]) - time.time() <= 61
 
@@ -5002,6 +5065,17 @@ def test_ipv6_clients_are_limited_by_their_64(serve: Start) -> None:
         for client in ("2001:db8:0:1::1", "2001:db8:0:1:ffff::2", "2001:db8:0:2::1", "192.0.2.1", "192.0.2.2")
     ]
     assert statuses == [200, 429, 200, 200, 200]
+
+
+def test_ipv6_clients_have_slots_by_their_64(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT, "mtr": ECHO}, MAX_DIAGNOSTICS_PER_CLIENT="1")
+    body, headers = {"target": "127.0.0.1"}, {"X-Forwarded-For": "2001:db8:0:1::1"}
+    with server.http.stream("POST", "/lookingglass/ping", json=body, headers=headers):
+        statuses = [
+            server.run("mtr", headers={"X-Forwarded-For": client}).status_code
+            for client in ("2001:db8:0:1:ffff::2", "2001:db8:0:2::1")
+        ]
+    assert statuses == [429, 200]
 
 
 @pytest.mark.parametrize(
@@ -5217,6 +5291,34 @@ def test_client_that_leaves_frees_its_slot(serve: Start) -> None:
     until(server.idle)
     server.stand_in("ping", ECHO)
     assert server.run("ping").status_code == 200
+
+
+@pytest.fixture(scope="session")
+def seconds_to_end(alone: Alone, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, float]:
+    """How long the processes and the slot of each command live on after its client has left."""
+    tools = {"ping": ENDLESS, "traceroute": FORKING, "mtr": STUBBORN}
+    server = Server(tmp_path_factory.mktemp("left"), tools=tools)
+
+    def leave(command: str) -> float:
+        connection = server.begin(command, address := lone_address())
+        group = group_of(address)
+        connection.close()
+        begun = time.monotonic()
+        until(lambda: not members(group))
+        until(lambda: not scrape(server)['lg_slots_taken{kind="command"}'])
+        return time.monotonic() - begun
+
+    with alone():
+        seconds = {command: leave(command) for command in tools}
+    server.close()
+    return seconds
+
+
+@pytest.mark.parametrize("command", TOOLS)
+def test_command_of_a_client_that_left_is_over_in_seconds(
+    seconds_to_end: Mapping[str, float], command: str
+) -> None:
+    assert seconds_to_end[command] < SOON
 
 
 def test_client_that_leaves_is_logged(serve: Start) -> None:
@@ -5669,6 +5771,15 @@ def test_closed_connection_makes_room_for_another(serve: Start) -> None:
     assert not admits(server, "127.0.0.2")
     held.pop().close()
     until(lambda: admits(server, "127.0.0.2"))
+
+
+def test_ipv6_clients_have_connections_by_their_64(serve: Start, hops: tuple[str, ...]) -> None:
+    server = serve(prefix=hops, constants={"MAX_CONNECTIONS_PER_CLIENT": 2})
+    sources = ["2001:db8:64:1::1", "2001:db8:64:1::2", "2001:db8:64:1::3", "2001:db8:64:2::1"]
+    for source in sources:
+        subprocess.run([*hops, "ip", "address", "replace", source, "dev", "lo"], check=True)
+    held = [server.connect(socket.AF_INET6, source=source) for source in sources]
+    assert [connected(connection) for connection in held] == [True, True, False, True]
 
 
 def test_trusted_proxy_may_have_more_connections_than_a_client(serve: Start) -> None:
