@@ -3468,17 +3468,13 @@ def test_lossy_hop_is_red_only_where_the_loss_carries_on(visit: Visit, stand_ins
     assert [cell.inner_text() for cell in page.locator("td.loss.bad").all()] == ["10 %", "10 %"]
 
 
-def test_extra_command_shows_its_output(visit: Visit, stand_ins: Server) -> None:
-    page = visit(stand_ins, "?target=127.0.0.1")
-    page.evaluate("Object.assign(TOOLS[0], { kind: 'text', title: 'bgp' })")
-    notes = [
-        {"event": "note", "text": "198.51.100.0/24 unicast"},
-        {"event": "note", "text": "  BGP.as_path: 64500"},
-    ]
-    page.route("**/lookingglass/*", answering("\n".join(map(json.dumps, stream(*notes))) + "\n"))
-    page.click("#run")
+def test_extra_command_shows_its_output(visit: Visit, serve_in_hops: Start) -> None:
+    output = "198.51.100.0/24 unicast\n  BGP.as_path: 64500\n"
+    tools = {"birdc": f"#!/bin/sh\ncat <<'END'\n{output}END\n"}
+    page = visit(serve_in_hops(tools=tools, EXTRA_COMMANDS=json.dumps(BGP)))
+    run(page, "bgp", "127.0.0.1")
     assert ended(page) == "2 lines"
-    assert page.inner_text("pre") == "198.51.100.0/24 unicast\n  BGP.as_path: 64500"
+    assert page.inner_text("pre") == output
 
 
 def test_verdict_is_announced_and_in_the_title(live: Mapping[str, Page]) -> None:
