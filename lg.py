@@ -111,8 +111,9 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
 LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
 LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
 CORS_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
-STORE = re.compile(r"(memory|redis|valkey|mongodb)s?(?:\+[a-z]+)?://.*")  # memcached has no moving window
-CLUSTER = re.compile(r"(redis|valkey)\+cluster://(?:.*@)?[^,@/]+:\d{1,5}(?:,[^,@/]+:\d{1,5})*/?")
+NODES = r"(?:.*@)?[^,@/]+:\d{1,5}(?:,[^,@/]+:\d{1,5})*/?"
+# memcached has no moving window.
+STORE = re.compile(rf"(memory|redis|valkey|mongodb)(?:\+cluster://{NODES}|s?(?:\+(?!cluster)[a-z]+)?://.*)")
 STORE_PACKAGES = {"memory": "limits", "redis": "redis", "valkey": "valkey", "mongodb": "pymongo"}
 SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)\b", re.DOTALL)
 
@@ -172,9 +173,7 @@ def network(value: str) -> IPNetwork:
 
 def proxy(value: str) -> IPNetwork:
     if value == "*" or not (parsed := network(value)).prefixlen:
-        raise ValueError(
-            f"expected addresses and networks, not {value!r}: any client could forge its address"
-        )
+        raise ValueError(f"expected proxies' addresses, not {value!r}: any client could forge its address")
     return parsed
 
 
@@ -189,8 +188,6 @@ def rates(value: str) -> Rates:
 def storage_uri(value: str) -> str:
     if not (match := STORE.fullmatch(value)):
         raise ValueError("expected a URI of memory, redis, valkey or mongodb, like redis://HOST:6379")
-    if "+cluster:" in value and not CLUSTER.fullmatch(value):
-        raise ValueError("expected the nodes of a cluster, like redis+cluster://HOST:7000,HOST:7001")
     if not find_spec(package := STORE_PACKAGES[match[1]]):
         raise ValueError(f"expected the Python package {package}: pip install {package}")
     return value
@@ -753,9 +750,8 @@ class Limits:
     async def probe(self) -> None:
         """Ask the shared store once, so that the log has it at the start when it does not answer."""
         if shared := self.shared:
-            rates = (limits.RateLimitItemPerMinute(1),)
             with suppress(ConnectionError, RequestError):
-                await self.ask_shared(lambda: check(shared(), rates, "start"))
+                await self.ask_shared(lambda: check(shared(), (limits.parse("1/minute"),), "start"))
 
     def note_recovery(self) -> None:
         if self.failing:
@@ -817,16 +813,12 @@ class Command(NamedTuple):
 
     @property
     def tool(self) -> str:
-        return self.argv[0]
-
-    @property
-    def tool_name(self) -> str:
-        return Path(self.tool).name
+        return Path(self.argv[0]).name
 
     @property
     def ok_statuses(self) -> tuple[int, ...]:
         """Exit statuses that are results rather than faults."""
-        return (0, 1) if self.tool_name == "ping" else (0,)  # 1: no reply
+        return (0, 1) if self.tool == "ping" else (0,)  # 1: no reply
 
     def argv_for(self, address: IPAddress | str) -> list[str]:
         return [word.replace("{address}", str(address)) for word in self.argv]
@@ -858,7 +850,7 @@ COMMANDS = {
     for command in (*(each for each in BUILT_IN if each.name in SETTINGS.COMMANDS), *EXTRA)
 }
 COUNTERS |= {sample("lg_runs_total", command=name, outcome="finished"): 0 for name in COMMANDS}
-NEEDED_TOOLS = tuple(dict.fromkeys(command.tool for command in COMMANDS.values()))
+NEEDED_TOOLS = tuple(dict.fromkeys(command.argv[0] for command in COMMANDS.values()))
 # Debian's packages.
 PACKAGES = {
     "ping": "iputils-ping",
@@ -880,15 +872,13 @@ def check_version(target: IPAddress | str, command: Command) -> None:
         raise validation_error(f"{target} is an IPv{target.version} address: {hint}", str(target))
 
 
-Program = tuple[str, float]  # the file of a tool, and when it was changed
-UNSUITABLE: set[Program | None] = set()  # those that turned out not to be what we expect
+UNSUITABLE: set[tuple[str, float] | None] = set()  # tools that turned out to be other programs
 
 
-def find_program(tool: str) -> Program | None:
+def find_program(tool: str) -> tuple[str, float] | None:
+    """The file of a tool, and when it was changed."""
     path = shutil.which(tool, path=ENVIRONMENT["PATH"])
-    with suppress(OSError):
-        return (path, Path(path).stat().st_mtime) if path else None
-    return None
+    return (path, Path(path).stat().st_mtime) if path else None
 
 
 def missing_tools() -> list[str]:
@@ -1338,8 +1328,8 @@ class TracerouteParser(OutputParser):
     def parse_probes(self, text: str, names: dict[str, str | None]) -> tuple[list[Probe], bool]:
         """The probes of a hop, and whether they carry all of its line. Adds their routers to `names`."""
         probes: list[Probe] = []
-        complete = True
-        position, address, pending = 0, None, False  # pending: an address whose time is still to come
+        position, address, complete = 0, None, True
+        pending = False  # an address whose time is still to come
         while word := self.WORD.match(text, position):
             position = word.end()
             if word["address"]:
@@ -1595,9 +1585,9 @@ PARSERS: dict[str, type[OutputParser]] = {"ping": PingParser, "traceroute": Trac
 
 def parser_for(command: Command) -> type[OutputParser]:
     """The parser of the command's tool."""
-    if command.tool_name == "mtr" and "--raw" in command.argv:
+    if command.tool == "mtr" and "--raw" in command.argv:
         return MtrParser
-    return PARSERS.get(command.tool_name, LineParser)
+    return PARSERS.get(command.tool, LineParser)
 
 
 class Transcript:
@@ -1759,26 +1749,25 @@ class Process:
 
 
 @lru_cache(100)
-def log_start_failure(tool: str, error: str, minute: int) -> None:
+def log_start_failure(tool: str, error: str, hint: str | None, minute: int) -> None:
     """Log it once a minute: no rate limit counts the requests that repeat it."""
-    hint = install_hint([tool]) if tool in missing_tools() else None
     log.error(f"{tool} cannot be started", {"error": error, "install": hint})
 
 
 @asynccontextmanager
 async def started(command: Command, address: IPAddress) -> AsyncIterator[Process]:
     """The command's tool, running towards an address until the context is left. Raises RequestError."""
-    tool = command.tool
     if SHUTTING_DOWN.is_set():
         raise shutting_down()
     try:
         process = Process(command.argv_for(address), command.ok_statuses, SETTINGS.DIAGNOSTIC_TIMEOUT)
     except OSError as error:
-        log_start_failure(tool, str(error), int(time.monotonic() / MINUTE_SECONDS))
+        hint = install_hint([command.tool]) if isinstance(error, FileNotFoundError) else None
+        log_start_failure(command.tool, str(error), hint, int(time.monotonic() / MINUTE_SECONDS))
         if isinstance(error, (FileNotFoundError, PermissionError)):
-            message = f"{tool} is not installed on this server, or may not run"
+            message = f"{command.tool} is not installed on this server, or may not run"
             raise RequestError(503, {"error": message}, reason="unavailable") from None
-        message = f"The server cannot start {tool} now: try again soon"
+        message = f"The server cannot start {command.tool} now: try again soon"
         raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
     try:
         yield process
@@ -2744,7 +2733,7 @@ def command_operation(command: Command) -> Schema:
         cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples
     }
     return operation(
-        f"{command.tool_name} over IPv{command.version}",
+        f"{command.tool} over IPv{command.version}",
         success,
         (408, 413, 422, 429, 503),
         description=f"Runs `{argv}`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "
@@ -4406,8 +4395,7 @@ async def answer_http(request: Request, error: Exception) -> Response:
     """The answer of the router; a path that ends in a slash and has a route without is redirected to it."""
     assert isinstance(error, HTTPException)
     path, query = request.scope["path"].rstrip("/"), request.url.query
-    known = path in [route.path for route in routes]
-    if error.status_code == 404 and known and path != request.scope["path"]:
+    if error.status_code == 404 and path != request.scope["path"] and path in {each.path for each in routes}:
         return Response(status_code=307, headers={"Location": f"{path}?{query}" if query else path})
     return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
