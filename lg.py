@@ -111,7 +111,9 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
 LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
 LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
 CORS_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
-STORE = re.compile(r"(memory|redis|valkey|mongodb)s?(?:\+[a-z]+)?://.*")  # memcached has no moving window
+NODES = r"(?:.*@)?[^,@/]+:\d{1,5}(?:,[^,@/]+:\d{1,5})*/?"
+# memcached has no moving window.
+STORE = re.compile(rf"(memory|redis|valkey|mongodb)(?:\+cluster://{NODES}|s?(?:\+(?!cluster)[a-z]+)?://.*)")
 STORE_PACKAGES = {"memory": "limits", "redis": "redis", "valkey": "valkey", "mongodb": "pymongo"}
 SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)\b", re.DOTALL)
 
@@ -170,9 +172,9 @@ def network(value: str) -> IPNetwork:
 
 
 def proxy(value: str) -> IPNetwork:
-    if value == "*":
-        raise ValueError("expected addresses and networks, not '*': any client could forge its address")
-    return network(value)
+    if value == "*" or not (parsed := network(value)).prefixlen:
+        raise ValueError(f"expected proxies' addresses, not {value!r}: any client could forge its address")
+    return parsed
 
 
 def rates(value: str) -> Rates:
@@ -217,7 +219,7 @@ def extra_commands(value: str) -> Mapping[str, tuple[str, ...]]:
     if not isinstance(pairs, tuple):
         raise ValueError('expected JSON like {"bgp": "birdc -r show route for {address} all"}')
     commands: dict[str, tuple[str, ...]] = {}
-    taken = set(BUILT_IN_COMMANDS)
+    taken = {*BUILT_IN_COMMANDS, "speedtest"}  # a tab of the page
     for name, line in pairs:
         if not re.fullmatch("[a-z0-9-]+", name):
             raise ValueError(f"expected names of the characters a-z, 0-9 and -, not {name!r}")
@@ -570,7 +572,7 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
     """The address to measure: of a name, the first of this version that is allowed. Raises RequestError."""
     if not isinstance(target, str):
         if not is_allowed(target):
-            message = f"{target} may not be measured here: it is not a public address"
+            message = f"{target} may not be measured here: send another, public address"
             raise validation_error(message, str(target), reason="target")
         return target
     family = socket.AF_INET if version == 4 else socket.AF_INET6
@@ -592,8 +594,8 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
         address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
         if is_allowed(address):
             return address
-    # One message for both, so that nobody can list the names that only this network resolves.
-    message = f"{target} has no public IPv{version} address: check the name"
+    # One message for all, so that nobody can list the names that only this network resolves.
+    message = f"{target} has no IPv{version} address that may be measured here: check the name"
     raise validation_error(message, target, reason="target")
 
 
@@ -690,15 +692,17 @@ class Limits:
         """Raises SystemExit for a URI that cannot be used."""
         self.entries = MemoryStorage()
         self.memory = MovingWindowRateLimiter(self.entries)
-        self.shared: MovingWindowRateLimiter | None = None
+        self.shared: Callable[[], MovingWindowRateLimiter] | None = None
         self.failing, self.asleep_until = False, 0.0
         self.now, self.swept = 0.0, 0.0
         if uri.startswith("memory:"):
             return
         names = ("socket_timeout", "socket_connect_timeout") if uri.startswith("redis") else ()
+        open_store = partial(storage_from_string, uri, **dict.fromkeys(names, STORE_SECONDS))
+        self.shared = cache(lambda: MovingWindowRateLimiter(open_store()))
         try:
-            store = storage_from_string(uri, **dict.fromkeys(names, STORE_SECONDS))
-            self.shared = MovingWindowRateLimiter(store)
+            if "+cluster:" not in uri:  # whose client connects at once, and fails while the cluster is down
+                self.shared()
         except Exception as error:  # each client library has its own
             raise settings_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
 
@@ -717,9 +721,9 @@ class Limits:
             return {}
         self.sweep()
         arguments = (rates, name, rate_limit_key(client))
-        if self.shared and time.monotonic() >= self.asleep_until:
+        if (shared := self.shared) and time.monotonic() >= self.asleep_until:
             with suppress(ConnectionError):
-                return await self.ask_shared(partial(operation, self.shared, *arguments))
+                return await self.ask_shared(lambda: operation(shared(), *arguments))
         try:
             return operation(self.memory, *arguments)
         except RuntimeError:  # the storage starts a thread that removes expired entries
@@ -745,11 +749,9 @@ class Limits:
 
     async def probe(self) -> None:
         """Ask the shared store once, so that the log has it at the start when it does not answer."""
-        if self.shared:
+        if shared := self.shared:
             with suppress(ConnectionError, RequestError):
-                await self.ask_shared(
-                    partial(check, self.shared, (limits.RateLimitItemPerMinute(1),), "start")
-                )
+                await self.ask_shared(lambda: check(shared(), (limits.parse("1/minute"),), "start"))
 
     def note_recovery(self) -> None:
         if self.failing:
@@ -808,11 +810,15 @@ class Command(NamedTuple):
     name: str
     argv: tuple[str, ...]  # {address} stands for the target's
     version: int  # of IP
-    ok_statuses: tuple[int, ...]  # exit statuses that are results rather than faults
 
     @property
     def tool(self) -> str:
-        return self.argv[0]
+        return Path(self.argv[0]).name
+
+    @property
+    def ok_statuses(self) -> tuple[int, ...]:
+        """Exit statuses that are results rather than faults."""
+        return (0, 1) if self.tool == "ping" else (0,)  # 1: no reply
 
     def argv_for(self, address: IPAddress | str) -> list[str]:
         return [word.replace("{address}", str(address)) for word in self.argv]
@@ -822,19 +828,19 @@ PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56", "{address}")
 TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30", "{address}")
 MTR = ("--raw", "-e", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", "{address}")
 BUILT_IN = (
-    Command("ping", ("ping", "-4", *PING), 4, (0, 1)),  # 1: no reply
-    Command("ping6", ("ping", "-6", *PING), 6, (0, 1)),
-    Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4, (0,)),
-    Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6, (0,)),
-    Command("mtr", ("mtr", "-4", *MTR), 4, (0,)),
-    Command("mtr6", ("mtr", "-6", *MTR), 6, (0,)),
+    Command("ping", ("ping", "-4", *PING), 4),
+    Command("ping6", ("ping", "-6", *PING), 6),
+    Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4),
+    Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6),
+    Command("mtr", ("mtr", "-4", *MTR), 4),
+    Command("mtr6", ("mtr", "-6", *MTR), 6),
 )
+assert tuple(command.name for command in BUILT_IN) == BUILT_IN_COMMANDS
 EXTRA = (
     Command(
         f"{name}6" if version == 6 else name,
         tuple(word.replace("{version}", str(version)) for word in argv),
         version,
-        (0, 1) if argv[0] == "ping" else (0,),
     )
     for name, argv in SETTINGS.EXTRA_COMMANDS.items()
     for version in (4, 6)
@@ -844,7 +850,7 @@ COMMANDS = {
     for command in (*(each for each in BUILT_IN if each.name in SETTINGS.COMMANDS), *EXTRA)
 }
 COUNTERS |= {sample("lg_runs_total", command=name, outcome="finished"): 0 for name in COMMANDS}
-NEEDED_TOOLS = tuple(dict.fromkeys(command.tool for command in COMMANDS.values()))
+NEEDED_TOOLS = tuple(dict.fromkeys(command.argv[0] for command in COMMANDS.values()))
 # Debian's packages.
 PACKAGES = {
     "ping": "iputils-ping",
@@ -866,7 +872,13 @@ def check_version(target: IPAddress | str, command: Command) -> None:
         raise validation_error(f"{target} is an IPv{target.version} address: {hint}", str(target))
 
 
-UNSUITABLE: set[str] = set()  # tools that turned out not to be the programs that we expect
+UNSUITABLE: set[tuple[str, float] | None] = set()  # tools that turned out to be other programs
+
+
+def find_program(tool: str) -> tuple[str, float] | None:
+    """The file of a tool, and when it was changed."""
+    path = shutil.which(tool, path=ENVIRONMENT["PATH"])
+    return (path, Path(path).stat().st_mtime) if path else None
 
 
 def missing_tools() -> list[str]:
@@ -876,8 +888,7 @@ def missing_tools() -> list[str]:
 
 @lru_cache(1)
 def find_missing_tools(second: int) -> list[str]:
-    path = ENVIRONMENT["PATH"]
-    return [tool for tool in NEEDED_TOOLS if tool in UNSUITABLE or not shutil.which(tool, path=path)]
+    return [tool for tool in NEEDED_TOOLS if find_program(tool) in {None, *UNSUITABLE}]
 
 
 def install_hint(tools: Sequence[str]) -> str | None:
@@ -1317,13 +1328,15 @@ class TracerouteParser(OutputParser):
     def parse_probes(self, text: str, names: dict[str, str | None]) -> tuple[list[Probe], bool]:
         """The probes of a hop, and whether they carry all of its line. Adds their routers to `names`."""
         probes: list[Probe] = []
-        position, address, pending = 0, None, False  # pending: an address whose time is still to come
+        position, address, complete = 0, None, True
+        pending = False  # an address whose time is still to come
         while word := self.WORD.match(text, position):
             position = word.end()
             if word["address"]:
                 address, pending = word["address"], True
-                name = (word["name"] or address).partition("%")[0]
-                names.setdefault(address, name if name != address else None)
+                name = word["name"] or address
+                names.setdefault(address, hostname_of(name, address))
+                complete &= bool(hostname_of(name, address)) or name.partition("%")[0] == address
             elif word["code"] and probes and not pending:
                 probes[-1]["code"] = word["code"]
             else:
@@ -1334,7 +1347,7 @@ class TracerouteParser(OutputParser):
                     probe["code"] = word["code"]
                 probes.append(probe)
                 pending &= bool(word["star"])
-        return probes, not text[position:].strip()
+        return probes, complete and not text[position:].strip()
 
     def result(self, status: Status = "finished", raw_output: str = "") -> TracerouteResult:
         names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
@@ -1572,10 +1585,9 @@ PARSERS: dict[str, type[OutputParser]] = {"ping": PingParser, "traceroute": Trac
 
 def parser_for(command: Command) -> type[OutputParser]:
     """The parser of the command's tool."""
-    tool = Path(command.tool).name
-    if tool == "mtr" and "--raw" in command.argv:
+    if command.tool == "mtr" and "--raw" in command.argv:
         return MtrParser
-    return PARSERS.get(tool, LineParser)
+    return PARSERS.get(command.tool, LineParser)
 
 
 class Transcript:
@@ -1736,22 +1748,26 @@ class Process:
             await asyncio.sleep(0.001)
 
 
+@lru_cache(100)
+def log_start_failure(tool: str, error: str, hint: str | None, minute: int) -> None:
+    """Log it once a minute: no rate limit counts the requests that repeat it."""
+    log.error(f"{tool} cannot be started", {"error": error, "install": hint})
+
+
 @asynccontextmanager
 async def started(command: Command, address: IPAddress) -> AsyncIterator[Process]:
     """The command's tool, running towards an address until the context is left. Raises RequestError."""
-    tool = command.tool
     if SHUTTING_DOWN.is_set():
         raise shutting_down()
     try:
         process = Process(command.argv_for(address), command.ok_statuses, SETTINGS.DIAGNOSTIC_TIMEOUT)
-    except (FileNotFoundError, PermissionError) as error:
-        hint = install_hint([tool]) if isinstance(error, FileNotFoundError) else None
-        log.error(f"{tool} is not installed or may not run", {"error": error, "install": hint})
-        message = f"{tool} is not installed on this server, or may not run"
-        raise RequestError(503, {"error": message}, reason="unavailable") from None
     except OSError as error:
-        log.error(f"{tool} cannot be started", {"error": error})
-        message = f"The server cannot start {tool} now: try again soon"
+        hint = install_hint([command.tool]) if isinstance(error, FileNotFoundError) else None
+        log_start_failure(command.tool, str(error), hint, int(time.monotonic() / MINUTE_SECONDS))
+        if isinstance(error, (FileNotFoundError, PermissionError)):
+            message = f"{command.tool} is not installed on this server, or may not run"
+            raise RequestError(503, {"error": message}, reason="unavailable") from None
+        message = f"The server cannot start {command.tool} now: try again soon"
         raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
     try:
         yield process
@@ -1780,14 +1796,16 @@ class Diagnosis:
                 if isinstance(target, str):
                     await LIMITS.consume(SETTINGS.RATE_LIMIT_LOOKUPS, "lookup", client)
                 address = await resolve(target, command.version)
-                headers = await LIMITS.consume(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
                 async with started(command, address) as process:
+                    # Charged now, since what starts no tool costs nothing.
+                    headers = await LIMITS.consume(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
                     self.headers.set_result(headers)
                     transcript = Transcript(command, target, address, self.as_events)
                     self.output.put_nowait(transcript.start())
                     async with aclosing(process.output()) as chunks:
                         async for chunk in chunks:
                             self.output.put_nowait(transcript.output(chunk))
+                            await asyncio.sleep(0)  # other requests go on although the tool writes fast
                 status = process.tool.returncode
                 fault = process.fault or transcript.fault(status)
                 outcome = fault or "finished"
@@ -1814,7 +1832,7 @@ class Diagnosis:
         }
         log.log(level, "run", {**pairs, "outcome": outcome, "seconds": f"{seconds:.1f}"})
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes]:
         while (chunk := await self.output.get()) is not None:
             yield chunk
 
@@ -1822,11 +1840,11 @@ class Diagnosis:
 @asynccontextmanager
 async def diagnosis(
     command: Command, target: IPAddress | str, client: IPAddress, as_events: bool
-) -> AsyncIterator[tuple[Headers, AsyncIterator[bytes]]]:
+) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
     """Run a command: the headers of its rate limit, and what the client reads. Raises RequestError.
 
     It runs in a task of its own, which frees the slot and the process when the tool has ended, however slowly
-    the client reads. What waits to be read is bounded by OUTPUT_BYTES.
+    the client reads. Text that waits to be read is bounded by OUTPUT_BYTES, events by a multiple of it.
     """
     headers: asyncio.Future[Headers] = asyncio.get_running_loop().create_future()
     diagnosis = Diagnosis(command, target, client, as_events, headers, asyncio.Queue())
@@ -1872,11 +1890,11 @@ async def probe_tool(command: Command) -> None:
         if line := DENIED.search(output):
             denied = line[0].decode(errors="replace")
         elif line := REFUSED.search(output):
-            UNSUITABLE.add(command.tool)
+            UNSUITABLE.add(find_program(command.tool))
             pairs = {"install": install_hint([command.tool]), "error": line[0].decode(errors="replace")}
             log.warning(f"{command.tool} is not the program that is expected here", pairs)
     except PermissionError as error:  # file capabilities that this process may not have
-        denied = error if shutil.which(command.tool, path=ENVIRONMENT["PATH"]) else None
+        denied = error if find_program(command.tool) else None
     except OSError:
         return
     if denied:
@@ -2109,7 +2127,10 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         if answering and self.cycle and self.cycle.response_started:
             self.transport.abort()
         else:
-            super().send_400_response(msg)
+            body = json.dumps({"detail": msg})
+            header = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
+            self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{header}\r\n\r\n{body}".encode())
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         if self.conn.their_state is h11.SEND_BODY:  # its parser has not seen the counted body
@@ -2187,11 +2208,11 @@ async def read_body(request: Request) -> bytes:
     raise RequestError(413, {"detail": f"The body is larger than {BODY_BYTES} bytes: send the target alone"})
 
 
-Exchange = AbstractAsyncContextManager[tuple[Headers, AsyncIterator[bytes]]]
+Exchange = AbstractAsyncContextManager[tuple[Headers, AsyncGenerator[bytes]]]
 
 
 class StreamedResponse(Response):
-    """An answer whose body is an async iterator, and whose work ends when the client leaves.
+    """An answer whose body is an async generator, and whose work ends when the client leaves.
 
     The work is an async context manager that gives further headers and the body. What it raises before is the
     answer instead. It is left on every way out. (Starlette's StreamingResponse leaves its generator to the
@@ -2223,7 +2244,7 @@ class StreamedResponse(Response):
                 raise ClientDisconnect from None
 
     async def stream(self, send: Send) -> None:
-        async with self.exchange as (headers, chunks):
+        async with self.exchange as (headers, chunks), aclosing(chunks):
             items = {**self.fixed_headers, **headers}.items()
             raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in items]
             self.begun = True
@@ -2299,7 +2320,7 @@ def log_speedtest(size: str, client: IPAddress, outcome: str, length: int, secon
 
 
 @asynccontextmanager
-async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, AsyncIterator[bytes]]]:
+async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
     """The headers of the rate limit and the same block again and again.
 
     Raises RequestError, or TransferAborted when the client takes less than PACE.
@@ -2309,7 +2330,7 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
         loop = asyncio.get_running_loop()
         begun, remaining, outcome = loop.time(), size.length, "broken off"
 
-        async def blocks() -> AsyncIterator[bytes]:
+        async def blocks() -> AsyncGenerator[bytes]:
             nonlocal remaining
             while remaining:
                 sent = size.length - remaining
@@ -2504,7 +2525,7 @@ async def metrics(request: Request) -> Response:
 USAGE = """\
 Looking glass: {location}, {facility}
 
-{diagnostics}Speed tests, server information and API:
+{diagnostics}{about} information and API:
 
 {speedtests}    curl {base}/network/info
     curl {base}/health
@@ -2547,8 +2568,15 @@ def rate_limits_text() -> str:
     return ", ".join(parts)
 
 
+def offers() -> str:
+    """What is measured here, in English: `ping, traceroute, mtr and speed tests`."""
+    names = [name for name, command in COMMANDS.items() if command.version == 4 or name[:-1] not in COMMANDS]
+    *others, last = [*names, "speed tests"] if SIZES else names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def base_url(request: Request) -> str:
-    """The address of this server in lines that people paste into a shell, as the client wrote it."""
+    """The address of this server as the client wrote it, if people may paste that into a shell."""
     host = request.headers.get("host", "")
     if not HOST.fullmatch(host):
         host = f"localhost:{SETTINGS.PORT}"
@@ -2563,6 +2591,7 @@ async def usage(request: Request) -> Response:
         base=base,
         **PLACE,
         diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=lines, command=example) if COMMANDS else "",
+        about="Speed tests, server" if SIZES else "Server",
         speedtests=SPEEDTESTS_USAGE.format(base=base) if SIZES else "",
         limits=rate_limits_text(),
     )
@@ -2578,16 +2607,6 @@ async def answer_request_error(request: Request, error: Exception) -> Response:
         detail = cast(list[dict[str, object]], error.body["detail"])
         body = {"detail": [{**each, "input": None} for each in detail]}
         return JSONResponse(body, error.status, error.headers)
-
-
-async def answer_http(request: Request, error: Exception) -> Response:
-    """The answer of the router; a path that ends in a slash and has a route without is redirected to it."""
-    assert isinstance(error, HTTPException)
-    path, query = request.scope["path"].rstrip("/"), request.url.query
-    routes = {route.path for route in request.app.routes}
-    if error.status_code == 404 and path != request.scope["path"] and path in routes:
-        return Response(status_code=307, headers={"Location": f"{path}?{query}" if query else path})
-    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
@@ -2672,8 +2691,6 @@ EXAMPLES = json.loads("""[
 DETAIL, ERROR = object_schema({"detail": STRING}), object_schema({"error": STRING})
 INVALID = object_schema({"type": STRING, "loc": array(STRING), "msg": STRING, "input": {}})
 ERROR_RESPONSES = {  # status: when, and the body's schema
-    404: ("No such address.", DETAIL),
-    405: ("Not with this method; `Allow` names those that are.", DETAIL),
     408: (f"The body did not come within {BODY_SECONDS} s, or an upload stalled.", DETAIL),
     411: ("An upload without Content-Length.", DETAIL),
     413: (f"The body is larger than {BODY_BYTES} bytes, or {UPLOAD_BYTES} of an upload.", DETAIL),
@@ -2770,7 +2787,7 @@ def openapi() -> Schema:
     states = {"status": enum("ok", "degraded"), "missing": tools, "forbidden": tools}
     health = object_schema(states, ("missing", "forbidden"))
     page = {"text/html; charset=utf-8": STRING}
-    description = f"Ping, traceroute, mtr and speed tests from {SETTINGS.NETWORK_LOCATION}. "
+    description = f"{offers().capitalize()} from {SETTINGS.NETWORK_LOCATION}. "
     description += f"Limits for each client: {rate_limits_text()}."
     info = {"title": "Looking glass", "version": VERSION, "description": description}
     return {
@@ -4273,7 +4290,7 @@ def page_tool(name: str) -> dict[str, object]:
         "id": name,
         "title": TITLES.get(name, name),
         "kind": tool if is_drawn else "text",
-        "tool": tool,
+        "tool": argv[0],
         "probes": int(argv[argv.index("-c") + 1]) if is_drawn and "-c" in argv[:-1] else 10,
         "versions": [command.version for command in commands],
     }
@@ -4409,21 +4426,33 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await probes
 
 
+routes = [
+    Route("/", front, middleware=[Middleware(GZipMiddleware)]),
+    Route("/health", health),
+    Route("/network/info", network_info),
+    Route("/openapi.json", describe_api),
+    *(Route(f"/{name}", partial(api_docs, name), name=name) for name in API_DOCS),
+    *(
+        Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"], name=name)
+        for name, command in COMMANDS.items()
+    ),
+    *(Route(f"/speedtest/{name}", partial(speedtest, size), name=name) for name, size in SIZES.items()),
+    *([Route("/speedtest/upload", upload, methods=["GET", "POST"])] if SIZES else []),
+    Route("/metrics", metrics),
+]
+
+
+async def answer_http(request: Request, error: Exception) -> Response:
+    """The answer of the router; a path that ends in a slash and has a route without is redirected to it."""
+    assert isinstance(error, HTTPException)
+    path, query = request.scope["path"].rstrip("/"), request.url.query
+    if error.status_code == 404 and path != request.scope["path"] and path in {each.path for each in routes}:
+        return Response(status_code=307, headers={"Location": f"{path}?{query}" if query else path})
+    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+
+
 app = Starlette(
-    routes=[
-        Route("/", front, middleware=[Middleware(GZipMiddleware)]),
-        Route("/health", health),
-        Route("/network/info", network_info),
-        Route("/openapi.json", describe_api),
-        *(Route(f"/{name}", partial(api_docs, name), name=name) for name in API_DOCS),
-        *(
-            Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"], name=name)
-            for name, command in COMMANDS.items()
-        ),
-        *(Route(f"/speedtest/{name}", partial(speedtest, size), name=name) for name, size in SIZES.items()),
-        *([Route("/speedtest/upload", upload, methods=["GET", "POST"])] if SIZES else []),
-        Route("/metrics", metrics),
-    ],
+    routes=routes,
     middleware=[
         Middleware(
             CORSMiddleware,

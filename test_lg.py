@@ -8,8 +8,10 @@ on demand; a stand-in for the resolver answers for names. Packets go to loopback
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import importlib.util
 import ipaddress
@@ -35,29 +37,34 @@ import time
 import zlib
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypedDict, cast, get_args
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, cast, get_args
 from urllib.parse import quote
 
 import httpx
+import jsonschema  # type: ignore[import-untyped]
 import limits
+import openapi_spec_validator
 import pytest
 from dotenv import dotenv_values
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, Route, sync_playwright
+from starlette.types import Message
 
 import lg
 
 HERE = Path(__file__).parent
 HOPS, HOPS_NAME = HERE / ".ci" / "hops", f"test{os.getpid()}-"
 TARGET4, TARGET6 = "198.51.100.254", "2001:db8::254"
+T = TypeVar("T")
 PATIENCE = 30.0  # how long a test waits for what must come; these machines can be slow
+SOON = 5.0  # where what must come would come by itself later
 
 
 def lacking(what: str) -> NoReturn:
@@ -73,6 +80,12 @@ def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
         assert time.monotonic() < deadline, f"still not so after {seconds} s"
         time.sleep(0.01)
     return result
+
+
+def outcome(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What it returns, in a thread of its own: where a browser is driven, this one has a loop already."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 # ---- the server under test ---------------------------------------------------------------------------------
@@ -1140,7 +1153,7 @@ TRACEROUTES: dict[str, list[tuple[Any, ...]]] = {
     "traceroute, a lost probe on each side": [(5, "198.51.100.254", None, [None, 1227.896, None])],
     "traceroute, an extension": [(1, "198.51.100.2", "gw.pop.lg.example", [])],
     "traceroute, numeric": [(1, "198.51.100.2", None, [1, {"rtt": 1.1, "address": "198.51.100.3"}, None])],
-    "traceroute, a name that is markup": [(1, "198.51.100.2", "<img/src=x/onerror=alert(1)>", [1, 1.1, 1.2])],
+    "traceroute, a name that is markup": [(1, "198.51.100.2", None, [1, 1.1, 1.2])],
     "traceroute, cut off": [
         (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
         (2, "198.51.100.6", "core1.ams.lg.example", [None]),
@@ -1194,7 +1207,7 @@ def test_several_routers_of_a_traceroute_hop_are_its_addresses() -> None:
         ("traceroute", []),
         ("traceroute, unreachables", []),
         ("traceroute6, several routers at a hop, addresses without names, a zone", []),
-        ("traceroute, a name that is markup", []),
+        ("traceroute, a name that is markup", ["1"]),
         ("traceroute, an extension", ["1"]),
         ("traceroute, cut off", ["2"]),
         ("traceroute, no route", ["connect:"]),
@@ -1356,7 +1369,7 @@ def test_an_mpls_label_is_a_note_once_and_stands_in_the_table() -> None:
 
 
 def test_each_line_of_another_tool_is_a_note() -> None:
-    command = lg.Command("bgp", ("birdc", "-r", "show", "route", "for", "{address}"), 4, (0,))
+    command = lg.Command("bgp", ("birdc", "-r", "show", "route", "for", "{address}"), 4)
     parser = lg.parser_for(command)(ipaddress.ip_address(TARGET4))
     text, events = parser.feed(b"BIRD 2.0.12 ready.\n\nTable master4:\n198.51.100")
     last, more = parser.finish(complete=True)
@@ -1386,7 +1399,7 @@ def test_each_line_of_another_tool_is_a_note() -> None:
     ],
 )
 def test_the_parser_is_chosen_by_the_tool(argv: str, parser: type[lg.OutputParser]) -> None:
-    assert lg.parser_for(lg.Command("name", tuple(argv.split()), 4, (0,))) is parser
+    assert lg.parser_for(lg.Command("name", tuple(argv.split()), 4)) is parser
 
 
 def lines_like(*patterns: re.Pattern[str]) -> st.SearchStrategy[bytes]:
@@ -1426,7 +1439,7 @@ def in_pieces(output: bytes, cuts: list[int]) -> list[bytes]:
 def test_the_parsers_accept_any_bytes_and_produce_json(
     command: str, output: bytes, cuts: list[int], complete: bool
 ) -> None:
-    other = lg.Command("other", ("dig", "{address}"), 4, (0,))
+    other = lg.Command("other", ("dig", "{address}"), 4)
     parser = lg.parser_for(lg.COMMANDS.get(command, other))(ipaddress.ip_address("198.51.100.254"))
     pieces = [*map(parser.feed, in_pieces(output, cuts)), parser.finish(complete)]
     events = [event for _, events in pieces for event in events]
@@ -1728,7 +1741,6 @@ Runs = Mapping[tuple[str, str], list[dict[str, Any]]]
 
 @pytest.mark.parametrize("command", lg.COMMANDS)
 def test_the_events_of_real_runs_are_what_openapi_says(real_runs: Runs, command: str) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     document = lg.openapi()
     schema = document["paths"][f"/lookingglass/{command}"]["post"]["responses"]["200"]["content"]
     schema = schema[lg.EVENTS_TYPE]["schema"] | {"components": document["components"]}
@@ -1825,8 +1837,7 @@ def test_a_resolver_that_hangs_holds_up_neither_a_probe_nor_the_end(
     assert (tmp_path / "raw").read_text().count("x 0 ") == 2
 
 
-# Globalping's published schema of test results, as far as it has to do with these three. Where nothing came
-# back, its hops of mtr have zeros for times; those here have null.
+# Globalping's published schema of test results, as far as it has to do with these three.
 
 TEXT, MAYBE_TEXT = {"type": "string"}, {"type": ["string", "null"]}
 A_NUMBER, MAYBE_NUMBER, AN_INTEGER = {"type": "number"}, {"type": ["number", "null"]}, {"type": "integer"}
@@ -1841,14 +1852,16 @@ def a_list(**properties: Any) -> dict[str, Any]:
 
 
 COUNTED = {"total": AN_INTEGER, "rcv": AN_INTEGER, "drop": AN_INTEGER, "loss": A_NUMBER}
-TIMES = dict.fromkeys(("min", "avg", "max"), MAYBE_NUMBER)
-JITTER = dict.fromkeys(("stDev", "jMin", "jAvg", "jMax"), MAYBE_NUMBER)
+TIMES = ("min", "avg", "max")
+JITTER = ("stDev", "jMin", "jAvg", "jMax")
 RESOLVED = {"resolvedAddress": MAYBE_TEXT, "resolvedHostname": MAYBE_TEXT}
 FINISHED = {"status": {"const": "finished"}, "rawOutput": TEXT} | RESOLVED
 GLOBALPING = {
     "failed": an_object(status={"const": "failed"}, rawOutput=TEXT),
     "ping": an_object(
-        **FINISHED, stats=an_object(**TIMES, **COUNTED), timings=a_list(rtt=A_NUMBER, ttl=A_NUMBER)
+        **FINISHED,
+        stats=an_object(**dict.fromkeys(TIMES, MAYBE_NUMBER), **COUNTED),
+        timings=a_list(rtt=A_NUMBER, ttl=A_NUMBER),
     ),
     "traceroute": an_object(**FINISHED, hops=a_list(**RESOLVED, timings=a_list(rtt=A_NUMBER))),
     "mtr": an_object(
@@ -1857,10 +1870,19 @@ GLOBALPING = {
             **RESOLVED,
             asn={"type": "array", "items": AN_INTEGER},
             timings=a_list(rtt=A_NUMBER),
-            stats=an_object(**TIMES, **JITTER, **COUNTED),
+            stats=an_object(**dict.fromkeys(TIMES + JITTER, A_NUMBER), **COUNTED),
         ),
     ),
 }
+
+
+def validate_for_globalping(tool: str, result: dict[str, Any]) -> None:
+    """A silent hop of mtr is the one exception: null here, for times that Globalping has as 0."""
+    for hop in result["hops"] if tool == "mtr" else ():
+        if not hop["timings"]:
+            assert {hop["stats"].pop(name) for name in TIMES + JITTER} == {None}
+            hop["stats"] |= dict.fromkeys(TIMES + JITTER, 0)
+    jsonschema.validate(result, GLOBALPING[tool])
 
 
 def run_transcript(name: str, fault: str = "", status: int | None = 0) -> dict[str, Any]:
@@ -1879,20 +1901,16 @@ def run_transcript(name: str, fault: str = "", status: int | None = 0) -> dict[s
     "name", [name for name in RECORDED if "no route" not in name and "BusyBox w" not in name]
 )
 def test_a_finished_result_is_valid_for_globalping(name: str) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    tool = name.partition(",")[0].removesuffix("6")
-    jsonschema.validate(run_transcript(name)["result"], GLOBALPING[tool])
+    validate_for_globalping(name.partition(",")[0].removesuffix("6"), run_transcript(name)["result"])
 
 
 @pytest.mark.parametrize("run", REAL_RUNS, ids="-".join)
 def test_the_result_of_a_real_run_is_valid_for_globalping(real_runs: Runs, run: tuple[str, str]) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    jsonschema.validate(real_runs[run][-1]["result"], GLOBALPING[run[0].removesuffix("6")])
+    validate_for_globalping(run[0].removesuffix("6"), json.loads(json.dumps(real_runs[run][-1]["result"])))
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_failed_result_is_valid_for_globalping_and_has_what_is_known(name: str) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     result = run_transcript(name, fault="stopped after 60 s", status=None)["result"]
     jsonschema.validate(result, GLOBALPING["failed"])
     assert result.keys() >= {"resolvedAddress", "resolvedHostname"}
@@ -2099,10 +2117,9 @@ def test_the_javascript_of_the_readme_draws_a_live_table_of_an_mtr(
 
 
 def test_the_description_is_valid_openapi_3_1(echo: Server) -> None:
-    validator = pytest.importorskip("openapi_spec_validator")
     document = echo.http.get("/openapi.json").json()
     assert document["openapi"] == "3.1.0"
-    validator.validate(document)
+    openapi_spec_validator.validate(document)
 
 
 def test_the_description_is_made_once() -> None:
@@ -2112,7 +2129,6 @@ def test_the_description_is_made_once() -> None:
 
 @pytest.mark.parametrize(("cls", "event"), list(zip(get_args(lg.Event), lg.EXAMPLES, strict=True)))
 def test_each_example_of_an_event_is_valid_for_its_schema(cls: type, event: object) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     schema = {"$ref": f"#/components/schemas/{cls.__name__}", "components": lg.openapi()["components"]}
     jsonschema.validate(event, schema)
 
@@ -2411,6 +2427,25 @@ def test_head_costs_nothing_of_the_limit(serve: Start) -> None:
     for _ in range(3):
         server.http.head("/speedtest/100M")
     assert server.http.get("/speedtest/100M").status_code == 200
+
+
+def begun(server: Server, size: str, client: str = "192.0.2.1") -> int:
+    """The status of a download that is broken off at once."""
+    headers = {"X-Forwarded-For": client}
+    with server.http.stream("GET", f"/speedtest/{size}", headers=headers) as response:
+        return response.status_code
+
+
+def test_10g_has_a_rate_limit_of_its_own(serve: Start) -> None:
+    server = serve(RATE_LIMIT_SPEEDTEST="2/hour", RATE_LIMIT_SPEEDTEST_10G="1/hour")
+    sizes = ("10G", "10G", "1G", "1G", "1G")
+    assert [begun(server, size) for size in sizes] == [200, 429, 200, 200, 429]
+
+
+def test_client_with_all_its_transfers_running_is_429(serve: Start) -> None:
+    server = serve(MAX_SPEEDTESTS_PER_CLIENT="1")
+    with server.http.stream("GET", "/speedtest/10G", headers={"X-Forwarded-For": "192.0.2.1"}):
+        assert [begun(server, "1G", client) for client in ("192.0.2.1", "192.0.2.2")] == [429, 200]
 
 
 def test_aborted_download_frees_its_slot(serve: Start) -> None:
@@ -2748,6 +2783,25 @@ def test_preflight_of_another_origin_is_allowed(echo: Server) -> None:
     assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (200, "*")
 
 
+def test_methods_and_headers_of_other_origins_may_be_limited(shared: Start) -> None:
+    server = shared(CORS_METHODS="GET", CORS_HEADERS="X-One")
+
+    def preflight(method: str, header: str) -> int:
+        asked = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": header}
+        return server.http.options("/health", headers=ORIGIN | asked).status_code
+
+    asked = [("GET", "X-One"), ("POST", "X-One"), ("GET", "X-Two")]
+    assert [preflight(*each) for each in asked] == [200, 400, 400]
+
+
+def test_other_origins_may_read_errors(serve: Start, tmp_path: Path) -> None:
+    server = serve(tools={"ping": ECHO}, PATH=f"{tmp_path}/0/bin", RATE_LIMIT_DIAGNOSTICS="1/hour")
+    asked = [("ping", "10.0.0.1"), ("ping", "127.0.0.1"), ("ping", "127.0.0.1"), ("mtr", "127.0.0.1")]
+    answers = [server.run(*each, headers=ORIGIN) for each in asked]
+    assert [answer.status_code for answer in answers] == [422, 200, 429, 503]
+    assert [answer.headers.get("Access-Control-Allow-Origin") for answer in answers] == ["*"] * 4
+
+
 def test_other_origins_may_read_the_rate_limit(echo: Server) -> None:
     exposed = echo.http.get("/network/info", headers=ORIGIN).headers["Access-Control-Expose-Headers"]
     limits = {"Retry-After", "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"}
@@ -2767,6 +2821,12 @@ def test_only_named_origins_are_allowed(shared: Start, origin: str, allowed: str
     server = shared(CORS_ORIGINS="https://a.example, https://b.example", CORS_CREDENTIALS="true")
     answer = server.http.get("/health", headers={"Origin": origin})
     assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+
+
+def test_named_origins_may_send_credentials(shared: Start) -> None:
+    server = shared(CORS_ORIGINS=ORIGIN["Origin"], CORS_CREDENTIALS="true")
+    answer = server.http.get("/health", headers=ORIGIN)
+    assert answer.headers["Access-Control-Allow-Credentials"] == "true"
 
 
 @pytest.mark.parametrize(
@@ -3135,7 +3195,7 @@ def test_stopped_test_leaves_no_process(visit: Visit, amsterdam: Server, how: st
         page.keyboard.press("Escape")
     else:
         page.click(how)
-    until(lambda: not members(group))
+    until(lambda: not members(group), SOON)
     if how != "closing the page":
         ended(page)
         assert "Stopped." in text(page, "#results")
@@ -3609,7 +3669,7 @@ def test_stopped_speed_test_ends_its_transfer(visit: Visit, amsterdam: Server, h
     )
     page.keyboard.press("Escape") if how == "Escape" else page.click(how)
     ended(page)
-    until(lambda: amsterdam.log.count("speedtest") > before)
+    until(lambda: amsterdam.log.count("speedtest") > before, SOON)
 
 
 def test_speed_test_beyond_the_limit_counts_down(visit: Visit, serve_in_hops: Start) -> None:
@@ -3794,13 +3854,13 @@ def test_full_server_counts_down(visit: Visit, serve_in_hops: Start) -> None:
 
 def test_lost_connection_keeps_what_has_come(visit: Visit, serve_in_hops: Start) -> None:
     server = serve_in_hops(tools={"ping": SLOW_PING})
-    page = visit(server, "?target=127.0.0.1")
+    page = visit(server, f"?target={lone_address()}")
     page.click("#run")
     page.wait_for_selector(".plot")
-    group = group_of("127.0.0.1")
     server.process.kill()
     server.process.wait()
-    os.killpg(group, signal.SIGKILL)
+    for tool in running(f"{server.folder}/bin/"):  # those that it tried at the start as well
+        os.kill(tool, signal.SIGKILL)
     assert ended(page) == "The connection to Amsterdam was lost."
     assert "1 of 3 probes lost" in text(page, "#results article")
     page.click("#run")
@@ -4028,17 +4088,13 @@ def test_nothing_is_loaded_from_elsewhere(visit: Visit, amsterdam: Server) -> No
 HOSTILE_NAME = """<img/src="x"/onerror="document.title='owned'">"""
 
 
-def test_name_of_a_router_is_text(visit: Visit, amsterdam: Server) -> None:
-    hosts = Path(f"/etc/netns/{HOPS_NAME}0/hosts")
-    before = hosts.read_text()
-    page = visit(amsterdam, "?command=traceroute&version=6&target=target.lg.example")
-    try:
-        hosts.write_text(f"2001:db8:0:2::2 {HOSTILE_NAME}\n{before}")  # the PTR record of the second hop
-        page.click("#run")
-        ended(page)
-    finally:
-        hosts.write_text(before)
-    assert HOSTILE_NAME in page.inner_text(".hops tbody tr:nth-child(2)")
+def test_name_of_a_router_is_text(visit: Visit, stand_ins: Server) -> None:
+    page = visit(stand_ins, "?command=mtr&target=127.0.0.1")
+    hop = mtr_hop(1, "198.51.100.2", 5, 5, hostname=HOSTILE_NAME)
+    page.route("**/lookingglass/*", answering("\n".join(map(json.dumps, stream(hop))) + "\n"))
+    page.click("#run")
+    ended(page)
+    assert HOSTILE_NAME in page.inner_text(".hops tbody")
     assert page.locator("#results img").count() == 0
 
 
@@ -4176,6 +4232,8 @@ BAD_SETTINGS = [
     ("LOG_LEVEL", "loud", "critical, error, warning, info or debug"),
     ("FORWARDED_ALLOW_IPS", "*", "any client could forge its address"),
     ("FORWARDED_ALLOW_IPS", "127.0.0.1,*", "any client could forge its address"),
+    ("FORWARDED_ALLOW_IPS", "127.0.0.1,0.0.0.0/0", "any client could forge its address"),
+    ("FORWARDED_ALLOW_IPS", "::/0", "not '::/0': any client could forge its address"),
     ("FORWARDED_ALLOW_IPS", "127.0.0.1,proxy.example", "not 'proxy.example'"),
     ("FORWARDED_ALLOW_IPS", "127.0.0.1,172.18.0.1/16", "did you mean 172.18.0.0/16?"),
     ("FORWARDED_ALLOW_IPS", "fe80::1%eth0", "did you mean fe80::1/128?"),
@@ -4192,6 +4250,8 @@ BAD_SETTINGS = [
     ("RATE_LIMIT_STORAGE_URI", "nowhere://", "a URI"),
     ("RATE_LIMIT_STORAGE_URI", "async+redis://127.0.0.1", "a URI"),
     ("RATE_LIMIT_STORAGE_URI", "memcached://127.0.0.1:1", "a URI"),
+    ("RATE_LIMIT_STORAGE_URI", "redis+cluster://127.0.0.1", "like redis://HOST:6379"),
+    ("RATE_LIMIT_STORAGE_URI", "rediss+cluster://127.0.0.1:1", "a URI"),
     ("RATE_LIMIT_STORAGE_URI", "mongodb://127.0.0.1:1", "pip install pymongo"),
     ("MAX_DIAGNOSTICS", "0", "an integer from 1 to"),
     ("MAX_DIAGNOSTICS_PER_CLIENT", "-4", "an integer"),
@@ -4211,6 +4271,7 @@ BAD_SETTINGS = [
     ("EXTRA_COMMANDS", '{"": "birdc show route for {address}"}', "not ''"),
     ("EXTRA_COMMANDS", '{"ping": "fping {address}"}', "'ping'"),
     ("EXTRA_COMMANDS", '{"ping6": "fping {address}"}', "'ping6'"),
+    ("EXTRA_COMMANDS", '{"speedtest": "fping {address}"}', "'speedtest'"),
     ("EXTRA_COMMANDS", '{"bgp6": "birdc {address}", "bgp": "birdc {address}"}', "'bgp'"),
     ("EXTRA_COMMANDS", '{"bgp": "birdc {address}", "bgp": "vtysh {address}"}', "'bgp'"),
     ("METRICS_ALLOW_IPS", "prometheus", "not 'prometheus'"),
@@ -4258,6 +4319,14 @@ def test_host_that_cannot_be_bound_stops_the_start(host: str) -> None:
 
 def test_settings_that_leave_nothing_to_offer_stop_the_start() -> None:
     assert "expected a command or speed tests" in start_error(COMMANDS="", MAX_SPEEDTESTS="0")
+
+
+def test_host_is_the_only_address_that_is_listened_on(serve: Start) -> None:
+    server = serve(HOST="127.0.0.1")
+    with socket.socket() as ipv4, socket.socket(socket.AF_INET6) as ipv6:
+        refused = [ipv4.connect_ex(("127.0.0.2", server.port)), ipv6.connect_ex(("::1", server.port))]
+    assert refused == [errno.ECONNREFUSED] * 2
+    assert f"url=http://127.0.0.1:{server.port}/" in server.log
 
 
 def test_port_in_use_stops_the_start(serve: Start) -> None:
@@ -4415,6 +4484,11 @@ def test_env_file_of_the_replaced_server_is_read(serve: Start, install: Callable
 def test_environment_overrides_the_env_file(install: Callable[[str], Path]) -> None:
     folder = install("PORT=in .env\n")
     assert "PORT='in the environment'" in start_error(folder, PORT="in the environment")
+
+
+def test_empty_variable_overrides_the_env_file(install: Callable[[str], Path]) -> None:
+    error = start_error(install("COMMANDS=nmap\n"), COMMANDS="", MAX_SPEEDTESTS="0")
+    assert error.startswith("lg.py: COMMANDS=''")
 
 
 @pytest.mark.parametrize(
@@ -4703,9 +4777,9 @@ def test_target_allow_adds_to_public_addresses_and_target_deny_removes(
     [
         ("ping", "::1", "::1 is an IPv6 address: use ping6"),
         ("mtr6", "127.0.0.1", "127.0.0.1 is an IPv4 address: use mtr"),
-        ("ping", "10.0.0.1", "10.0.0.1 may not be measured here: it is not a public address"),
-        ("ping", "inside.example", "inside.example has no public IPv4 address: check the name"),
-        ("ping", "v6.example", "v6.example has no public IPv4 address: check the name"),
+        ("ping", "10.0.0.1", "10.0.0.1 may not be measured here: send another, public address"),
+        ("ping", "inside.example", "inside.example has no IPv4 address that may be measured here: check the"),
+        ("ping", "v6.example", "v6.example has no IPv4 address that may be measured here: check the name"),
         ("ping", "broken.example", "broken.example cannot be resolved now: try again"),
         (
             "ping",
@@ -4724,12 +4798,27 @@ def test_refused_target_is_422_in_the_shape_of_fastapi_with_what_to_do(
     assert fault["msg"].startswith(message)
 
 
-def test_internal_name_and_unknown_name_get_the_same_answer(echo: Server) -> None:
-    """Otherwise anyone could list the names that only this network resolves."""
-    answers = [echo.run("ping", name) for name in ("inside.example", "nowhere.example", "v6.example")]
-    bodies = [answer.text.replace(answer.json()["detail"][0]["input"], "NAME") for answer in answers]
-    assert [answer.status_code for answer in answers] == [422, 422, 422]
-    assert len(set(bodies)) == 1, bodies
+@pytest.mark.parametrize(
+    "targets",
+    [
+        (
+            "inside.example",
+            "nowhere.example",
+            "v6.example",
+            "denied.example",
+        ),  # else one could list the first
+        ("10.0.0.1", "8.8.8.8"),
+    ],
+    ids=["names", "addresses"],
+)
+def test_targets_that_may_not_be_measured_get_the_same_answer(shared: Start, targets: list[str]) -> None:
+    server = shared(names={**NAMES, "denied.example": ["8.8.8.8"]}, TARGET_DENY="8.8.8.0/24")
+    answers = [server.run("ping", target) for target in targets]
+    assert {answer.status_code for answer in answers} == {422}
+    assert (
+        len({answer.text.replace(target, "TARGET") for answer, target in zip(answers, targets, strict=True)})
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -4850,6 +4939,11 @@ def test_answers_within_the_rate_limit_count_down(limited: Server) -> None:
     ]
 
 
+def test_422_after_the_check_of_the_rate_limit_has_its_headers(limited: Server) -> None:
+    refused = limited.run("ping", "10.0.0.1")
+    assert (refused.status_code, refused.headers["X-RateLimit-Remaining"]) == (422, "2")
+
+
 def test_rate_limit_reset_is_in_epoch_seconds(limited: Server) -> None:
     assert 0 < int(limited.run("ping").headers["X-RateLimit-Reset"]) - time.time() <= 61
 
@@ -4927,10 +5021,11 @@ def test_request_that_starts_no_tool_costs_nothing_of_the_rate_limit(shared: Sta
     assert server.run("ping", headers=client).status_code == 200
 
 
-def test_names_are_looked_up_within_a_limit_of_their_own(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO, "mtr": ECHO}, names=NAMES, RATE_LIMIT_LOOKUPS="2/hour")
-    statuses = [server.run(name, "here.example").status_code for name in ("ping", "mtr", "ping")]
-    assert statuses == [200, 200, 429]
+def test_tool_that_is_missing_costs_nothing_of_the_rate_limit(serve: Start) -> None:
+    server = serve(PATH="/nonexistent", RATE_LIMIT_DIAGNOSTICS="1/hour")
+    answers = [server.run("ping") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [503, 503, 503]
+    assert answers[-1].headers["X-RateLimit-Remaining"] == "1"
 
 
 def test_addresses_cost_nothing_of_the_limit_for_lookups(serve: Start) -> None:
@@ -4943,15 +5038,6 @@ def test_client_over_its_rate_limit_has_no_name_looked_up(serve: Start) -> None:
     server = serve(tools={"ping": ECHO}, names=NAMES, RATE_LIMIT_DIAGNOSTICS="1/hour")
     statuses = [server.run("ping", "here.example").status_code for _ in range(3)]
     assert (statuses, server.lookups) == ([200, 429, 429], ["here.example"])
-
-
-def test_exempt_clients_have_no_rate_limit(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour", RATE_LIMIT_EXEMPT="192.0.2.0/25")
-    statuses = [
-        server.run("ping", headers={"X-Forwarded-For": client}).status_code
-        for client in ("192.0.2.1", "192.0.2.1", "192.0.2.200", "192.0.2.200")
-    ]
-    assert statuses == [200, 200, 200, 429]
 
 
 @pytest.fixture
@@ -4998,6 +5084,17 @@ def test_ipv6_clients_are_limited_by_their_64(serve: Start) -> None:
         for client in ("2001:db8:0:1::1", "2001:db8:0:1:ffff::2", "2001:db8:0:2::1", "192.0.2.1", "192.0.2.2")
     ]
     assert statuses == [200, 429, 200, 200, 200]
+
+
+def test_ipv6_clients_have_slots_by_their_64(serve: Start) -> None:
+    server = serve(tools={"ping": SILENT, "mtr": ECHO}, MAX_DIAGNOSTICS_PER_CLIENT="1")
+    body, headers = {"target": "127.0.0.1"}, {"X-Forwarded-For": "2001:db8:0:1::1"}
+    with server.http.stream("POST", "/lookingglass/ping", json=body, headers=headers):
+        statuses = [
+            server.run("mtr", headers={"X-Forwarded-For": client}).status_code
+            for client in ("2001:db8:0:1:ffff::2", "2001:db8:0:2::1")
+        ]
+    assert statuses == [429, 200]
 
 
 @pytest.mark.parametrize(
@@ -5049,8 +5146,9 @@ def test_forged_forwarding_header_does_not_evade_the_rate_limit(serve: Start) ->
 def test_untrusted_forwarding_header_is_logged_once(serve: Start) -> None:
     server = serve(tools={"ping": ECHO}, FORWARDED_ALLOW_IPS="192.0.2.1")
     for name in ("X-Forwarded-For", "X-Real-IP", "X-Forwarded-For"):
-        server.run("ping", headers={name: "192.0.2.9"})
-    assert logged(server).count("FORWARDED_ALLOW_IPS") == 1
+        server.http.get("/network/info", headers={name: "192.0.2.9"})
+    (warning,) = [record for record in records_so_far(server) if "FORWARDED_ALLOW_IPS" in record["msg"]]
+    assert (warning["level"], warning["peer"]) == ("warning", "127.0.0.1")
 
 
 # Shared between servers, in a real Redis.
@@ -5062,8 +5160,8 @@ class Redis:
         self.uri = f"redis://127.0.0.1:{self.port}"
         self.start()
 
-    def start(self) -> None:
-        line = ["redis-server", "--port", str(self.port), "--save", "", "--dir", str(self.folder)]
+    def start(self, *options: str) -> None:
+        line = ["redis-server", "--port", str(self.port), "--save", "", "--dir", str(self.folder), *options]
         self.process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
         until(self.is_up)
 
@@ -5140,107 +5238,43 @@ def test_failure_and_recovery_of_redis_are_each_logged_once(with_redis: Server, 
     assert [log.count(f"The rate-limit store {what}") for what in ("fails", "answers again")] == [1, 1]
 
 
+def test_server_starts_without_its_redis_cluster(serve: Start) -> None:
+    uri = f"redis+cluster://127.0.0.1:{free_port()}"
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour", RATE_LIMIT_STORAGE_URI=uri)
+    assert [server.run("ping").status_code for _ in range(2)] == [200, 429]
+    assert "The rate-limit store fails" in server.log
+
+
+def test_health_is_printed_without_the_redis_cluster(serve: Start) -> None:
+    server = serve(tools=every_tool(ECHO))
+    uri = f"redis+cluster://127.0.0.1:{free_port()}"
+    asked = run_lg("health", PORT=str(server.port), RATE_LIMIT_STORAGE_URI=uri)
+    assert (asked.returncode, asked.stdout) == (0, '{"status":"ok"}\n')
+
+
+def has_recovered(server: Server) -> bool:
+    return "The rate-limit store answers again" in server.log
+
+
+def test_redis_cluster_is_used_when_it_is_up(serve: Start, redis: Redis) -> None:
+    redis.stop()
+    options = {
+        "RATE_LIMIT_DIAGNOSTICS": "3/hour",
+        "RATE_LIMIT_STORAGE_URI": f"redis+cluster://127.0.0.1:{redis.port}",
+    }
+    servers = [serve(tools={"ping": ECHO}, constants={"STORE_REST_SECONDS": 0}, **options) for _ in range(2)]
+    redis.start("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    with socket.create_connection(("127.0.0.1", redis.port)) as connection:
+        connection.sendall(b"CLUSTER ADDSLOTSRANGE 0 16383\r\n")
+        assert connection.recv(5) == b"+OK\r\n"
+    until(lambda: [server.run("mtr") for server in servers] and all(map(has_recovered, servers)))
+    assert [servers[number % 2].run("ping").status_code for number in range(4)] == [200, 200, 200, 429]
+
+
 def test_server_starts_without_redis(serve: Start, redis: Redis) -> None:
     redis.stop()
     server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour", RATE_LIMIT_STORAGE_URI=redis.uri)
     assert [server.run("ping").status_code for _ in range(2)] == [200, 429]
-
-
-# Behind the proxies of the README, with the lines that stand there.
-
-NGINX = """
-daemon off;
-user root;
-pid {folder}/pid;
-error_log stderr;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/1;
-    proxy_temp_path {folder}/2;
-    fastcgi_temp_path {folder}/3;
-    uwsgi_temp_path {folder}/4;
-    scgi_temp_path {folder}/5;
-    server {{
-        listen 127.0.0.1:{port};
-        {block}
-    }}
-}}
-"""
-
-
-def nginx(folder: Path, port: int, block: str) -> list[str]:
-    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=port, block=block))
-    return ["nginx", "-c", str(folder / "nginx.conf")]
-
-
-def caddy(folder: Path, port: int, block: str) -> list[str]:
-    site = block.replace("lg.example.com", f"http://127.0.0.1:{port}")
-    (folder / "Caddyfile").write_text("{\n    admin off\n}\n" + site)
-    return ["caddy", "run", "--config", str(folder / "Caddyfile")]
-
-
-PROXIES = {"nginx": nginx, "caddyfile": caddy}  # by the language of their block in the README
-Proxied = Callable[..., tuple[Server, httpx.Client]]
-
-
-@pytest.fixture(params=PROXIES)
-def proxied(serve: Start, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Proxied]:
-    """Starts a server behind a proxy: the server, and a client at 127.0.0.9 of the proxy."""
-    with contextlib.ExitStack() as stack:
-
-        def start(**options: Any) -> tuple[Server, httpx.Client]:
-            server, port, folder = serve(**options), free_port(), tmp_path / "proxy"
-            folder.mkdir()
-            block = readme(request.param)[0].replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
-            argv = PROXIES[request.param](folder, port, block)
-            if not shutil.which(argv[0]):
-                lacking(f"the command {argv[0]}")
-            log = stack.enter_context((folder / "log").open("wb"))
-            environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
-            proxy = subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
-            stack.callback(proxy.wait, PATIENCE)
-            stack.callback(proxy.terminate)
-            transport = httpx.HTTPTransport(local_address="127.0.0.9")
-            client = httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, timeout=PATIENCE)
-
-            def is_up() -> bool:
-                with contextlib.suppress(httpx.HTTPError):
-                    return client.get("/health").status_code == 200
-                return False
-
-            until(is_up)
-            return server, client
-
-        yield start
-
-
-def test_server_behind_a_proxy_sees_the_clients_own_address(proxied: Proxied) -> None:
-    _, client = proxied()
-    forged = {"X-Forwarded-For": "192.0.2.1"}
-    assert client.get("/network/info", headers=forged).json()["your_ip"] == "127.0.0.9"
-
-
-def test_proxy_passes_output_on_as_it_is_written(proxied: Proxied, gate: Gate) -> None:
-    _, client = proxied(tools={"ping": f"#!/bin/sh\nprintf begun\n{gate.wait}echo"})
-    with client.stream("POST", "/lookingglass/ping", data={"target": "127.0.0.1"}) as response:
-        chunks = response.iter_bytes()
-        assert next(chunks) == b"begun"
-        gate.open()
-        assert b"".join(chunks) == b"\n"
-
-
-def test_client_that_leaves_a_proxy_ends_its_command(proxied: Proxied) -> None:
-    _, client = proxied(tools={"mtr": SILENT})
-    address = lone_address()
-    with client.stream("POST", "/lookingglass/mtr", data={"target": address}):
-        group = group_of(address)
-    until(lambda: not members(group))
-
-
-def test_proxy_passes_an_upload_on(proxied: Proxied) -> None:
-    _, client = proxied()
-    assert client.post("/speedtest/upload", content=bytes(5_000_000)).json()["bytes"] == 5_000_000
 
 
 # ---- the life of a process ---------------------------------------------------------------------------------
@@ -5278,6 +5312,34 @@ def test_client_that_leaves_frees_its_slot(serve: Start) -> None:
     assert server.run("ping").status_code == 200
 
 
+@pytest.fixture(scope="session")
+def seconds_to_end(alone: Alone, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, float]:
+    """How long the processes and the slot of each command live on after its client has left."""
+    tools = {"ping": ENDLESS, "traceroute": FORKING, "mtr": STUBBORN}
+    server = Server(tmp_path_factory.mktemp("left"), tools=tools)
+
+    def leave(command: str) -> float:
+        connection = server.begin(command, address := lone_address())
+        group = group_of(address)
+        connection.close()
+        begun = time.monotonic()
+        until(lambda: not members(group))
+        until(lambda: not scrape(server)['lg_slots_taken{kind="command"}'])
+        return time.monotonic() - begun
+
+    with alone():
+        seconds = {command: leave(command) for command in tools}
+    server.close()
+    return seconds
+
+
+@pytest.mark.parametrize("command", TOOLS)
+def test_command_of_a_client_that_left_is_over_in_seconds(
+    seconds_to_end: Mapping[str, float], command: str
+) -> None:
+    assert seconds_to_end[command] < SOON
+
+
 def test_client_that_leaves_is_logged(serve: Start) -> None:
     server = serve(tools={"ping": SILENT})
     address = lone_address()
@@ -5285,6 +5347,38 @@ def test_client_that_leaves_is_logged(serve: Start) -> None:
     group_of(address)
     connection.close()
     until(lambda: f'address={address} client=127.0.0.1 outcome="client gone"' in server.log)
+
+
+def test_client_that_leaves_ends_the_generator_of_its_answer() -> None:
+    """Not the garbage collector, at some time later."""
+    gone = asyncio.Event()
+    ended: list[str] = []
+
+    async def blocks() -> AsyncGenerator[bytes]:
+        try:
+            while True:
+                yield b"block"
+        finally:
+            await asyncio.sleep(0)
+            ended.append("blocks")
+
+    @contextlib.asynccontextmanager
+    async def exchange() -> AsyncIterator[tuple[lg.Headers, AsyncGenerator[bytes]]]:
+        yield {}, blocks()
+
+    async def receive() -> Message:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            gone.set()
+
+    async def answer() -> list[str]:
+        await lg.StreamedResponse(exchange(), {})({}, receive, send)
+        return list(ended)
+
+    assert outcome(answer()) == ["blocks"]
 
 
 def test_real_mtr_leaves_no_process_behind(serve: Start) -> None:
@@ -5296,7 +5390,7 @@ def test_real_mtr_leaves_no_process_behind(serve: Start) -> None:
     group = group_of(address)
     until(lambda: len(members(group)) > 1)  # mtr-packet
     connection.close()
-    until(lambda: not members(group))
+    until(lambda: not members(group), SOON)
 
 
 @pytest.mark.parametrize(
@@ -5314,7 +5408,8 @@ def test_client_that_sends_more_and_leaves_ends_its_processes(serve: Start, more
 
 
 def test_client_that_leaves_during_a_lookup_frees_its_slot(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, names={"slow.example": "hang"}, MAX_DIAGNOSTICS="1")
+    names, late = {"slow.example": "hang"}, {"RESOLVE_SECONDS": 1000}
+    server = serve(tools={"ping": ECHO}, names=names, constants=late, MAX_DIAGNOSTICS="1")
     connection = server.begin("ping", "slow.example")
     until(lambda: server.lookups == ["slow.example"])
     assert server.run("ping").status_code == 503
@@ -5388,6 +5483,29 @@ def test_tool_that_closes_its_output_and_runs_on_is_stopped_at_the_time_limit(se
     script = "#!/bin/sh\necho closed\nexec >&- 2>&-\nsleep 1000\n"
     server = serve(tools={"ping": script}, DIAGNOSTIC_TIMEOUT="1")
     assert server.run("ping").text == "closed\n--- ping: stopped after 1 s ---\n"
+
+
+def test_large_output_as_events_gives_way_to_other_requests() -> None:
+    """A million empty lines take seconds to be made events, in 16 pieces: none may hold the loop for long."""
+    command = lg.Command("lines", ("sh", "-c", "yes '' | head -c 1000000 # {address}"), 4)
+    pauses: list[float] = []
+
+    async def watch() -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0)
+            pauses.append(time.monotonic() - before)
+
+    async def run() -> None:
+        watcher = asyncio.create_task(watch())
+        address = ipaddress.IPv4Address("127.0.0.1")
+        async with lg.diagnosis(command, address, address, True) as (_, chunks):
+            length = sum([len(chunk) async for chunk in chunks])
+        watcher.cancel()
+        assert length > 20_000_000
+
+    outcome(run())
+    assert max(pauses) < sum(pauses) / 3
 
 
 def test_client_that_does_not_read_holds_neither_slot_nor_process(serve: Start) -> None:
@@ -5505,7 +5623,7 @@ def test_sigterm_does_not_wait_for_an_incomplete_body(serve: Start) -> None:
     begun = time.monotonic()
     server.stop()
     left(connection)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < SOON < lg.BODY_SECONDS
     assert "level=error" not in server.log
 
 
@@ -5514,8 +5632,9 @@ def test_name_that_is_resolved_during_the_shutdown_starts_nothing(serve: Start) 
     connection = server.begin("ping", "slow.example")
     until(lambda: server.lookups)
     server.process.terminate()
+    until(lambda: "msg=stopping" in server.log)
     (server.folder / "go-on").touch()
-    assert b"argv" not in left(connection)
+    assert b"begun" not in left(connection)
     assert server.process.wait(PATIENCE) in (0, -signal.SIGTERM)
 
 
@@ -5673,6 +5792,15 @@ def test_closed_connection_makes_room_for_another(serve: Start) -> None:
     until(lambda: admits(server, "127.0.0.2"))
 
 
+def test_ipv6_clients_have_connections_by_their_64(serve: Start, hops: tuple[str, ...]) -> None:
+    server = serve(prefix=hops, constants={"MAX_CONNECTIONS_PER_CLIENT": 2})
+    sources = ["2001:db8:64:1::1", "2001:db8:64:1::2", "2001:db8:64:1::3", "2001:db8:64:2::1"]
+    for source in sources:
+        subprocess.run([*hops, "ip", "address", "replace", source, "dev", "lo"], check=True)
+    held = [server.connect(socket.AF_INET6, source=source) for source in sources]
+    assert [connected(connection) for connection in held] == [True, True, False, True]
+
+
 def test_trusted_proxy_may_have_more_connections_than_a_client(serve: Start) -> None:
     server = serve(FORWARDED_ALLOW_IPS="127.0.0.9", constants={"MAX_CONNECTIONS_PER_CLIENT": 10})
     held = [server.connect(source="127.0.0.9") for _ in range(20)]
@@ -5805,6 +5933,16 @@ def test_content_length_with_transfer_encoding_is_400_and_one_request_at_most(ec
     assert re.findall(rb"HTTP/1\.1 \d+", left(echo.send(request))) == [b"HTTP/1.1 400"]
 
 
+@pytest.mark.parametrize(
+    "request_bytes", [b"GET /\0 HTTP/1.1\r\n\r\n", b"\x16\x03\x01\r\n\r\n"], ids=["path", "TLS"]
+)
+def test_malformed_request_is_400_in_json(echo: Server, request_bytes: bytes) -> None:
+    header, _, body = left(echo.send(request_bytes)).partition(b"\r\n\r\n")
+    assert header.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\nContent-Type: application/json\r\n" in header
+    assert json.loads(body) == {"detail": "Invalid HTTP request received."}
+
+
 def test_pipelined_requests_are_answered_in_order(echo: Server) -> None:
     body = b"target=127.0.0.1&x=GET /openapi.json HTTP/1.1"
     requests = (
@@ -5835,10 +5973,19 @@ def test_command_is_503_while_no_process_can_be_made(serve: Start) -> None:
 
 
 def test_command_works_once_processes_can_be_made_again(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO})
+    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
     with fault(server, "no-fork"):
         server.run("ping")
     assert server.run("ping").status_code == 200
+
+
+def test_commands_that_cannot_be_started_are_logged_once_a_minute(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, constants={"MINUTE_SECONDS": 10**9})
+    with fault(server, "no-fork"):
+        for _ in range(3):
+            server.run("ping")
+    assert server.stop() in (0, -signal.SIGTERM)
+    assert server.log.count("ping cannot be started") == 1
 
 
 def test_command_is_503_while_no_descriptor_is_left(serve: Start) -> None:
@@ -6069,14 +6216,6 @@ def test_refusals_of_a_client_are_logged_again_after_a_minute(monkeypatch: pytes
     assert first != lg.LOGGED_REFUSALS
 
 
-def test_proxy_that_is_not_trusted_is_named_once(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, FORWARDED_ALLOW_IPS="192.0.2.1")
-    for _ in range(3):
-        server.http.get("/network/info", headers={"X-Forwarded-For": "192.0.2.9"})
-    (warning,) = [record for record in records_so_far(server) if "FORWARDED_ALLOW_IPS" in record["msg"]]
-    assert (warning["level"], warning["peer"]) == ("warning", "127.0.0.1")
-
-
 def test_shared_store_that_does_not_answer_is_logged_at_the_start(serve: Start) -> None:
     if not importlib.util.find_spec("redis"):
         lacking("the package redis")
@@ -6156,6 +6295,15 @@ def test_each_line_of_an_extra_command_is_a_note(serve: Start) -> None:
         "resolvedAddress": "127.0.0.1",
         "rawOutput": "one\ntwo\n",
     }
+
+
+def test_ping_of_an_extra_command_by_its_path_may_have_no_reply(serve: Start, tmp_path: Path) -> None:
+    recorded = RECORDED["ping6, nothing comes back"]
+    (tmp_path / "ping").write_text(f"#!/bin/sh\ncat <<'END'\n{recorded}END\nexit 1\n")
+    (tmp_path / "ping").chmod(0o755)
+    server = serve(EXTRA_COMMANDS=json.dumps({"far": f"{tmp_path}/ping {{address}}"}))
+    end = events_of(server, "far6", "::1")[-1]
+    assert (end["status"], end["result"]["stats"]["loss"]) == ("finished", 100)
 
 
 def test_extra_command_is_refused_an_address_that_may_not_be_measured(serve: Start) -> None:
@@ -6322,8 +6470,23 @@ def test_speed_tests_that_are_off_are_404(serve: Start, path: str) -> None:
 
 def test_speed_tests_that_are_off_are_neither_described_nor_in_the_usage(serve: Start) -> None:
     server = serve(MAX_SPEEDTESTS="0")
-    assert "speedtest" not in json.dumps(described(server)["paths"])
-    assert "speedtest" not in server.http.get("/").text
+    document = described(server)
+    texts = json.dumps([document["info"], document["paths"]]), server.http.get("/").text
+    assert [re.findall("(?i)speed ?test", text) for text in texts] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("settings", "offers"),
+    [
+        ({}, "Ping, traceroute, mtr and speed tests"),
+        ({"COMMANDS": "ping,mtr6", "EXTRA_COMMANDS": json.dumps(BGP)}, "Ping, mtr6, bgp and speed tests"),
+        ({"COMMANDS": "mtr", "MAX_SPEEDTESTS": "0"}, "Mtr"),
+        ({"COMMANDS": ""}, "Speed tests"),
+    ],
+)
+def test_description_names_what_is_offered(serve: Start, settings: dict[str, str], offers: str) -> None:
+    document = described(serve(NETWORK_LOCATION="Amsterdam", **settings))
+    assert document["info"]["description"].startswith(f"{offers} from Amsterdam. Limits ")
 
 
 def test_client_in_rate_limit_exempt_has_no_rate_limit(serve: Start) -> None:
@@ -6344,11 +6507,10 @@ def test_client_in_rate_limit_exempt_has_slots_like_others(serve: Start) -> None
 
 
 def test_lookups_have_a_rate_limit_of_their_own(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, names={"a.example": ["127.0.0.1"]}, RATE_LIMIT_LOOKUPS="2/hour")
-    statuses = [
-        server.run("ping", name).status_code for name in ("a.example", "b.example", "a.example", "::1")
-    ]
-    assert statuses == [200, 422, 429, 422]
+    tools = {"ping": ECHO, "mtr": ECHO}
+    server = serve(tools=tools, names={"a.example": ["127.0.0.1"]}, RATE_LIMIT_LOOKUPS="2/hour")
+    asked = [("ping", "a.example"), ("mtr", "b.example"), ("ping", "a.example"), ("ping", "::1")]
+    assert [server.run(*each).status_code for each in asked] == [200, 422, 429, 422]
 
 
 # What may not send.
@@ -6392,6 +6554,14 @@ def test_ping_of_another_maker_is_missing_in_health(serve: Start, message: str) 
     other = f"#!/bin/sh\nprintf '%s\\n' '{message}' >&2\nexit 1\n"
     server = serve(tools={"ping": other, "traceroute": ECHO, "mtr": ECHO})
     until(lambda: server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]})
+
+
+def test_expected_ping_that_is_installed_later_is_not_missing(serve: Start) -> None:
+    other = "#!/bin/sh\necho 'ping: invalid option -- O' >&2\nexit 1\n"
+    server = serve(tools={"ping": other, "traceroute": ECHO, "mtr": ECHO})
+    until(lambda: server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]})
+    server.stand_in("ping", ECHO)
+    until(lambda: server.http.get("/health").json() == {"status": "ok"})
 
 
 def test_ping_of_another_maker_is_logged_with_what_to_install(serve: Start) -> None:
@@ -6635,7 +6805,7 @@ CHECKED_BY = {
 }
 
 
-def test_every_kind_of_snippet_in_the_readme_has_a_test() -> None:
+def test_every_language_in_the_readme_has_a_test() -> None:
     assert {each.language for each in SNIPPETS} == set(CHECKED_BY)
     assert [name for name in CHECKED_BY.values() if name not in globals()] == []
 
@@ -6824,30 +6994,51 @@ def start_proxy(tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
         proxy.stop()
 
 
-@pytest.mark.parametrize("make", [start_nginx, start_caddy])
-def test_uploads_pass_through_the_proxies_of_the_readme(
-    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
-) -> None:
-    proxy = start_proxy(make, serve())
-    answer = proxy.http.post("/speedtest/upload", content=bytes(UPLOAD_BYTES))
+Proxied = Callable[..., httpx.Client]
+
+
+@pytest.fixture(params=[start_nginx, start_caddy], ids=["nginx", "caddy"])
+def proxied(serve: Start, start_proxy: Callable[..., Proxy], request: pytest.FixtureRequest) -> Proxied:
+    """Starts a server behind a proxy of the README: the client of the proxy."""
+    return lambda **options: start_proxy(request.param, serve(**options)).http
+
+
+def test_server_behind_a_proxy_sees_the_clients_own_address(proxied: Proxied) -> None:
+    client = proxied()
+    forged = {"X-Forwarded-For": "192.0.2.1"}
+    assert client.get("/network/info", headers=forged).json()["your_ip"] == "127.0.0.9"
+
+
+def test_proxy_passes_output_on_as_it_is_written(proxied: Proxied, gate: Gate) -> None:
+    client = proxied(tools={"ping": f"#!/bin/sh\nprintf begun\n{gate.wait}echo"})
+    with client.stream("POST", "/lookingglass/ping", data={"target": "127.0.0.1"}) as response:
+        chunks = response.iter_bytes()
+        assert next(chunks) == b"begun"
+        gate.open()
+        assert b"".join(chunks) == b"\n"
+
+
+def test_client_that_leaves_a_proxy_ends_its_command(proxied: Proxied) -> None:
+    client = proxied(tools={"mtr": SILENT})
+    address = lone_address()
+    with client.stream("POST", "/lookingglass/mtr", data={"target": address}):
+        group = group_of(address)
+    until(lambda: not members(group))
+
+
+def test_uploads_pass_through_the_proxies_of_the_readme(proxied: Proxied) -> None:
+    answer = proxied().post("/speedtest/upload", content=bytes(UPLOAD_BYTES))
     assert (answer.status_code, answer.json().get("bytes")) == (200, UPLOAD_BYTES), answer.text
 
 
-@pytest.mark.parametrize("make", [start_nginx, start_caddy])
-def test_downloads_pass_through_the_proxies_of_the_readme(
-    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
-) -> None:
-    proxy = start_proxy(make, serve())
-    assert len(proxy.http.get("/speedtest/100M").content) == 100 * 2**20
+def test_downloads_pass_through_the_proxies_of_the_readme(proxied: Proxied) -> None:
+    assert len(proxied().get("/speedtest/100M").content) == 100 * 2**20
 
 
-@pytest.mark.parametrize("make", [start_nginx, start_caddy])
-def test_usage_behind_the_proxies_of_the_readme_shows_their_url(
-    serve: Start, start_proxy: Callable[..., Proxy], make: Callable[..., Proxy]
-) -> None:
-    proxy = start_proxy(make, serve())
-    usage = proxy.http.get("/", headers={"Accept": "*/*"}).text
-    assert f"{str(proxy.http.base_url).rstrip('/')}/lookingglass/ping" in usage
+def test_usage_behind_the_proxies_of_the_readme_shows_their_url(proxied: Proxied) -> None:
+    client = proxied()
+    usage = client.get("/", headers={"Accept": "*/*"}).text
+    assert f"{str(client.base_url).rstrip('/')}/lookingglass/ping" in usage
 
 
 def test_plain_http_is_redirected_by_the_nginx_site_of_the_readme(
@@ -6891,7 +7082,7 @@ def test_caddy_behind_cloudflare_passes_the_visitors_address_on(
 # Deployment.
 
 
-def test_compose_section_works_in_a_fresh_clone(tmp_path: Path) -> None:
+def test_compose_section_makes_valid_files(tmp_path: Path) -> None:
     script = snippet("sh", "compose")
     files, _, commands = script.partition("docker compose")
     shutil.copy(HERE / ".env.example", tmp_path)
