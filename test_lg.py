@@ -3635,7 +3635,8 @@ def test_live_figure_is_that_of_the_wire_after_two_seconds(
     assert len(settled) > 15
     # After a loss, what came behind the lost packet arrives at once: TCP's doing, and rare.
     assert settled == pytest.approx([rate] * len(settled), rel=0.3)
-    assert sum(each != pytest.approx(rate, rel=0.15) for each in settled) <= len(settled) / 10
+    assert sum(each != pytest.approx(rate, rel=0.15) for each in settled) <= len(settled) / 5
+    assert median(settled) == pytest.approx(rate, rel=0.07)
 
 
 @pytest.mark.parametrize("rate", WIRES)
@@ -5797,8 +5798,16 @@ def test_ipv6_clients_have_connections_by_their_64(serve: Start, hops: tuple[str
     sources = ["2001:db8:64:1::1", "2001:db8:64:1::2", "2001:db8:64:1::3", "2001:db8:64:2::1"]
     for source in sources:
         subprocess.run([*hops, "ip", "address", "replace", source, "dev", "lo"], check=True)
-    held = [server.connect(socket.AF_INET6, source=source) for source in sources]
-    assert [connected(connection) for connection in held] == [True, True, False, True]
+    held: list[socket.socket] = []
+
+    def is_accepted(source: str) -> bool:
+        try:
+            held.append(server.connect(socket.AF_INET6, source=source))
+        except ConnectionResetError:  # it may come before `connect` has returned
+            return False
+        return connected(held[-1])
+
+    assert [is_accepted(source) for source in sources] == [True, True, False, True]
 
 
 def test_trusted_proxy_may_have_more_connections_than_a_client(serve: Start) -> None:
