@@ -8,6 +8,7 @@ on demand; a stand-in for the resolver answers for names. Packets go to loopback
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import fcntl
@@ -6646,7 +6647,6 @@ ONLY_PARSED = {
     ),
     "apt-get install -y nginx certbot python3-certbot-nginx": "changes the machine; so does .ci/manual",
     "certbot certonly --nginx -d lg.example.com": "needs a public name; .ci/manual runs the other lines",
-    "file=$(npm pack --silent @ip-location-db/asn-mmdb)": "downloads a database of 10 MB from npm",
     "docker build --target test -t looking-glass-test .": "runs the tests that the job tests runs",
     ".venv/bin/uvicorn lg:app --reload --no-proxy-headers --timeout-graceful-shutdown 3": (
         "runs until Ctrl-C; tests of the settings start uvicorn lg:app"
@@ -6787,6 +6787,43 @@ def test_health_check_of_the_readme_tells_ok_from_degraded(
     line = snippet("sh", containing="grep -Fxq").replace(":8000", f":{server.port}")
     line = line.replace("curl ", f"{tool('curl')} ")
     assert subprocess.run([tool("bash"), "-o", "pipefail", "-c", line], check=False).returncode == status
+
+
+# Messages in the troubleshooting table that are not the service's: of the kernel and the tools.
+FOREIGN_MESSAGES = {
+    "Operation not permitted",
+    "Permission denied",
+    "Network is unreachable",
+    "Cannot assign requested address",
+}
+
+
+def message_patterns() -> Iterator[str]:
+    """For each text in lg.py, patterns of it and of its beginnings, with wildcards for what is inserted."""
+    for node in ast.walk(ast.parse((HERE / "lg.py").read_text())):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        text = "".join(
+            str(part.value) if isinstance(part, ast.Constant) else "\0"
+            for part in parts
+            if isinstance(part, ast.Constant | ast.FormattedValue)
+        )
+        if len(text) < 300:
+            ends = [match.start() for match in re.finditer("[ :]|$", text)]
+            yield from (
+                re.escape(text[:end]).replace("\0", ".+")
+                for end in ends
+                if len(text[:end].replace("\0", "")) > 15
+            )
+
+
+def test_messages_in_the_troubleshooting_table_are_those_of_the_service() -> None:
+    table = README.partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
+    symptoms = re.findall(r"^\| (.*?) \|", table, re.M)
+    quoted = {text for symptom in symptoms for text in re.findall(r"`([^`]+)`", symptom)}
+    messages = {text for text in quoted if re.search(r"[a-z] ", text)} - FOREIGN_MESSAGES
+    assert len(messages) >= 7
+    patterns = "|".join(message_patterns())
+    assert [message for message in messages if not re.fullmatch(patterns, message)] == []
 
 
 # The proxies of the README, as they stand there but for ports, certificates and paths.
