@@ -37,7 +37,7 @@ RUN printf '%s\n' '#!/bin/sh' \
         '[ $((0x${value:-0} >> 13 & 1)) = 1 ] && exec /usr/local/libexec/mtr-packet  # CAP_NET_RAW' \
         'exec /usr/bin/mtr-packet' >/usr/local/bin/mtr-packet \
     && chmod 755 /usr/local/bin/mtr-packet
-# Then everything that could gain privileges goes: pip, and the set-id bit of every file.
+# Then remove everything that could gain privileges: pip, and the set-id bit of every file.
 ARG EXTRA_TOOLS=""
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libcap2-bin $EXTRA_TOOLS \

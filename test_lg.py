@@ -8,6 +8,7 @@ on demand; a stand-in for the resolver answers for names. Packets go to loopback
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import ctypes
@@ -6759,7 +6760,7 @@ def test_usage_names_the_page_and_the_api(echo: Server) -> None:
 # ---- the manual --------------------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text()
-UPLOAD_BYTES = 100 * 2**20  # what the page sends, a hundred times nginx's default limit
+UPLOAD_BYTES = 100 * 2**20  # a hundred times nginx's default limit; the page sends up to 1 GiB
 
 
 class Snippet(NamedTuple):
@@ -6814,9 +6815,62 @@ CHECKED_BY = {
 }
 
 
+# Each block of shell lines, by its marker or else its first line, and the test or the job of CI that runs it.
+RUN_BY = {
+    "docker lines": "job image",
+    "docker settings": "job image",
+    "compose": "test_compose_section_makes_valid_files",
+    "compose start": "job image",
+    "run line": "job manual",
+    "systemd install": "job manual",
+    "systemd start": "job manual",
+    "test line": "job tests",
+    "cloudflare nginx": "test_nginx_behind_cloudflare_passes_the_visitors_address_on",
+    "asn line": "test_failed_download_of_the_readme_leaves_the_database_as_it_was",
+    "curl localhost:8000": "test_curl_lines_of_the_readme_work",
+    "curl -N -d target=example.com http://localhost:8000/lookingglass/traceroute": (
+        "test_curl_lines_of_the_readme_work"
+    ),
+    'curl -fsS localhost:8000/health | grep -Fxq \'{"status":"ok"}\'': (
+        "test_health_check_of_the_readme_tells_ok_from_degraded"
+    ),
+}
+# Those that are only parsed, and why.
+ONLY_PARSED = {
+    "git clone REPOSITORY looking-glass && cd looking-glass": "needs the URL of the repository",
+    "docker build -t registry.example.com/looking-glass:1.0.0 . "
+    "&& docker push registry.example.com/looking-glass:1.0.0": "needs an image registry and a cluster",
+    "podman build --format docker -t looking-glass .": (
+        "needs Podman; .ci/run runs the image with the same capabilities"
+    ),
+    "apt-get install -y nginx certbot python3-certbot-nginx": "changes the machine; so does .ci/manual",
+    "certbot certonly --nginx -d lg.example.com": "needs a public name; .ci/manual runs the other lines",
+    "docker build --target test -t looking-glass-test .": "runs the tests that the job tests runs",
+    ".venv/bin/uvicorn lg:app --reload --no-proxy-headers --timeout-graceful-shutdown 3": (
+        "runs until Ctrl-C; tests of the settings start uvicorn lg:app"
+    ),
+    ".venv/bin/pip install uv": "asks the package index for newer versions",
+}
+
+
 def test_every_language_in_the_readme_has_a_test() -> None:
     assert {each.language for each in SNIPPETS} == set(CHECKED_BY)
     assert [name for name in CHECKED_BY.values() if name not in globals()] == []
+
+
+def test_every_shell_block_of_the_readme_is_run_or_has_a_reason_why_not() -> None:
+    blocks = [each.marker or each.text.splitlines()[0] for each in SNIPPETS if each.language == "sh"]
+    assert sorted(blocks) == sorted([*RUN_BY, *ONLY_PARSED])
+
+
+def test_runners_of_the_shell_blocks_exist() -> None:
+    if not (HERE / ".github" / "workflows").exists():
+        lacking("the folder .github")
+    workflow = (HERE / ".github" / "workflows" / "ci.yml").read_text()
+    jobs = dict(re.findall(r"^  ([a-z]+):\n((?:    .*\n|\n)*)", workflow, re.M))
+    for block, runner in RUN_BY.items():
+        kind, _, job = runner.rpartition(" ")
+        assert f".ci/block '{block}'" in jobs[job] if kind else runner in globals(), block
 
 
 def test_links_of_the_readme_lead_to_sections_and_files() -> None:
@@ -6891,12 +6945,27 @@ def test_curl_lines_of_the_readme_are_as_many_as_were_found() -> None:
 
 @pytest.mark.parametrize("line", CURL_LINES)
 def test_curl_lines_of_the_readme_work(serve: Start, line: str) -> None:
-    names = {"example.com": ["127.0.0.1"]}
-    tools = dict.fromkeys(("ping", "traceroute", "mtr"), ECHO)
-    server = serve(names=names, tools=tools, TARGET_ALLOW="127.0.0.0/8,2001:db8::/32")
+    names = {"example.com": ["127.0.0.1", "::1"]}
+    server = serve(names=names, tools=dict.fromkeys(("ping", "traceroute", "mtr"), ECHO))
     line = line.replace("localhost:8000", f"localhost:{server.port}")
     line = line.replace("curl ", f"{tool('curl')} -fsS ")
     run_tool("bash", "-o", "pipefail", "-c", line)
+
+
+# The first answers as DB-IP does, the second as for a month that is not there yet.
+@pytest.mark.parametrize(
+    ("curl", "found"), [("printf new | gzip", b"new"), ("exit 22", b"the database of last month")]
+)
+def test_failed_download_of_the_readme_leaves_the_database_as_it_was(
+    tmp_path: Path, curl: str, found: bytes
+) -> None:
+    (tmp_path / "asn.mmdb").write_bytes(b"the database of last month")
+    (tmp_path / "curl").write_text(f"#!/bin/sh\n{curl}\n")
+    (tmp_path / "curl").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    line = [tool("bash"), "-c", snippet("sh", "asn line")]
+    result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert (result.returncode == 0, (tmp_path / "asn.mmdb").read_bytes()) == (found == b"new", found)
 
 
 @pytest.mark.parametrize(("tools", "status"), [((), 0), (("mtr",), 1)])
@@ -6916,6 +6985,43 @@ def test_health_check_of_the_readme_tells_ok_from_degraded(
     line = snippet("sh", containing="grep -Fxq").replace(":8000", f":{server.port}")
     line = line.replace("curl ", f"{tool('curl')} ")
     assert subprocess.run([tool("bash"), "-o", "pipefail", "-c", line], check=False).returncode == status
+
+
+# Messages in the troubleshooting table that are not the service's: of the kernel and the tools.
+FOREIGN_MESSAGES = {
+    "Operation not permitted",
+    "Permission denied",
+    "Network is unreachable",
+    "Cannot assign requested address",
+}
+
+
+def message_patterns() -> Iterator[str]:
+    """For each text in lg.py, patterns of it and of its beginnings, with wildcards for what is inserted."""
+    for node in ast.walk(ast.parse((HERE / "lg.py").read_text())):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        text = "".join(
+            str(part.value) if isinstance(part, ast.Constant) else "\0"
+            for part in parts
+            if isinstance(part, ast.Constant | ast.FormattedValue)
+        )
+        if len(text) < 300:
+            ends = [match.start() for match in re.finditer("[ :]|$", text)]
+            yield from (
+                re.escape(text[:end]).replace("\0", ".+")
+                for end in ends
+                if len(text[:end].replace("\0", "")) > 15
+            )
+
+
+def test_messages_in_the_troubleshooting_table_are_those_of_the_service() -> None:
+    table = README.partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
+    symptoms = re.findall(r"^\| (.*?) \|", table, re.M)
+    quoted = {text for symptom in symptoms for text in re.findall(r"`([^`]+)`", symptom)}
+    messages = {text for text in quoted if re.search(r"[a-z] ", text)} - FOREIGN_MESSAGES
+    assert len(messages) >= 7
+    patterns = "|".join(message_patterns())
+    assert [message for message in messages if not re.fullmatch(patterns, message)] == []
 
 
 # The proxies of the README, as they stand there but for ports, certificates and paths.
@@ -7088,19 +7194,26 @@ def test_caddy_behind_cloudflare_passes_the_visitors_address_on(
     assert proxy.http.get("/network/info", headers=forwarded).json()["your_ip"] == "192.0.2.7"
 
 
+def test_caddy_admits_only_the_networks_that_the_readme_names(
+    serve: Start, start_proxy: Callable[..., Proxy]
+) -> None:
+    proxy = start_proxy(start_caddy, serve(), "@strangers")
+    assert proxy.http.get("/health").status_code == 200
+    assert httpx.get(f"{proxy.http.base_url}/health", trust_env=False).status_code == 403
+
+
 # Deployment.
 
 
 def test_compose_section_makes_valid_files(tmp_path: Path) -> None:
-    script = snippet("sh", "compose")
-    files, _, commands = script.partition("docker compose")
     shutil.copy(HERE / ".env.example", tmp_path)
-    run_tool("bash", "-euc", files, cwd=tmp_path)
+    run_tool("bash", "-euc", snippet("sh", "compose"), cwd=tmp_path)
+    assert (tmp_path / ".env").read_text() == (HERE / ".env.example").read_text()
     run_tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", tmp_path / "compose.yaml")
     assert (tmp_path / "Caddyfile").read_text() == snippet(
         "caddyfile", containing="lg.example.com {\n    reverse_proxy 127.0.0.1:8000\n}"
     )
-    assert "up --detach --build" in commands
+    assert snippet("sh", "compose start").startswith("docker compose up --detach --build --wait\n")
 
 
 def test_manifests_of_the_readme_are_valid(tmp_path: Path) -> None:
@@ -7109,6 +7222,8 @@ def test_manifests_of_the_readme_are_valid(tmp_path: Path) -> None:
         path.write_text(text)
         if "kind: DaemonSet" in text:
             run_tool("kubernetes-validate", "--strict", path)
+        elif text.startswith("services:"):
+            run_tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", path)
         else:
             run_tool("promtool", "check", "rules" if text.startswith("groups:") else "config", path)
 
