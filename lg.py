@@ -3143,11 +3143,11 @@ small span:not(:empty) {
 .times {
 	width: 11rem;
 }
-th.axis,
-.plot > small {
-	display: flex;
-	justify-content: space-between;
-	width: auto;
+th.axis {
+	text-align: start;
+}
+th span {
+	float: inline-end;
 }
 .silent td {
 	color: var(--dim);
@@ -3210,7 +3210,9 @@ path {
 	grid-template-columns: 5rem 1fr;
 }
 .plot > small {
+	display: flex;
 	flex-direction: column;
+	justify-content: space-between;
 }
 .plot svg {
 	height: 8rem;
@@ -3671,7 +3673,7 @@ function lossInWords(hops) {
 	const losing = [...hops.keys()].filter((i) => hops[i].lost && hops[i].times.length)
 	const first = losing.find((i) => carriesOn(hops, i))
 	const limited = losing.filter((i) => !carriesOn(hops, i)).map((i) => i + 1)
-	const rest = ` Loss at hop${limited[1] ? "s" : ""} ${limited.join(", ")} does not go on: such routers probably limit their answers.`
+	const rest = ` Loss at hop${limited[1] ? "s" : ""} ${limited.join(", ")} does not carry on: such routers probably limit their answers.`
 	return (first >= 0 ? ` Loss begins at hop ${first + 1}.` : "") + (limited[0] ? rest : "")
 }
 
@@ -3757,7 +3759,7 @@ const dots = (points) => points.map(([x, y]) => (y >= 0 ? `M${x} ${y}h0` : "")).
 const column = (name, ...title) => h(`th.${name}`, title)
 const rowHead = (title) => h("th", title)
 const table = (look, titles, rows) => h(`table.${look}`, h("thead", h("tr", titles)), h("tbody", rows))
-const axis = ({top}) => column("axis", h("span", "0"), h("span", `${top} ms`))
+const axis = ({top}) => column("axis", h("span", `${top} ms`), "0")
 const plot = (high, low, ...paths) => h("div.plot", h("small", h("span", high), h("span", low)), drawing("", paths))
 const values = (titles, rows) =>
 	h(

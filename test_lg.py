@@ -3299,7 +3299,7 @@ def test_loss_that_carries_on_is_named_with_the_hop_where_it_begins(script: Page
 def test_loss_that_ends_is_attributed_to_rate_limiting_as_a_guess(script: Page) -> None:
     hops = [mtr_hop(n, f"198.51.100.{n if n < 3 else 254}", 10, 10 - 8 * (n == 2)) for n in (1, 2, 3)]
     run = reduced(script, "mtr", *hops)
-    guess = "Loss at hop 2 does not go on: such routers probably limit their answers."
+    guess = "Loss at hop 2 does not carry on: such routers probably limit their answers."
     assert (run["head"], run["sub"]) == ("10.0 ms, no probes lost", f"Reached in 3 hops. {guess} Took 9.8 s.")
 
 
