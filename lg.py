@@ -3759,7 +3759,7 @@ const dots = (points) => points.map(([x, y]) => (y >= 0 ? `M${x} ${y}h0` : "")).
 const column = (name, ...title) => h(`th.${name}`, title)
 const rowHead = (title) => h("th", title)
 const table = (look, titles, rows) => h(`table.${look}`, h("thead", h("tr", titles)), h("tbody", rows))
-const axis = ({top}) => column("axis", h("span", `${top} ms`), "0")
+const axis = ({top}) => column("axis", "0 ", h("span", `${top} ms`))
 const plot = (high, low, ...paths) => h("div.plot", h("small", h("span", high), h("span", low)), drawing("", paths))
 const values = (titles, rows) =>
 	h(
