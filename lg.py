@@ -102,7 +102,13 @@ T = TypeVar("T")
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
-BUILT_IN_COMMANDS = ("ping", "ping6", "traceroute", "traceroute6", "mtr", "mtr6")
+# In the notation of EXTRA_COMMANDS: NAME is the command for IPv4, NAME6 the one for IPv6.
+BUILT_IN = {
+    "ping": "ping -{version} -n -O -c 15 -W 2 -s 56 {address}",
+    "traceroute": "traceroute -{version} -q 3 -w 3,3,10 -m 30 {address}",
+    "mtr": "mtr -{version} --raw -e -c 10 -i 1 -G 1 -Z 2 -m 30 {address}",
+}
+BUILT_IN_COMMANDS = [name + suffix for name in BUILT_IN for suffix in ("", "6")]
 LOGO_BYTES = 2**16  # part of each page that is sent
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
 BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
@@ -817,37 +823,24 @@ class Command(NamedTuple):
 
     @property
     def ok_statuses(self) -> tuple[int, ...]:
-        """Exit statuses that are results rather than faults."""
-        return (0, 1) if self.tool == "ping" else (0,)  # 1: no reply
+        """Exit statuses that are results rather than faults: ping's 1 means that no reply came."""
+        return (0, 1) if self.tool == "ping" else (0,)
 
     def argv_for(self, address: IPAddress | str) -> list[str]:
         return [word.replace("{address}", str(address)) for word in self.argv]
 
 
-PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56", "{address}")
-TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30", "{address}")
-MTR = ("--raw", "-e", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", "{address}")
-BUILT_IN = (
-    Command("ping", ("ping", "-4", *PING), 4),
-    Command("ping6", ("ping", "-6", *PING), 6),
-    Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4),
-    Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6),
-    Command("mtr", ("mtr", "-4", *MTR), 4),
-    Command("mtr6", ("mtr", "-6", *MTR), 6),
-)
-assert tuple(command.name for command in BUILT_IN) == BUILT_IN_COMMANDS
-EXTRA = (
-    Command(
-        f"{name}6" if version == 6 else name,
-        tuple(word.replace("{version}", str(version)) for word in argv),
-        version,
-    )
-    for name, argv in SETTINGS.EXTRA_COMMANDS.items()
-    for version in (4, 6)
-)
+def make_command(name: str, argv: Sequence[str], version: int) -> Command:
+    words = tuple(word.replace("{version}", str(version)) for word in argv)
+    return Command(f"{name}6" if version == 6 else name, words, version)
+
+
+ARGVS = {name: tuple(line.split()) for name, line in BUILT_IN.items()} | dict(SETTINGS.EXTRA_COMMANDS)
 COMMANDS = {
     command.name: command
-    for command in (*(each for each in BUILT_IN if each.name in SETTINGS.COMMANDS), *EXTRA)
+    for name, argv in ARGVS.items()
+    for command in (make_command(name, argv, 4), make_command(name, argv, 6))
+    if name not in BUILT_IN or command.name in SETTINGS.COMMANDS
 }
 COUNTERS |= {sample("lg_runs_total", command=name, outcome="finished"): 0 for name in COMMANDS}
 NEEDED_TOOLS = tuple(dict.fromkeys(command.argv[0] for command in COMMANDS.values()))
@@ -1905,7 +1898,8 @@ async def probe_tool(command: Command) -> None:
 
 async def probe_tools() -> None:
     """Probe each tool of the built-in commands once."""
-    commands = {command.tool: command for command in reversed(BUILT_IN) if command.name in COMMANDS}
+    built_in = [command for command in COMMANDS.values() if command.name in BUILT_IN_COMMANDS]
+    commands = {command.tool: command for command in reversed(built_in)}
     await asyncio.gather(*map(probe_tool, commands.values()))
 
 
