@@ -40,6 +40,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -386,6 +387,8 @@ SETTINGS = load_settings({**ENV_FILE, **os.environ})
 # ---- targets -----------------------------------------------------------------------------------------------
 
 RESOLVE_SECONDS = 5
+RETRY_SECONDS = 5  # where no slot is free: commands take about 15 s, and end at different times
+RETRY_LATER = {"Retry-After": str(RETRY_SECONDS)}
 # Threads that may run at once, including those that are late and abandoned: a resolver may take minutes to
 # give up. Slow names leave room for the shared store.
 LOOKUP_THREADS, STORE_THREADS = 100, 200
@@ -528,50 +531,43 @@ def is_allowed(address: IPAddress) -> bool:
     return is_public(address) or any(address in network for network in SETTINGS.TARGET_ALLOW)
 
 
-class Calls:
-    """Blocking calls, each in a thread of its own.
+SHUTTING_DOWN = asyncio.Event()  # set when the server begins to stop: nothing is started any more
 
-    asyncio's pool has a few threads only: slow names or a dead store would occupy all of them, and the loop
-    waits for them when it closes. A thread that is late here is abandoned.
+
+def shutting_down() -> RequestError:
+    """The answer to a request that would start something while the server stops."""
+    body = {"error": "The server is shutting down: try again in a moment"}
+    return RequestError(503, body, RETRY_LATER, "unavailable")
+
+
+async def run_in_thread(function: Callable[[], T], seconds: float, threads: int) -> T:
+    """What a blocking function returns, called in a thread of its own.
+
+    Raises TimeoutError after `seconds`, RuntimeError beyond `threads`, RequestError when the server stops.
+    asyncio's pool has few threads, which slow names or a dead store would all occupy, and the loop waits for
+    them when it closes. A thread that is late here is abandoned.
     """
+    if threading.active_count() > threads:
+        raise RuntimeError("too many threads")
+    outcome: Future[T] = Future()
+    outcome.set_running_or_notify_cancel()  # so that nothing but the thread completes it
 
-    pending: ClassVar[set[asyncio.Future[Any]]] = set()
-
-    @classmethod
-    async def run(cls, function: Callable[[], T], seconds: float, threads: int) -> T:
-        """What `function` returns. Raises TimeoutError after `seconds`, RuntimeError beyond `threads`."""
-        if threading.active_count() > threads:
-            raise RuntimeError("too many threads")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def settle(method: Callable[[Any], None], outcome: object) -> None:
-            if not future.done():
-                method(outcome)
-
-        def call() -> None:
-            method: Callable[[Any], None] = future.set_result
-            try:
-                outcome: object = function()
-            except Exception as error:
-                method, outcome = future.set_exception, error
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(settle, method, outcome)
-
-        threading.Thread(target=call, daemon=True).start()
-        cls.pending.add(future)
+    def call() -> None:
         try:
-            async with asyncio.timeout(seconds):
-                return await future
-        finally:
-            cls.pending.discard(future)
+            outcome.set_result(function())
+        except Exception as error:
+            outcome.set_exception(error)
 
-    @classmethod
-    def fail(cls, error: Exception) -> None:
-        """Raise `error` wherever the result of a call is awaited."""
-        for future in cls.pending:
-            if not future.done():
-                future.set_exception(error)
+    threading.Thread(target=call, daemon=True).start()
+    result, stop = asyncio.wrap_future(outcome), asyncio.create_task(SHUTTING_DOWN.wait())
+    try:
+        await asyncio.wait((result, stop), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if result.done():
+            return result.result()
+        raise shutting_down() if stop.done() else TimeoutError()
+    finally:
+        result.cancel()
+        stop.cancel()
 
 
 async def resolve(target: IPAddress | str, version: int) -> IPAddress:
@@ -583,25 +579,18 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
         return target
     family = socket.AF_INET if version == 4 else socket.AF_INET6
     lookup = partial(socket.getaddrinfo, target.encode("ascii"), None, family, socket.SOCK_STREAM)
-    answers = []
-    try:
-        answers = await Calls.run(lookup, RESOLVE_SECONDS, LOOKUP_THREADS)
-    except TimeoutError:
-        late = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or send an address"
-        raise validation_error(late, target, reason="target") from None
-    except (OSError, RuntimeError, UnicodeError) as error:
-        if not isinstance(error, socket.gaierror) or error.errno not in (
-            socket.EAI_NONAME,
-            socket.EAI_NODATA,
-        ):
-            message = f"{target} cannot be resolved now: try again, or send an address"
-            raise validation_error(message, target, reason="target") from None
-    for *_, sockaddr in answers:
-        address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
-        if is_allowed(address):
-            return address
-    # One message for all, so that nobody can list the names that only this network resolves.
+    # The same whether there is no address or none is allowed: otherwise anybody could list internal names.
     message = f"{target} has no IPv{version} address that may be measured here: check the name"
+    try:
+        for *_, sockaddr in await run_in_thread(lookup, RESOLVE_SECONDS, LOOKUP_THREADS):
+            address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
+            if is_allowed(address):
+                return address
+    except TimeoutError:
+        message = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or send an address"
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) not in (socket.EAI_NONAME, socket.EAI_NODATA):
+            message = f"{target} cannot be resolved now: try again, or send an address"
     raise validation_error(message, target, reason="target")
 
 
@@ -610,23 +599,13 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
 STORE_SECONDS = 2  # within which a shared store must answer
 STORE_REST_SECONDS = 30  # for which a store that failed is not asked again
 SWEEP_SECONDS = 60  # after which clients whose hits have expired are removed from memory
-RETRY_SECONDS = 5  # where no slot is free: commands take about 15 s, and end at different times
-RETRY_LATER = {"Retry-After": str(RETRY_SECONDS)}
 MINUTE_SECONDS, MINUTE_CLIENTS = 60, 1000  # refusals are logged for so many clients a minute, once for each
 RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-
-SHUTTING_DOWN = asyncio.Event()  # set when the server begins to stop: nothing is started any more
 
 
 def rate_limit_key(client: IPAddress) -> str:
     """What counts as one client: an IPv4 address, or the /64 of an IPv6 address, as one subscriber has."""
     return str(client) if client.version == 4 else str(ipaddress.ip_network((int(client) >> 64 << 64, 64)))
-
-
-def shutting_down() -> RequestError:
-    """The answer to a request that would start something while the server stops."""
-    body = {"error": "The server is shutting down: try again in a moment"}
-    return RequestError(503, body, RETRY_LATER, "unavailable")
 
 
 class Slots:
@@ -739,7 +718,7 @@ class Limits:
     async def ask_shared(self, operation: Callable[[], Headers]) -> Headers:
         """Raises RequestError, or ConnectionError when the store fails. Failure and recovery are logged."""
         try:
-            headers = await Calls.run(operation, STORE_SECONDS, STORE_THREADS)
+            headers = await run_in_thread(operation, STORE_SECONDS, STORE_THREADS)
         except RequestError:
             self.note_recovery()
             raise
@@ -2260,7 +2239,6 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("stopping")
         SHUTTING_DOWN.set()
-        Calls.fail(shutting_down())
         for process in Process.running:
             process.stop("stopped, the server is shutting down")
         if self.server_state.tasks:
