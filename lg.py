@@ -642,10 +642,14 @@ DIAGNOSTICS = Slots("commands", SETTINGS.MAX_DIAGNOSTICS, SETTINGS.MAX_DIAGNOSTI
 SPEEDTESTS = Slots("speed tests", SETTINGS.MAX_SPEEDTESTS, SETTINGS.MAX_SPEEDTESTS_PER_CLIENT)
 
 
-def rate_headers(
-    limiter: MovingWindowRateLimiter, rates: Rates, exhausted: Sequence[limits.RateLimitItem], *key: str
-) -> Headers:
-    """The headers of the tightest rate. Raises RequestError (429) where some are exhausted."""
+def count(limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *key: str) -> Headers:
+    """Consume one of each rate, or only test them; returns the headers of the tightest.
+
+    Raises RequestError (429), and consumes nothing, where a rate is exhausted.
+    """
+    exhausted = [rate for rate in rates if not limiter.test(rate, *key)]
+    if consume and not exhausted:  # each hit succeeds, unless another server with the same store was faster
+        exhausted = [rate for rate in rates if not limiter.hit(rate, *key)]
     windows = [(rate, limiter.get_window_stats(rate, *key)) for rate in exhausted or rates]
     rate, stats = min(windows, key=lambda each: (each[1].remaining, -each[1].reset_time))
     values = (rate.amount, max(0, stats.remaining), math.ceil(stats.reset_time))
@@ -654,17 +658,6 @@ def rate_headers(
         headers["Retry-After"] = str(max(1, math.ceil(stats.reset_time - time.time())))
         raise RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers, "rate limit")
     return headers
-
-
-def check(limiter: MovingWindowRateLimiter, rates: Rates, *key: str) -> Headers:
-    """The headers of rates that allow one more request, without consuming it. Raises RequestError (429)."""
-    return rate_headers(limiter, rates, [rate for rate in rates if not limiter.test(rate, *key)], *key)
-
-
-def consume(limiter: MovingWindowRateLimiter, rates: Rates, *key: str) -> Headers:
-    """Consume one of each rate, or of none where one is exhausted. Raises RequestError (429)."""
-    check(limiter, rates, *key)  # then each hit succeeds, unless another server with the same store is faster
-    return rate_headers(limiter, rates, [rate for rate in rates if not limiter.hit(rate, *key)], *key)
 
 
 class Limits:
@@ -678,8 +671,8 @@ class Limits:
         self.entries = MemoryStorage()
         self.memory = MovingWindowRateLimiter(self.entries)
         self.shared: Callable[[], MovingWindowRateLimiter] | None = None
-        self.failing, self.asleep_until = False, 0.0
-        self.now, self.swept = 0.0, 0.0
+        self.retry_at = 0.0  # when a store that failed is queried again; 0 while it answers
+        self.swept = 0.0
         if uri.startswith("memory:"):
             return
         names = ("socket_timeout", "socket_connect_timeout") if uri.startswith("redis") else ()
@@ -691,26 +684,17 @@ class Limits:
         except Exception as error:  # each client library has its own
             raise settings_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
 
-    async def check(self, rates: Rates, name: str, client: IPAddress) -> Headers:
-        """The headers of rates that allow one more `name` of this client. Raises RequestError."""
-        return await self.ask(check, rates, name, client)
-
-    async def consume(self, rates: Rates, name: str, client: IPAddress) -> Headers:
-        """Count a `name` of this client; the headers of its answer. Raises RequestError."""
-        return await self.ask(consume, rates, name, client)
-
-    async def ask(
-        self, operation: Callable[..., Headers], rates: Rates, name: str, client: IPAddress
-    ) -> Headers:
+    async def count(self, rates: Rates, name: str, client: IPAddress, consume: bool = True) -> Headers:
+        """The headers for a request of this client, which is counted where `consume`. Raises RequestError."""
         if not rates or any(client in network for network in SETTINGS.RATE_LIMIT_EXEMPT):
             return {}
         self.sweep()
-        arguments = (rates, name, rate_limit_key(client))
-        if (shared := self.shared) and time.monotonic() >= self.asleep_until:
+        arguments = (rates, consume, name, rate_limit_key(client))
+        if (shared := self.shared) and time.monotonic() >= self.retry_at:
             with suppress(ConnectionError):
-                return await self.ask_shared(lambda: operation(shared(), *arguments))
+                return await self.ask_shared(lambda: count(shared(), *arguments))
         try:
-            return operation(self.memory, *arguments)
+            return count(self.memory, *arguments)
         except RuntimeError:  # the storage starts a thread that removes expired entries
             message = "The server has no thread left: try again soon"
             raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
@@ -723,11 +707,10 @@ class Limits:
             self.note_recovery()
             raise
         except Exception as error:  # each client library has its own
-            self.asleep_until = time.monotonic() + STORE_REST_SECONDS
-            if not self.failing:
+            if not self.retry_at:
                 store = "The rate-limit store fails: limits are kept in memory until it answers"
                 log.warning(store, {"error": repr(error)})
-            self.failing = True
+            self.retry_at = time.monotonic() + STORE_REST_SECONDS
             raise ConnectionError from error
         self.note_recovery()
         return headers
@@ -736,23 +719,23 @@ class Limits:
         """Ask the shared store once, so that the log has it at the start when it does not answer."""
         if shared := self.shared:
             with suppress(ConnectionError, RequestError):
-                await self.ask_shared(lambda: check(shared(), (limits.parse("1/minute"),), "start"))
+                await self.ask_shared(lambda: count(shared(), (limits.parse("1/minute"),), False, "start"))
 
     def note_recovery(self) -> None:
-        if self.failing:
+        if self.retry_at:
             log.warning("The rate-limit store answers again")
-        self.failing = False
+        self.retry_at = 0.0
 
     def sweep(self) -> None:
-        """Remove clients without a hit, which `limits` keeps, and all of them when the clock was set back."""
-        before, self.now = self.now, time.time()
-        if self.now < before:  # hits of the future would count for long
+        """Once a minute, remove the clients whose hits have expired: `limits` keeps their empty lists."""
+        now = time.time()
+        if now < self.swept:  # the clock was set back: hits of the future would count for long
             self.entries.reset()
-            self.swept = self.now
-        if self.now > self.swept + SWEEP_SECONDS:
-            for key in [key for key, hits in self.entries.events.items() if not hits]:
-                self.entries.clear(key)
-            self.swept = self.now
+        elif now <= self.swept + SWEEP_SECONDS:
+            return
+        for key in [key for key, hits in self.entries.events.items() if not hits]:
+            self.entries.clear(key)
+        self.swept = now
 
 
 LIMITS = Limits(SETTINGS.RATE_LIMIT_STORAGE_URI)
@@ -1763,14 +1746,14 @@ class Diagnosis:
         command, target, client = self.command, self.target, self.client
         with DIAGNOSTICS.take(rate_limit_key(client)):
             begun, address, outcome = time.monotonic(), None, "client gone"
-            headers = await LIMITS.check(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
+            headers = await LIMITS.count(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client, consume=False)
             try:
                 if isinstance(target, str):
-                    await LIMITS.consume(SETTINGS.RATE_LIMIT_LOOKUPS, "lookup", client)
+                    await LIMITS.count(SETTINGS.RATE_LIMIT_LOOKUPS, "lookup", client)
                 address = await resolve(target, command.version)
                 async with started(command, address) as process:
                     # Charged now, since what starts no tool costs nothing.
-                    headers = await LIMITS.consume(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
+                    headers = await LIMITS.count(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
                     self.headers.set_result(headers)
                     transcript = Transcript(command, target, address, self.as_events)
                     self.output.put_nowait(transcript.start())
@@ -2298,7 +2281,7 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
     Raises RequestError, or TransferAborted when the client takes less than PACE.
     """
     with SPEEDTESTS.take(rate_limit_key(client)):
-        headers = await LIMITS.consume(size.rates, f"speedtest {size.name}", client)
+        headers = await LIMITS.count(size.rates, f"speedtest {size.name}", client)
         loop = asyncio.get_running_loop()
         begun, remaining, outcome = loop.time(), size.length, "broken off"
 
@@ -2367,7 +2350,7 @@ async def receive_upload(
     PACE. Raises RequestError, or ClientDisconnect.
     """
     with SPEEDTESTS.take(rate_limit_key(client)):
-        headers = await LIMITS.consume(SETTINGS.RATE_LIMIT_SPEEDTEST, "speedtest upload", client)
+        headers = await LIMITS.count(SETTINGS.RATE_LIMIT_SPEEDTEST, "speedtest upload", client)
         loop = asyncio.get_running_loop()
         begun = first = last = loop.time()
         length, outcome = 0, "broken off"

@@ -6044,11 +6044,11 @@ def test_clients_are_forgotten_when_their_hits_have_expired(monkeypatch: pytest.
 
     def clients() -> int:
         counted.sweep()
-        lg.consume(counted.memory, rates, "ping", "127.0.0.1")
+        lg.count(counted.memory, rates, True, "ping", "127.0.0.1")
         return len(counted.entries.events)
 
     for number in range(50):
-        lg.consume(counted.memory, rates, "ping", str(number))
+        lg.count(counted.memory, rates, True, "ping", str(number))
     assert clients() == 51
     until(lambda: clients() == 1)
 
@@ -7525,11 +7525,11 @@ def bench_limits() -> Iterator[Row]:
         limiter = lg.Limits("memory://").memory
         rates = tuple(limits.parse_many("2/minute"))
         for number in range(clients):
-            lg.consume(limiter, rates, "ping", str(number))
+            lg.count(limiter, rates, True, "ping", str(number))
         times = []
         for number in range(300):
             begun = time.perf_counter()
-            lg.consume(limiter, rates, "ping", f"new {number}")
+            lg.count(limiter, rates, True, "ping", f"new {number}")
             times.append((time.perf_counter() - begun) * 1e6)
             time.sleep(0.001)
         costs[clients] = median(times)
