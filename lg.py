@@ -675,7 +675,7 @@ class Limits:
         self.swept = 0.0
         if uri.startswith("memory:"):
             return
-        names = ("socket_timeout", "socket_connect_timeout") if uri.startswith("redis") else ()
+        names = ("socket_timeout", "socket_connect_timeout") if uri.startswith(("redis", "valkey")) else ()
         open_store = partial(storage_from_string, uri, **dict.fromkeys(names, STORE_SECONDS))
         self.shared = cache(lambda: MovingWindowRateLimiter(open_store()))
         try:
