@@ -652,10 +652,12 @@ def count(limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *key: s
         exhausted = [rate for rate in rates if not limiter.hit(rate, *key)]
     windows = [(rate, limiter.get_window_stats(rate, *key)) for rate in exhausted or rates]
     rate, stats = min(windows, key=lambda each: (each[1].remaining, -each[1].reset_time))
-    values = (rate.amount, max(0, stats.remaining), math.ceil(stats.reset_time))
+    now = time.time()
+    reset = max(now, stats.reset_time)  # that of a window without hits may be in the past
+    values = (rate.amount, max(0, stats.remaining), math.ceil(reset))
     headers = dict(zip(RATE_HEADERS, map(str, values), strict=True))
     if exhausted:
-        headers["Retry-After"] = str(max(1, math.ceil(stats.reset_time - time.time())))
+        headers["Retry-After"] = str(max(1, math.ceil(reset - now)))
         raise RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers, "rate limit")
     return headers
 
