@@ -1102,7 +1102,10 @@ def hostname_of(name: str, address: str | None) -> str | None:
 
 
 class OutputParser:
-    """Parses what a tool writes, any bytes, into text for people, events for programs, and a result."""
+    """Parses what a tool writes, any bytes, into text for people, events for programs, and a result.
+
+    This one is for tools without a parser of their own: each line is a note.
+    """
 
     def __init__(self, address: IPAddress) -> None:
         """`address` is the target's."""
@@ -1129,7 +1132,7 @@ class OutputParser:
         return chunk
 
     def parse_line(self, line: str) -> Iterator[Event]:
-        raise NotImplementedError
+        yield note(line)
 
     def last_events(self, complete: bool) -> Iterator[Event]:
         """Events for what is known only at the end, so that the last events agree with the result."""
@@ -1139,19 +1142,9 @@ class OutputParser:
         """Whether the tool sent anything. If not, an exit status other than 0 is a failure."""
         return True
 
-    def result(self, status: Status = "finished", raw_output: str = "") -> Result:
+    def result(self, status: Status = "finished", raw_output: str = "") -> ToolResult:
         """What is known so far."""
-        return self.tool_result(status, raw_output)
-
-    def tool_result(self, status: Status, raw_output: str) -> ToolResult:
         return {"status": status, "resolvedAddress": self.address, "rawOutput": raw_output}
-
-
-class LineParser(OutputParser):
-    """Any other tool: each line is a note."""
-
-    def parse_line(self, line: str) -> Iterator[Event]:
-        yield note(line)
 
 
 class PingParser(OutputParser):
@@ -1238,7 +1231,7 @@ class PingParser(OutputParser):
         loss = None if loss is None else min(max(loss, 0), 100)
         counts: Counts = {"total": total, "rcv": received, "drop": max(total - received, 0)}
         return {
-            **self.tool_result(status, raw_output),
+            **super().result(status, raw_output),
             "resolvedHostname": self.hostname,
             "timings": self.timings,
             "stats": {"min": low, "avg": average, "max": high, **counts, "loss": loss},
@@ -1308,7 +1301,7 @@ class TracerouteParser(OutputParser):
 
     def result(self, status: Status = "finished", raw_output: str = "") -> TracerouteResult:
         names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
-        head = self.tool_result(status, raw_output)
+        head = super().result(status, raw_output)
         return {**head, "resolvedHostname": next(names, None), "hops": self.hops}
 
 
@@ -1533,18 +1526,22 @@ class MtrParser(OutputParser):
         for hop, who in [(hop, self.router(hop)) for hop in self.path()]:
             shared = result_hop(who, [{"rtt": time / 1000} for time in hop.times])
             hops.append({**shared, "asn": who["asn"], "stats": hop.stats()})
-        head = self.tool_result(status, raw_output)
+        head = super().result(status, raw_output)
         return {**head, "resolvedHostname": self.names.get(self.address), "hops": hops}
 
 
-PARSERS: dict[str, type[OutputParser]] = {"ping": PingParser, "traceroute": TracerouteParser}
+PARSERS: dict[str, type[OutputParser]] = {
+    "ping": PingParser,
+    "traceroute": TracerouteParser,
+    "mtr": MtrParser,
+}
 
 
 def parser_for(command: Command) -> type[OutputParser]:
     """The parser of the command's tool."""
-    if command.tool == "mtr" and "--raw" in command.argv:
-        return MtrParser
-    return PARSERS.get(command.tool, LineParser)
+    if command.tool == "mtr" and "--raw" not in command.argv:
+        return OutputParser
+    return PARSERS.get(command.tool, OutputParser)
 
 
 class Transcript:

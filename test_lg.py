@@ -1394,8 +1394,8 @@ def test_each_line_of_another_tool_is_a_note() -> None:
         ("/usr/bin/ping -c 1 {address}", lg.PingParser),
         ("traceroute -T -p 443 {address}", lg.TracerouteParser),
         ("mtr --raw {address}", lg.MtrParser),
-        ("mtr --report {address}", lg.LineParser),
-        ("dig -x {address}", lg.LineParser),
+        ("mtr --report {address}", lg.OutputParser),
+        ("dig -x {address}", lg.OutputParser),
     ],
 )
 def test_the_parser_is_chosen_by_the_tool(argv: str, parser: type[lg.OutputParser]) -> None:
