@@ -30,16 +30,7 @@ import threading
 import time
 from base64 import b64encode
 from collections import Counter, defaultdict
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -880,31 +871,21 @@ class Probe(TypedDict):
     code: NotRequired[str]
 
 
-class Counts(TypedDict):
-    total: int
-    rcv: int
-    drop: int
-
-
-class PingStats(Counts):
+class Stats(TypedDict):
     min: float | None
     avg: float | None
     max: float | None
+    total: int
+    rcv: int
+    drop: int
     loss: float | None
 
 
-class Jitter(TypedDict):
+class HopStats(Stats):
     stDev: float | None
     jMin: float | None
     jAvg: float | None
     jMax: float | None
-
-
-class HopStats(Counts, Jitter):
-    min: float | None
-    avg: float | None
-    max: float | None
-    loss: float
 
 
 class ResultHop(TypedDict):
@@ -930,7 +911,7 @@ class ToolResult(TypedDict):
 class PingResult(ToolResult):
     resolvedHostname: str | None
     timings: list[PingTiming]
-    stats: PingStats
+    stats: Stats
 
 
 class TracerouteResult(ToolResult):
@@ -973,9 +954,11 @@ class LostEvent(TypedDict):
     seq: int
 
 
-class Router(TypedDict):
-    """Who answered: in mtr the last one, in traceroute the first; `addresses` are all, if several did."""
+class HopEvent(TypedDict):
+    """A hop and the router that answered: mtr's last, traceroute's first. `addresses` are all, if several."""
 
+    event: Literal["hop"]
+    hop: int
     address: str | None
     addresses: NotRequired[list[str]]
     hostname: str | None
@@ -983,20 +966,16 @@ class Router(TypedDict):
     network: str | None
 
 
-class TracerouteHopEvent(Router):
+class TracerouteHopEvent(HopEvent):
     """traceroute: a hop, its replies, and each of its probes."""
 
-    event: Literal["hop"]
-    hop: int
     timings: list[Timing]
     probes: list[Probe]
 
 
-class MtrHopEvent(Router):
+class MtrHopEvent(HopEvent):
     """mtr: a hop as it now stands."""
 
-    event: Literal["hop"]
-    hop: int
     stats: HopStats
 
 
@@ -1025,8 +1004,8 @@ class EndEvent(TypedDict):
     result: Result
 
 
-HopEvent = TracerouteHopEvent | MtrHopEvent
-Event = StartEvent | ReplyEvent | LostEvent | HopEvent | PathEvent | NoteEvent | EndEvent
+AnyHopEvent = TracerouteHopEvent | MtrHopEvent
+Event = StartEvent | ReplyEvent | LostEvent | AnyHopEvent | PathEvent | NoteEvent | EndEvent
 
 
 def note(text: str) -> NoteEvent:
@@ -1075,21 +1054,21 @@ def find_as(address: str | None) -> AutonomousSystem:
     return AutonomousSystem()
 
 
-def router(addresses: Collection[str], address: str | None, hostname: str | None) -> Router:
-    """The part of a hop event that says who answered."""
+def hop_event(hop: int, addresses: Sequence[str], address: str | None, hostname: str | None) -> HopEvent:
+    """What the hop events of traceroute and mtr have in common."""
     asn, network = find_as(address)
     asns = [] if asn is None else [asn]
-    found: Router = {"address": address, "hostname": hostname, "asn": asns, "network": network}
+    event = HopEvent(event="hop", hop=hop, address=address, hostname=hostname, asn=asns, network=network)
     if len(addresses) > 1:
-        found["addresses"] = list(addresses)
-    return found
+        event["addresses"] = list(addresses)
+    return event
 
 
-def result_hop(who: Router, timings: list[Timing]) -> ResultHop:
-    address, hostname = who["address"], who["hostname"]
+def result_hop(event: HopEvent, timings: list[Timing]) -> ResultHop:
+    address, hostname = event["address"], event["hostname"]
     hop: ResultHop = {"resolvedAddress": address, "resolvedHostname": hostname, "timings": timings}
-    if "addresses" in who:
-        hop["addresses"] = who["addresses"]
+    if "addresses" in event:
+        hop["addresses"] = event["addresses"]
     return hop
 
 
@@ -1229,12 +1208,12 @@ class PingParser(OutputParser):
         if loss is None and total:
             loss = round(100 - 100 * received / total, 2)
         loss = None if loss is None else min(max(loss, 0), 100)
-        counts: Counts = {"total": total, "rcv": received, "drop": max(total - received, 0)}
+        drop = max(total - received, 0)
         return {
             **super().result(status, raw_output),
             "resolvedHostname": self.hostname,
             "timings": self.timings,
-            "stats": {"min": low, "avg": average, "max": high, **counts, "loss": loss},
+            "stats": Stats(min=low, avg=average, max=high, total=total, rcv=received, drop=drop, loss=loss),
         }
 
 
@@ -1269,9 +1248,9 @@ class TracerouteParser(OutputParser):
             if probe.get("address") == address:
                 probe.pop("address", None)
         timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
-        hop = router(names, address, hostname)
-        yield {"event": "hop", "hop": int(match[1]), **hop, "timings": timings, "probes": probes}
-        self.hops.append(result_hop(hop, timings))
+        event = hop_event(int(match[1]), list(names), address, hostname)
+        yield {**event, "timings": timings, "probes": probes}
+        self.hops.append(result_hop(event, timings))
         if not complete:
             yield note(line)
 
@@ -1355,10 +1334,11 @@ class MtrHop:
             spread = (min(times), self.average, max(times), self.deviation())
             jitter = (min(jitters), sum(jitters) / len(jitters), max(jitters))
             low, average, high, deviation, least, mean, most = (round(us / 1000, 3) for us in spread + jitter)
-        total, received = self.completed(), len(times)
-        counts: Counts = {"total": total, "rcv": received, "drop": total - received}
-        jitter_stats: Jitter = {"stDev": deviation, "jMin": least, "jAvg": mean, "jMax": most}
-        return {"min": low, "avg": average, "max": high, **jitter_stats, **counts, "loss": self.loss()}
+        total, rcv = self.completed(), len(times)
+        times_and_loss = Stats(
+            min=low, avg=average, max=high, total=total, rcv=rcv, drop=total - rcv, loss=self.loss()
+        )
+        return {**times_and_loss, "stDev": deviation, "jMin": least, "jAvg": mean, "jMax": most}
 
 
 class MtrParser(OutputParser):
@@ -1380,7 +1360,7 @@ class MtrParser(OutputParser):
 
     def __init__(self, address: IPAddress) -> None:
         super().__init__(address)
-        self.hops: dict[int, MtrHop] = {}
+        self.hops: defaultdict[int, MtrHop] = defaultdict(MtrHop)
         self.names: dict[str, str] = {}
         self.changed: set[int] = set()  # positions to send an event for
         self.reported: set[int] = set()  # positions whose events are valid
@@ -1396,7 +1376,7 @@ class MtrParser(OutputParser):
                 yield note(line)
             return
         position = int(match[2])
-        hop = self.hops.setdefault(position, MtrHop())
+        hop = self.hops[position]
         match match[1]:
             case "x":
                 if hop.in_flight:  # the probe before is lost
@@ -1434,8 +1414,7 @@ class MtrParser(OutputParser):
         self.changed -= due
         self.reported |= due
         for position in sorted(due):
-            hop = self.hop(position)
-            yield {"event": "hop", "hop": position + 1, **self.router(hop), "stats": hop.stats()}
+            yield {**self.hop_event(position), "stats": self.hops[position].stats()}
 
     def path_length(self) -> int:
         """The number of positions up to the target, else up to a router that answers for all later ones.
@@ -1456,14 +1435,9 @@ class MtrParser(OutputParser):
             end = position
         return end + 1 if end < last else max(last + 1, min(last + 2, self.MAX_HOPS))
 
-    def hop(self, position: int) -> MtrHop:
-        return self.hops.get(position) or MtrHop()
-
-    def router(self, hop: MtrHop) -> Router:
-        return router(hop.addresses, hop.address, self.names.get(hop.address or ""))
-
-    def path(self) -> list[MtrHop]:
-        return [self.hop(position) for position in range(self.path_length())]
+    def hop_event(self, position: int) -> HopEvent:
+        hop = self.hops[position]
+        return hop_event(position + 1, hop.addresses, hop.address, self.names.get(hop.address or ""))
 
     def last_events(self, complete: bool) -> Iterator[Event]:
         for position, hop in self.hops.items():
@@ -1498,7 +1472,8 @@ class MtrParser(OutputParser):
         These are mtr 0.95's own habits: `-z` prints a further router twice, and without `-z` the labels of a
         hop's only router are not printed.
         """
-        hops, host, asn_width = self.path(), socket.gethostname(), 9 if ASN_LOOKUP else 0
+        hops = [self.hops[position] for position in range(self.path_length())]
+        host, asn_width = socket.gethostname(), 9 if ASN_LOOKUP else 0
         width = max(map(len, [host, *(self.host(hop.address) for hop in hops)]))
         if hops:
             yield f"HOST: {host:{width + asn_width}}{self.TITLES}"
@@ -1523,9 +1498,10 @@ class MtrParser(OutputParser):
 
     def result(self, status: Status = "finished", raw_output: str = "") -> MtrResult:
         hops: list[MtrResultHop] = []
-        for hop, who in [(hop, self.router(hop)) for hop in self.path()]:
-            shared = result_hop(who, [{"rtt": time / 1000} for time in hop.times])
-            hops.append({**shared, "asn": who["asn"], "stats": hop.stats()})
+        for position in range(self.path_length()):
+            hop, event = self.hops[position], self.hop_event(position)
+            shared = result_hop(event, [{"rtt": time / 1000} for time in hop.times])
+            hops.append({**shared, "asn": event["asn"], "stats": hop.stats()})
         head = super().result(status, raw_output)
         return {**head, "resolvedHostname": self.names.get(self.address), "hops": hops}
 
@@ -2590,7 +2566,7 @@ def enum(*values: object) -> Schema:
     return {"enum": list(values)}
 
 
-def object_schema(properties: Mapping[str, Schema], optional: Collection[str] = ()) -> Schema:
+def object_schema(properties: Mapping[str, Schema], optional: Sequence[str] = ()) -> Schema:
     """An object with these properties and no others."""
     required = [name for name in properties if name not in optional]
     schema = {"type": "object", "properties": dict(properties), "required": required}
@@ -2660,7 +2636,7 @@ RATED = dict(zip(RATE_HEADERS, RATE_HEADER_MEANINGS, strict=True))
 HEADER_MEANINGS = {"Retry-After": "Seconds to wait before the next try."} | RATED
 
 
-def response(when: str, content: Mapping[str, Schema], headers: Collection[str] = ()) -> Schema:
+def response(when: str, content: Mapping[str, Schema], headers: Iterable[str] = ()) -> Schema:
     """A response: when it comes, its bodies' schemas by media type, its headers by name."""
     described = {name: {"description": HEADER_MEANINGS[name], "schema": INTEGER} for name in headers}
     bodies = {media_type: {"schema": schema} for media_type, schema in content.items()}
