@@ -1163,8 +1163,7 @@ class PingParser(OutputParser):
             yield note(line)
             loss = self.LOSS.search(match[3])
             self.summary = int(match[1]), int(match[2]), float(loss[1]) if loss else None
-            for seq in range(self.first, self.first + min(self.summary[0], MAX_PROBES)):
-                yield from self.lose(seq)
+            self.sent = max(self.sent, self.summary[0])
         elif not self.BANNER.fullmatch(line):
             if match := self.TIMES.fullmatch(line):
                 self.times = [float(text) for text in match.groups()]
