@@ -1243,9 +1243,6 @@ class TracerouteParser(OutputParser):
         probes, complete = self.parse_probes(match[2], names)
         address = next(iter(names), None)
         hostname = names[address] if address else None
-        for probe in probes:
-            if probe.get("address") == address:
-                probe.pop("address", None)
         timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
         event = hop_event(int(match[1]), list(names), address, hostname)
         yield {**event, "timings": timings, "probes": probes}
@@ -1269,7 +1266,7 @@ class TracerouteParser(OutputParser):
                 probes[-1]["code"] = word["code"]
             else:
                 probe: Probe = {"rtt": float(word["time"]) if word["time"] else None}
-                if address and not word["star"]:
+                if address and address != next(iter(names)) and not word["star"]:
                     probe["address"] = address
                 if word["code"]:
                     probe["code"] = word["code"]
