@@ -1525,13 +1525,12 @@ class Transcript:
         self.command, self.target, self.address, self.as_events = command, target, address, as_events
         self.parser = parser_for(command)(address)
         self.started = time.monotonic()
-        self.raw_output = bytearray()  # what a text client has read; for a text client, its last byte
+        self.raw_output = bytearray()  # what a text client reads
 
     def encode(self, text: bytes, events: Sequence[Event]) -> bytes:
-        if not self.as_events:
-            self.raw_output[:] = text[-1:] or self.raw_output
-            return text
         self.raw_output += text
+        if not self.as_events:
+            return text
         return b"".join(json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events)
 
     def start(self) -> bytes:
