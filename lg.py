@@ -1581,32 +1581,29 @@ GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT
 
 
 class Process:
-    """A tool in a session of its own, its output, and in `fault` what was wrong with its end, if anything."""
+    """A tool that runs in a session of its own until the context is left."""
 
     running: ClassVar[set[Process]] = set()
 
-    def __init__(self, argv: Sequence[str], ok_statuses: Sequence[int], seconds: float) -> None:
-        """Start it for at most `seconds`; exit statuses in `ok_statuses` are no fault. Raises OSError."""
-        self.ok_statuses, self.fault = ok_statuses, ""
+    def __init__(self, command: Command, address: IPAddress, seconds: float) -> None:
+        """Start it towards `address`, for at most `seconds`. Raises OSError."""
+        self.command = command
+        self.fault = ""  # why the run failed, if it did
         self.loop = asyncio.get_running_loop()
         self.readable = asyncio.Event()
-        self.pipe, writable = os.pipe()
-        try:
-            self.tool = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=writable,
-                stderr=subprocess.STDOUT,
-                env=ENVIRONMENT,
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(self.pipe)
-            raise
-        finally:
-            os.close(writable)
-        os.set_blocking(self.pipe, False)
-        self.loop.add_reader(self.pipe, self.readable.set)
+        self.tool = subprocess.Popen(
+            command.argv_for(address),
+            bufsize=0,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        assert self.tool.stdout
+        self.pipe = self.tool.stdout
+        os.set_blocking(self.pipe.fileno(), False)
+        self.loop.add_reader(self.pipe.fileno(), self.readable.set)
         self.timer = self.loop.call_later(seconds, self.stop, f"stopped after {seconds} s")
         self.running.add(self)
 
@@ -1623,7 +1620,7 @@ class Process:
             os.killpg(self.tool.pid, number)
 
     def has_ended(self) -> bool:
-        """Does not reap, so that no other group gets this number before `kill_and_reap` has used it."""
+        """Does not reap, so that no other group gets this number before `__aexit__` has used it."""
         return os.waitid(os.P_PID, self.tool.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     async def output(self) -> AsyncGenerator[bytes]:
@@ -1632,17 +1629,14 @@ class Process:
         while True:
             if ended := self.has_ended():
                 self.signal(signal.SIGKILL)  # to children that live on
-            try:
-                chunk = os.read(self.pipe, READ_BYTES)
-            except BlockingIOError:
-                if ended:  # a child has left the group and holds the pipe
-                    return
+            chunk = self.pipe.read(READ_BYTES)
+            if chunk is None and not ended:  # nothing to read yet
                 self.readable.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_SECONDS):
                         await self.readable.wait()
                 continue
-            if not chunk:
+            if not chunk:  # closed; or held open by a child that has left the group
                 break
             if len(chunk) > remaining:
                 self.fault = self.fault or f"output cut at {OUTPUT_BYTES // 2**20} MiB"
@@ -1650,22 +1644,23 @@ class Process:
                 return
             remaining -= len(chunk)
             yield chunk
-        self.loop.remove_reader(self.pipe)
-        pause = POLL_SECONDS / 100  # most tools exit right after they have closed their output
+        self.loop.remove_reader(self.pipe.fileno())
         while not self.has_ended():
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS / 10)
 
-    async def kill_and_reap(self) -> None:
-        """Leave nothing of it: its group is dead, it is reaped, its pipe is closed."""
+    async def __aenter__(self) -> Process:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Kill the group, reap the tool and close the pipe."""
         self.running.discard(self)
         self.timer.cancel()
-        self.loop.remove_reader(self.pipe)
-        os.close(self.pipe)
+        self.loop.remove_reader(self.pipe.fileno())
+        self.pipe.close()
         self.signal(signal.SIGKILL)
-        await asyncio.shield(asyncio.create_task(self.reap()))  # which goes on when this is cancelled
+        await asyncio.shield(asyncio.create_task(self.reap()))  # a cancelled run leaves no zombie either
         status = self.tool.returncode
-        if not self.fault and status not in self.ok_statuses:
+        if not self.fault and status not in self.command.ok_statuses:
             self.fault = f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
 
     async def reap(self) -> None:
@@ -1679,13 +1674,12 @@ def log_start_failure(tool: str, error: str, hint: str | None, minute: int) -> N
     log.error(f"{tool} cannot be started", {"error": error, "install": hint})
 
 
-@asynccontextmanager
-async def started(command: Command, address: IPAddress) -> AsyncIterator[Process]:
-    """The command's tool, running towards an address until the context is left. Raises RequestError."""
+def start(command: Command, address: IPAddress) -> Process:
+    """The command's tool, started towards an address. Raises RequestError."""
     if SHUTTING_DOWN.is_set():
         raise shutting_down()
     try:
-        process = Process(command.argv_for(address), command.ok_statuses, SETTINGS.DIAGNOSTIC_TIMEOUT)
+        return Process(command, address, SETTINGS.DIAGNOSTIC_TIMEOUT)
     except OSError as error:
         hint = install_hint([command.tool]) if isinstance(error, FileNotFoundError) else None
         log_start_failure(command.tool, str(error), hint, int(time.monotonic() / MINUTE_SECONDS))
@@ -1694,10 +1688,6 @@ async def started(command: Command, address: IPAddress) -> AsyncIterator[Process
             raise RequestError(503, {"error": message}, reason="unavailable") from None
         message = f"The server cannot start {command.tool} now: try again soon"
         raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
-    try:
-        yield process
-    finally:
-        await process.kill_and_reap()
 
 
 @dataclass(frozen=True)
@@ -1721,7 +1711,7 @@ class Diagnosis:
                 if isinstance(target, str):
                     await LIMITS.count(SETTINGS.RATE_LIMIT_LOOKUPS, "lookup", client)
                 address = await resolve(target, command.version)
-                async with started(command, address) as process:
+                async with start(command, address) as process:
                     # Charged now, since what starts no tool costs nothing.
                     headers = await LIMITS.count(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
                     self.headers.set_result(headers)
@@ -1788,44 +1778,28 @@ async def diagnosis(
 
 PROBE_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
 # As ping of iputils, BusyBox and GNU inetutils prints it, and mtr, which has a program of its own to send.
-DENIED = re.compile(
-    rb".*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*", re.IGNORECASE
-)
+DENIED = re.compile(r"(?i).*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*")
 # As BusyBox and GNU inetutils refuse options of the programs that we expect.
-REFUSED = re.compile(rb".*(?:(?:invalid|unrecognized|unknown) option|invalid number).*", re.IGNORECASE)
+REFUSED = re.compile(r"(?i).*(?:(?:invalid|unrecognized|unknown) option|invalid number).*")
 FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
 
 
 async def probe_tool(command: Command) -> None:
-    """Run a command on loopback, and log what is wrong with its tool.
-
-    One without the permission to send is kept in FORBIDDEN, another program of its name in UNSUITABLE.
-    """
-    denied: object = None
+    """Run a command on loopback, and log and keep what is wrong with its tool."""
+    tool, loopback = command.tool, ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
     try:
-        loopback = ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
-        process = Process(command.argv_for(loopback), command.ok_statuses, PROBE_SECONDS)
-        output = bytearray()
-        try:
-            async with aclosing(process.output()) as chunks:
-                async for chunk in chunks:
-                    output += chunk
-        finally:
-            await process.kill_and_reap()
-        if line := DENIED.search(output):
-            denied = line[0].decode(errors="replace")
-        elif line := REFUSED.search(output):
-            UNSUITABLE.add(find_program(command.tool))
-            pairs = {"install": install_hint([command.tool]), "error": line[0].decode(errors="replace")}
-            log.warning(f"{command.tool} is not the program that is expected here", pairs)
-    except PermissionError as error:  # file capabilities that this process may not have
-        denied = error if find_program(command.tool) else None
-    except OSError:
-        return
-    if denied:
-        FORBIDDEN.add(command.tool)
+        async with Process(command, loopback, PROBE_SECONDS) as process, aclosing(process.output()) as chunks:
+            output = b"".join([chunk async for chunk in chunks]).decode(errors="replace")
+    except OSError as error:  # its file has capabilities that this process may not have
+        output = str(error) if find_program(tool) else ""
+    if line := DENIED.search(output):
+        FORBIDDEN.add(tool)
         hint = "grant NET_RAW (Docker: --cap-add NET_RAW) or widen net.ipv4.ping_group_range"
-        log.warning(f"{command.tool} lacks the permission to send: {hint}", {"error": denied})
+        log.warning(f"{tool} lacks the permission to send: {hint}", {"error": line[0]})
+    elif line := REFUSED.search(output):
+        UNSUITABLE.add(find_program(tool))
+        pairs = {"install": install_hint([tool]), "error": line[0]}
+        log.warning(f"{tool} is not the program that is expected here", pairs)
 
 
 async def probe_tools() -> None:
