@@ -1705,7 +1705,7 @@ class Diagnosis:
         """From the free slot to the line in the log. Raises RequestError."""
         command, target, client = self.command, self.target, self.client
         with DIAGNOSTICS.take(rate_limit_key(client)):
-            begun, address, outcome = time.monotonic(), None, "client gone"
+            begun, address = time.monotonic(), None
             headers = await LIMITS.count(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client, consume=False)
             try:
                 if isinstance(target, str):
@@ -1721,16 +1721,15 @@ class Diagnosis:
                         async for chunk in chunks:
                             self.output.put_nowait(transcript.output(chunk))
                             await asyncio.sleep(0)  # other requests go on although the tool writes fast
-                status = process.tool.returncode
-                fault = process.fault or transcript.fault(status)
-                outcome = fault or "finished"
             except RequestError as error:
-                outcome = "refused"
                 error.headers = {**headers, **error.headers}
                 raise
-            finally:
-                if outcome != "refused":
-                    self.record(address, outcome, time.monotonic() - begun)
+            except asyncio.CancelledError:
+                self.record(address, "client gone", time.monotonic() - begun)
+                raise
+            status = process.tool.returncode
+            fault = process.fault or transcript.fault(status)
+            self.record(address, fault or "finished", time.monotonic() - begun)
         self.output.put_nowait(transcript.end(fault, status if status >= 0 else None))
 
     def record(self, address: IPAddress | None, outcome: str, seconds: float) -> None:
@@ -1739,13 +1738,9 @@ class Diagnosis:
         COUNTERS[sample("lg_runs_total", **labels)] += 1
         COUNTERS[sample("lg_run_seconds_total", **labels)] += seconds
         level = logging.INFO if outcome in ("finished", "client gone") else logging.WARNING
-        pairs = {
-            "command": self.command.name,
-            "target": self.target,
-            "address": address,
-            "client": self.client,
-        }
-        log.log(level, "run", {**pairs, "outcome": outcome, "seconds": f"{seconds:.1f}"})
+        pairs = {"command": self.command.name, "target": self.target, "address": address}
+        pairs |= {"client": self.client, "outcome": outcome, "seconds": f"{seconds:.1f}"}
+        log.log(level, "run", pairs)
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         while (chunk := await self.output.get()) is not None:
