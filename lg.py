@@ -1840,7 +1840,6 @@ def parse_address(text: str) -> IPAddress | None:
     return (address.version == 6 and address.ipv4_mapped) or address
 
 
-FORWARDING = {b"x-forwarded-for", b"x-real-ip"}  # the headers in which a proxy names its client
 FORWARDED = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
 
 
@@ -1857,10 +1856,10 @@ def is_trusted_proxy(peer: IPAddress | None) -> bool:
     return peer is not None and any(peer in network for network in SETTINGS.FORWARDED_ALLOW_IPS)
 
 
-UNTRUSTED_PROXIES: list[IPAddress | None] = []  # the first only
+UNTRUSTED_PROXIES: list[IPAddress] = []  # the first only
 
 
-def warn_of_untrusted_proxy(peer: IPAddress | None) -> None:
+def warn_of_untrusted_proxy(peer: IPAddress) -> None:
     """Log it once."""
     if not UNTRUSTED_PROXIES:
         UNTRUSTED_PROXIES.append(peer)
@@ -1871,9 +1870,10 @@ def warn_of_untrusted_proxy(peer: IPAddress | None) -> None:
         )
 
 
-def peer_address(request: Request) -> IPAddress | None:
-    """None is a Unix socket's peer, under `uvicorn lg:app`."""
-    return parse_address(request.client.host[:ADDRESS_CHARS]) if request.client else None
+def peer_address(request: Request) -> IPAddress:
+    """The address that is connected; 0.0.0.0 for a Unix socket, under `uvicorn lg:app`."""
+    peer = parse_address(request.client.host[:ADDRESS_CHARS]) if request.client else None
+    return peer or ipaddress.IPv4Address(0)
 
 
 def client_address(request: Request) -> IPAddress:
@@ -1883,17 +1883,16 @@ def client_address(request: Request) -> IPAddress:
     the left of it were sent by the client.
     """
     peer = peer_address(request)
-    if not any(name in FORWARDING for name, _ in request.scope["headers"]):
-        return peer or ipaddress.IPv4Address(0)
     forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
-    real_ip = request.headers.get("x-real-ip", "")[:ADDRESS_CHARS]
+    real_ip = request.headers.get("x-real-ip", "")
     if is_trusted_proxy(peer):
         entries = map(parse_forwarded, reversed(forwarded.split(",")))
         client = next((address for address in entries if not is_trusted_proxy(address)), None)
-        return client or parse_address(real_ip) or peer or ipaddress.IPv4Address(0)
-    if str(peer) not in forwarded + real_ip:  # where `uvicorn lg:app` has put the client in the peer's place
+        return client or parse_forwarded(real_ip) or peer
+    # `uvicorn lg:app` may have put the client in the peer's place.
+    if (forwarded or real_ip) and str(peer) not in forwarded + real_ip:
         warn_of_untrusted_proxy(peer)
-    return peer or ipaddress.IPv4Address(0)
+    return peer
 
 
 def client_scheme(request: Request) -> str:
