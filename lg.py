@@ -2115,7 +2115,6 @@ class StreamedResponse(Response):
 
     def __init__(self, exchange: Exchange, headers: Headers) -> None:
         self.exchange, self.fixed_headers = exchange, headers
-        self.begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -2134,15 +2133,11 @@ class StreamedResponse(Response):
         except TimeoutError:
             if not connected.expired():
                 raise
-            if not self.begun:
-                raise ClientDisconnect from None
 
     async def stream(self, send: Send) -> None:
         async with self.exchange as (headers, chunks), aclosing(chunks):
-            items = {**self.fixed_headers, **headers}.items()
-            raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in items]
-            self.begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": raw})
+            self.init_headers({**self.fixed_headers, **headers})
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await asyncio.sleep(0)  # other requests go on although this client reads as fast as we write
