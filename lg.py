@@ -2216,17 +2216,15 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
     with SPEEDTESTS.take(rate_limit_key(client)):
         headers = await LIMITS.count(size.rates, f"speedtest {size.name}", client)
         loop = asyncio.get_running_loop()
-        begun, remaining, outcome = loop.time(), size.length, "broken off"
+        begun, sent, outcome = loop.time(), 0, "broken off"
 
         async def blocks() -> AsyncGenerator[bytes]:
-            nonlocal remaining
-            while remaining:
-                sent = size.length - remaining
+            nonlocal sent
+            while block := BLOCK[: size.length - sent]:
                 deadline.reschedule(begun + (sent + len(BLOCK)) / PACE)
-                yield BLOCK[:remaining]
-                taken = min(len(BLOCK), remaining)
-                remaining -= taken
-                COUNTERS[DOWNLOADED] += taken
+                yield block
+                sent += len(block)
+                COUNTERS[DOWNLOADED] += len(block)
 
         try:
             async with asyncio.timeout(None) as deadline:
@@ -2236,7 +2234,7 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
             outcome = "too slow"
             raise TransferAborted from None
         finally:
-            log_speedtest(size.name, client, outcome, size.length - remaining, loop.time() - begun)
+            log_speedtest(size.name, client, outcome, sent, loop.time() - begun)
 
 
 class Upload(TypedDict):
