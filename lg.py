@@ -591,7 +591,11 @@ STORE_SECONDS = 2  # within which a shared store must answer
 STORE_REST_SECONDS = 30  # for which a store that failed is not asked again
 SWEEP_SECONDS = 60  # after which clients whose hits have expired are removed from memory
 MINUTE_SECONDS, MINUTE_CLIENTS = 60, 1000  # refusals are logged for so many clients a minute, once for each
-RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
+RATE_HEADERS = {  # with what they mean
+    "X-RateLimit-Limit": "Requests allowed.",
+    "X-RateLimit-Remaining": "Requests left.",
+    "X-RateLimit-Reset": "When one more is allowed, in epoch seconds.",
+}
 
 
 def rate_limit_key(client: IPAddress) -> str:
@@ -2587,9 +2591,7 @@ ERROR_RESPONSES = {  # status: when, and the body's schema
     429: ("Over the rate limit, or all slots of the client are in use.", ERROR),
     503: ("No free slot, or a tool that is not installed or may not run.", ERROR),
 }
-RATE_HEADER_MEANINGS = ("Requests allowed.", "Requests left.", "When one more is allowed, in epoch seconds.")
-RATED = dict(zip(RATE_HEADERS, RATE_HEADER_MEANINGS, strict=True))
-HEADER_MEANINGS = {"Retry-After": "Seconds to wait before the next try."} | RATED
+HEADER_MEANINGS = {"Retry-After": "Seconds to wait before the next try."} | RATE_HEADERS
 
 
 def response(when: str, content: Mapping[str, Schema], headers: Iterable[str] = ()) -> Schema:
@@ -2618,7 +2620,7 @@ def command_operation(command: Command) -> Schema:
     body = {"schema": {"type": "object", "properties": {"target": target}, "required": ["target"]}}
     argv = " ".join(command.argv_for("ADDRESS"))
     output = "The output of the tool as it comes: text, or with `Accept` one event a line."
-    success = response(output, {TEXT_TYPE: STRING, EVENTS_TYPE: schema_of(Event)}, RATED)
+    success = response(output, {TEXT_TYPE: STRING, EVENTS_TYPE: schema_of(Event)}, RATE_HEADERS)
     examples = zip(get_args(Event), EXAMPLES, strict=True)
     success["content"][EVENTS_TYPE]["examples"] = {
         cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples
@@ -2637,7 +2639,7 @@ def command_operation(command: Command) -> Schema:
 def speedtest_operations(name: str) -> dict[str, Schema]:
     size = SIZES[name]
     summary = f"{size.length} zero bytes"
-    bytes_response = response("The bytes.", {"application/octet-stream": {}}, RATED)
+    bytes_response = response("The bytes.", {"application/octet-stream": {}}, RATE_HEADERS)
     get = operation(summary, bytes_response, (429, 503), operationId=f"speedtest_{name}")
     get["description"] = f"Limit: {describe_rates(size.rates)}."
     return {"get": get, "head": operation(f"{summary}: the headers", {"description": "The headers alone."})}
@@ -2649,7 +2651,7 @@ def upload_operations() -> dict[str, Schema]:
     test["description"] = f"A name for this test, of at most {UPLOAD_TEST_CHARS} characters."
     post = operation(
         "Takes bytes, keeps nothing, measures how fast they came",
-        response("The speed, from the first byte to the last.", content, RATED),
+        response("The speed, from the first byte to the last.", content, RATE_HEADERS),
         (408, 411, 413, 429, 503),
         description=f"Limit: {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}.",
         operationId="speedtest_upload",
