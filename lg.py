@@ -2515,7 +2515,6 @@ SCALARS = {str: "string", int: "integer", float: "number", type(None): "null"}
 COMPONENTS = {each.__name__: each for union in (Event, Result) for each in get_args(union)}
 STRING: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
-NUMBER: Schema = {"type": "number"}
 
 
 def array(items: Schema) -> Schema:
@@ -2667,7 +2666,6 @@ def get_operation(summary: str, content: Mapping[str, Schema]) -> Schema:
     return {"get": operation(summary, response("The answer.", content))}
 
 
-@cache
 def openapi() -> Schema:
     """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
     location = object_schema(dict.fromkeys(location_info(ipaddress.IPv4Address(0)), STRING))
