@@ -628,9 +628,7 @@ class Slots:
         try:
             yield
         finally:
-            self.taken[client] -= 1
-            if not self.taken[client]:
-                del self.taken[client]
+            self.taken -= Counter((client,))  # which also removes the key of a client that has none left
 
 
 DIAGNOSTICS = Slots("commands", SETTINGS.MAX_DIAGNOSTICS, SETTINGS.MAX_DIAGNOSTICS_PER_CLIENT)
