@@ -737,13 +737,9 @@ LIMITS = Limits(SETTINGS.RATE_LIMIT_STORAGE_URI)
 
 
 def sample(name: str, **labels: str) -> str:
-    """A time series as Prometheus' text format names it. No client may choose the value of a label."""
-    escaped = {
-        label: value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        for label, value in labels.items()
-    }
-    pairs = ",".join(f'{label}="{value}"' for label, value in escaped.items())
-    return f"{name}{{{pairs}}}" if labels else name
+    """A time series in Prometheus' text format, which quotes as JSON does. No client chooses a label."""
+    pairs = ",".join(f"{label}={json.dumps(value, ensure_ascii=False)}" for label, value in labels.items())
+    return f"{name}{{{pairs}}}"
 
 
 REFUSAL_REASONS = ("invalid", "target", "rate limit", "client slots", "server slots", "unavailable")
