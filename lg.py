@@ -2436,12 +2436,8 @@ HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.I
 
 def describe_rates(rates: Rates) -> str:
     """Rates in English: `2 per minute and 30 per 2 hours`."""
-    units = [(rate.multiples, rate.GRANULARITY.name) for rate in rates]
-    periods = [unit if multiples == 1 else f"{multiples} {unit}s" for multiples, unit in units]
-    return (
-        " and ".join(f"{rate.amount} per {period}" for rate, period in zip(rates, periods, strict=True))
-        or "none"
-    )
+    texts = [f"{rate}s" if rate.multiples > 1 else f"{rate}".replace(" 1 ", " ") for rate in rates]
+    return " and ".join(texts) or "none"
 
 
 def rate_limits_text() -> str:
