@@ -468,11 +468,10 @@ def parse_body(body: bytes) -> str:
         raise validation_error(f"The body cannot be parsed: {example}", None, "json_invalid") from None
     if "target" not in values:
         raise validation_error(f"The target is missing: {example}", None, "missing")
-    if not isinstance(values["target"], str):
-        raise validation_error(
-            "The target must be one string: an address or a name", values["target"], "string_type"
-        )
-    return values["target"]
+    target = values["target"]
+    if not isinstance(target, str):
+        raise validation_error("The target must be one string: an address or a name", target, "string_type")
+    return target
 
 
 def parse_target(text: str) -> IPAddress | str:
@@ -4287,14 +4286,10 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     slots = {"commands": DIAGNOSTICS if COMMANDS else None, "speedtests": SPEEDTESTS if SIZES else None}
     log.info("limits", {"rates": rate_limits_text(), **slots})
     if missing := missing_tools():
-        log.warning(
-            "Tools are missing: their commands answer 503 until they are installed",
-            {"missing": " ".join(missing), "install": install_hint(missing)},
-        )
+        pairs = {"missing": " ".join(missing), "install": install_hint(missing)}
+        log.warning("Tools are missing: their commands answer 503 until they are installed", pairs)
     if SETTINGS.CORS_CREDENTIALS and "*" in SETTINGS.CORS_ORIGINS:
-        log.warning(
-            "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: name the origins that may use them"
-        )
+        log.warning("CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: list the origins instead")
     probes = asyncio.gather(probe_tools(), LIMITS.probe())
     yield
     probes.cancel()
