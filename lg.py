@@ -4302,12 +4302,12 @@ routes = [
     Route("/health", health),
     Route("/network/info", network_info),
     Route("/openapi.json", describe_api),
-    *(Route(f"/{name}", partial(api_docs, name), name=name) for name in API_DOCS),
+    *(Route(f"/{name}", partial(api_docs, name)) for name in API_DOCS),
     *(
-        Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"], name=name)
+        Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"])
         for name, command in COMMANDS.items()
     ),
-    *(Route(f"/speedtest/{name}", partial(speedtest, size), name=name) for name, size in SIZES.items()),
+    *(Route(f"/speedtest/{name}", partial(speedtest, size)) for name, size in SIZES.items()),
     *([Route("/speedtest/upload", upload, methods=["GET", "POST"])] if SIZES else []),
     Route("/metrics", metrics),
 ]
