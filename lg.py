@@ -4354,22 +4354,16 @@ LOG_SECONDS = 1  # for them to be written at the end
 def listen(host: str, port: int) -> list[socket.socket]:
     """Sockets for the addresses of `host`, or where it is empty for all, IPv4 and IPv6. Raises OSError."""
     sockets = []
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    ):
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, *_, address in found:
         try:
-            listening = socket.socket(family, kind, protocol)
-        except OSError:
-            if host:
+            listening = socket.create_server(address, family=family)
+        except OSError as error:
+            if host or error.errno != errno.EAFNOSUPPORT:
                 raise
             continue  # a machine without IPv6
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         # Connections inherit it: the kernel drops a peer that takes nothing, as no closing of ours could.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)
-        listening.bind(address)
-        listening.listen()
         sockets.append(listening)
     return sockets
 
