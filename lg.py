@@ -1857,14 +1857,12 @@ UNTRUSTED_PROXIES: list[IPAddress] = []  # the first only
 
 
 def warn_of_untrusted_proxy(peer: IPAddress) -> None:
-    """Log it once."""
-    if not UNTRUSTED_PROXIES:
-        UNTRUSTED_PROXIES.append(peer)
-        log.warning(
-            "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it "
-            "is your proxy, add its address there, or all its clients share one rate limit",
-            {"peer": peer},
-        )
+    UNTRUSTED_PROXIES.append(peer)
+    log.warning(
+        "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it "
+        "is your proxy, add its address there, or all its clients share one rate limit",
+        {"peer": peer},
+    )
 
 
 def peer_address(request: Request) -> IPAddress:
@@ -1886,8 +1884,9 @@ def client_address(request: Request) -> IPAddress:
         entries = map(parse_forwarded, reversed(forwarded.split(",")))
         client = next((address for address in entries if not is_trusted_proxy(address)), None)
         return client or parse_forwarded(real_ip) or peer
-    # `uvicorn lg:app` may have put the client in the peer's place.
-    if (forwarded or real_ip) and str(peer) not in forwarded + real_ip:
+    named = (*forwarded.split(","), real_ip)
+    # Under `uvicorn lg:app`, uvicorn may have put the client in the peer's place.
+    if (forwarded or real_ip) and not UNTRUSTED_PROXIES and peer not in map(parse_forwarded, named):
         warn_of_untrusted_proxy(peer)
     return peer
 
