@@ -378,8 +378,7 @@ SETTINGS = load_settings({**ENV_FILE, **os.environ})
 # ---- targets -----------------------------------------------------------------------------------------------
 
 RESOLVE_SECONDS = 5
-RETRY_SECONDS = 5  # where no slot is free: commands take about 15 s, and end at different times
-RETRY_LATER = {"Retry-After": str(RETRY_SECONDS)}
+RETRY_LATER = {"Retry-After": "5"}  # where no slot is free: commands end at different times, after about 15 s
 # Threads that may run at once, including those that are late and abandoned: a resolver may take minutes to
 # give up. Slow names leave room for the shared store.
 LOOKUP_THREADS, STORE_THREADS = 100, 200
@@ -4346,6 +4345,7 @@ app.router.redirect_slashes = False  # it writes the Host that a client sends in
 
 # ---- serving -----------------------------------------------------------------------------------------------
 
+HEALTH_SECONDS = 5  # timeout of `lg.py health`
 LOG_LINES = 1000  # that may wait to be written
 LOG_SECONDS = 1  # for them to be written at the end
 
@@ -4468,7 +4468,7 @@ def serve() -> None:
 
 def ask_health() -> None:
     """Print what /health of the server with these settings answers. Raises SystemExit where none does."""
-    connection = http.client.HTTPConnection(own_address(), SETTINGS.PORT, timeout=RETRY_SECONDS)
+    connection = http.client.HTTPConnection(own_address(), SETTINGS.PORT, timeout=HEALTH_SECONDS)
     try:
         connection.request("GET", "/health")
         print(connection.getresponse().read().decode())
