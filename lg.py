@@ -601,6 +601,12 @@ def rate_limit_key(client: IPAddress) -> str:
     return str(client) if client.version == 4 else str(ipaddress.ip_network((int(client) >> 64 << 64, 64)))
 
 
+def describe_rates(rates: Rates) -> str:
+    """Rates in English: `2 per minute and 30 per 2 hours`."""
+    texts = [f"{rate}s" if rate.multiples > 1 else f"{rate}".replace(" 1 ", " ") for rate in rates]
+    return " and ".join(texts) or "none"
+
+
 class Slots:
     """Room for `total` runs at once, `per_client` of them for one client; `what` names them in errors."""
 
@@ -816,6 +822,7 @@ def check_version(target: IPAddress | str, command: Command) -> None:
         raise validation_error(f"{target} is an IPv{target.version} address: {hint}", str(target))
 
 
+FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
 UNSUITABLE: set[tuple[str, float] | None] = set()  # tools that turned out to be other programs
 
 
@@ -1574,6 +1581,11 @@ OUTPUT_BYTES = 2**20  # what one command may write
 READ_BYTES = 2**16  # the capacity of a pipe
 POLL_SECONDS = 0.1  # between two looks at a silent command
 GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT
+PROBE_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
+# As ping of iputils, BusyBox and GNU inetutils prints it, and mtr, which has a program of its own to send.
+DENIED = re.compile(r"(?i).*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*")
+# As BusyBox and GNU inetutils refuse options of the programs that we expect.
+REFUSED = re.compile(r"(?i).*(?:(?:invalid|unrecognized|unknown) option|invalid number).*")
 
 
 class Process:
@@ -1767,14 +1779,6 @@ async def diagnosis(
         await asyncio.wait((run,))
 
 
-PROBE_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
-# As ping of iputils, BusyBox and GNU inetutils prints it, and mtr, which has a program of its own to send.
-DENIED = re.compile(r"(?i).*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*")
-# As BusyBox and GNU inetutils refuse options of the programs that we expect.
-REFUSED = re.compile(r"(?i).*(?:(?:invalid|unrecognized|unknown) option|invalid number).*")
-FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
-
-
 async def probe_tool(command: Command) -> None:
     """Run a command on loopback, and log and keep what is wrong with its tool."""
     tool, loopback = command.tool, ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
@@ -1815,6 +1819,7 @@ STOP_SECONDS = 3  # uvicorn's limit for the end of requests when the server stop
 ADDRESS_CHARS = 64  # the longest text that is parsed, and cached, as an address: one with its zone is shorter
 FRAMING = {b"content-length", b"transfer-encoding"}  # the headers that give the length of a body
 CLOSE = (b"connection", b"close")
+ADDRESS_WITH_PORT = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
 RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: closing discards what has not been sent, and sends RST
 # Shared by all connections: what is read into it is used before another connection is read.
 RECEIVE_BUFFER = memoryview(bytearray(2**18))
@@ -1836,13 +1841,10 @@ def parse_address(text: str) -> IPAddress | None:
     return (address.version == 6 and address.ipv4_mapped) or address
 
 
-FORWARDED = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
-
-
 def parse_forwarded(text: str) -> IPAddress | None:
     """The address in an entry of X-Forwarded-For: with or without brackets, with or without a port."""
     text = text.strip()[:ADDRESS_CHARS]
-    if match := FORWARDED.fullmatch(text):
+    if match := ADDRESS_WITH_PORT.fullmatch(text):
         text = match["bracketed"] or match["ipv4"] or ""
     return parse_address(text)
 
@@ -1902,6 +1904,11 @@ def max_connections() -> int:
     """MAX_CONNECTIONS, or as many as the limit for open files allows."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(8, min(MAX_CONNECTIONS, files - RESERVED_FILES))
+
+
+def declared_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """The Content-Length, whose form the parser has checked; None where there is none."""
+    return next((int(value) for name, value in headers if name == b"content-length"), None)
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
@@ -2073,11 +2080,6 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             await send(message)
 
         await self.application(scope, receive_body, send_and_close)
-
-
-def declared_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
-    """The Content-Length, whose form the parser has checked; None where there is none."""
-    return next((int(value) for name, value in headers if name == b"content-length"), None)
 
 
 async def read_body(request: Request) -> bytes:
@@ -2306,7 +2308,7 @@ async def receive_upload(
 # ---- endpoints ---------------------------------------------------------------------------------------------
 
 TEXT_TYPE, EVENTS_TYPE = "text/plain; charset=utf-8", "application/x-ndjson"
-FORM_TYPE = "application/x-www-form-urlencoded"
+JSON_TYPE, FORM_TYPE = "application/json", "application/x-www-form-urlencoded"
 STREAM_HEADERS = {
     "Cache-Control": "no-store, no-transform",
     "X-Accel-Buffering": "no",
@@ -2431,12 +2433,6 @@ SPEEDTESTS_USAGE = """\
 HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.IGNORECASE)
 
 
-def describe_rates(rates: Rates) -> str:
-    """Rates in English: `2 per minute and 30 per 2 hours`."""
-    texts = [f"{rate}s" if rate.multiples > 1 else f"{rate}".replace(" 1 ", " ") for rate in rates]
-    return " and ".join(texts) or "none"
-
-
 def rate_limits_text() -> str:
     parts = [f"{describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)} for each command"] if COMMANDS else []
     if SIZES:
@@ -2497,7 +2493,6 @@ async def answer_defect(request: Request, error: Exception) -> Response:
 # ---- OpenAPI -----------------------------------------------------------------------------------------------
 
 Schema = dict[str, Any]
-JSON_TYPE = "application/json"
 SCALARS = {str: "string", int: "integer", float: "number", type(None): "null"}
 COMPONENTS = {each.__name__: each for union in (Event, Result) for each in get_args(union)}
 STRING: Schema = {"type": "string"}
@@ -2687,7 +2682,7 @@ def openapi_json() -> bytes:
 
 
 async def describe_api(request: Request) -> Response:
-    return Response(openapi_json(), media_type="application/json")
+    return Response(openapi_json(), media_type=JSON_TYPE)
 
 
 CDN = "https://cdn.jsdelivr.net/npm/"
