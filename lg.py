@@ -586,9 +586,10 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
 # ---- limits ------------------------------------------------------------------------------------------------
 
 STORE_SECONDS = 2  # within which a shared store must answer
-STORE_REST_SECONDS = 30  # for which a store that failed is not asked again
+STORE_RETRY_SECONDS = 30  # for which a store that failed is not asked again
 SWEEP_SECONDS = 60  # after which clients whose hits have expired are removed from memory
-MINUTE_SECONDS, MINUTE_CLIENTS = 60, 1000  # refusals are logged for so many clients a minute, once for each
+LOG_REPEAT_SECONDS = 60  # one refusal of a client is logged within it
+MAX_LOGGED_CLIENTS = 1000  # of how many clients
 RATE_HEADERS = {  # with what they mean
     "X-RateLimit-Limit": "Requests allowed.",
     "X-RateLimit-Remaining": "Requests left.",
@@ -709,7 +710,7 @@ class Limits:
             if not self.retry_at:
                 store = "The rate-limit store fails: limits are kept in memory until it answers"
                 log.warning(store, {"error": repr(error)})
-            self.retry_at = time.monotonic() + STORE_REST_SECONDS
+            self.retry_at = time.monotonic() + STORE_RETRY_SECONDS
             raise ConnectionError from error
         self.note_recovery()
         return headers
@@ -757,9 +758,9 @@ def count_refusal(client: IPAddress, path: str, reason: str) -> None:
     """Count a refused request, and log it, at most once a minute for each client."""
     COUNTERS[sample("lg_refusals_total", reason=reason)] += 1
     now, key = time.monotonic(), rate_limit_key(client)
-    while LOGGED_REFUSALS and (oldest := next(iter(LOGGED_REFUSALS.items())))[1] + MINUTE_SECONDS < now:
+    while LOGGED_REFUSALS and (oldest := next(iter(LOGGED_REFUSALS.items())))[1] + LOG_REPEAT_SECONDS < now:
         del LOGGED_REFUSALS[oldest[0]]
-    if reason != "invalid" and key not in LOGGED_REFUSALS and len(LOGGED_REFUSALS) < MINUTE_CLIENTS:
+    if reason != "invalid" and key not in LOGGED_REFUSALS and len(LOGGED_REFUSALS) < MAX_LOGGED_CLIENTS:
         LOGGED_REFUSALS[key] = now
         log.info("refused", {"path": path, "client": client, "reason": reason})
 
@@ -1120,7 +1121,7 @@ class OutputParser:
         """Events for what is known only at the end, so that the last events agree with the result."""
         return iter(())
 
-    def has_measured(self) -> bool:
+    def has_sent(self) -> bool:
         """Whether the tool sent anything. If not, an exit status other than 0 is a failure."""
         return True
 
@@ -1158,10 +1159,10 @@ class PingParser(OutputParser):
         if match := self.REPLY.fullmatch(line):
             yield from self.reply(match)
         elif match := self.UNANSWERED.fullmatch(line):
-            yield from self.lose(int(match[1]))
+            yield from self.mark_lost(int(match[1]))
         elif match := self.ERROR.fullmatch(line):
             yield note(line)
-            yield from self.lose(int(match[1]))
+            yield from self.mark_lost(int(match[1]))
         elif match := self.SUMMARY.match(line):
             yield note(line)
             loss = self.LOSS.search(match[3])
@@ -1189,7 +1190,7 @@ class PingParser(OutputParser):
         self.first = min(self.first, seq)
         self.sent = max(self.sent, seq - self.first + 1)
 
-    def lose(self, seq: int) -> Iterator[Event]:
+    def mark_lost(self, seq: int) -> Iterator[Event]:
         self.count(seq)
         if seq not in self.received | self.lost:
             self.lost.add(seq)
@@ -1197,9 +1198,9 @@ class PingParser(OutputParser):
 
     def last_events(self, complete: bool) -> Iterator[Event]:
         for seq in range(self.first, self.first + min(self.sent, MAX_PROBES)):
-            yield from self.lose(seq)
+            yield from self.mark_lost(seq)
 
-    def has_measured(self) -> bool:
+    def has_sent(self) -> bool:
         return bool(self.sent or self.summary)
 
     def result(self, status: Status = "finished", raw_output: str = "") -> PingResult:
@@ -1279,8 +1280,8 @@ class TracerouteParser(OutputParser):
 
     def result(self, status: Status = "finished", raw_output: str = "") -> TracerouteResult:
         names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
-        head = super().result(status, raw_output)
-        return {**head, "resolvedHostname": next(names, None), "hops": self.hops}
+        common = super().result(status, raw_output)
+        return {**common, "resolvedHostname": next(names, None), "hops": self.hops}
 
 
 class MtrHop:
@@ -1295,7 +1296,7 @@ class MtrHop:
         self.in_flight = False  # whether the last probe may still be answered
         self.times: list[int] = []
 
-    def answered_by(self, address: str) -> None:
+    def set_address(self, address: str) -> None:
         self.address, self.labels = address, []
         if address not in self.addresses:
             self.addresses.append(address)
@@ -1323,8 +1324,10 @@ class MtrHop:
         """Loss%, Snt, Last, Avg, Best, Wrst, StDev as `mtr --report` prints them; too wide ones are cut."""
         last, best, worst = (self.times[-1], min(self.times), max(self.times)) if self.times else (0, 0, 0)
         times = [f" {each / 1000:5.1f}" for each in (last, self.average, best, worst, self.deviation())]
-        loss, sent, *cut = (each[:6] for each in (f" {self.loss():4.1f}%", f" {self.sent:5d}", *times[:-1]))
-        return f"{loss}{sent} {''.join(cut)}{times[-1]}"
+        loss, sent, *narrow = (
+            each[:6] for each in (f" {self.loss():4.1f}%", f" {self.sent:5d}", *times[:-1])
+        )
+        return f"{loss}{sent} {''.join(narrow)}{times[-1]}"
 
     def stats(self) -> HopStats:
         low = average = high = deviation = least = mean = most = None
@@ -1382,7 +1385,7 @@ class MtrParser(OutputParser):
                     self.changed.add(position)
                 hop.sent, hop.in_flight = hop.sent + 1, True
             case "h":
-                hop.answered_by(value[0])
+                hop.set_address(value[0])
             case "m":
                 hop.labels.append("[MPLS: Lbl {} TC {} S {} TTL {}]".format(*value.groups()))
                 label = f"hop {position + 1}: {hop.address} {hop.labels[-1]}"
@@ -1390,14 +1393,14 @@ class MtrParser(OutputParser):
                     self.labels.add(label)
                     yield note(label)
             case "d" if hop.address:
-                self.name(hop.address, value[0])
+                self.set_name(hop.address, value[0])
             case "p":
                 hop.reply(int(value[1]))
                 self.changed.add(position)
         yield from self.changes()
 
-    def name(self, address: str, name: str) -> None:
-        """Use a name that came with one position for its address at every position."""
+    def set_name(self, address: str, name: str) -> None:
+        """Record the name of an address, for every position at which it answers."""
         if hostname := hostname_of(name, address):
             self.names[address] = hostname
             self.changed.update(at for at, hop in self.hops.items() if hop.address == address)
@@ -1501,8 +1504,8 @@ class MtrParser(OutputParser):
             hop, event = self.hops[position], self.hop_event(position)
             shared = result_hop(event, [{"rtt": time / 1000} for time in hop.times])
             hops.append({**shared, "asn": event["asn"], "stats": hop.stats()})
-        head = super().result(status, raw_output)
-        return {**head, "resolvedHostname": self.names.get(self.address), "hops": hops}
+        common = super().result(status, raw_output)
+        return {**common, "resolvedHostname": self.names.get(self.address), "hops": hops}
 
 
 PARSERS: dict[str, type[OutputParser]] = {
@@ -1552,9 +1555,9 @@ class Transcript:
     def output(self, chunk: bytes) -> bytes:
         return self.encode(*self.parser.feed(chunk))
 
-    def fault(self, status: int) -> str:
+    def status_fault(self, status: int) -> str:
         """What is wrong with a status that would be a result: BusyBox' ping exits with 1 on a bad option."""
-        return f"exit status {status}" if status and not self.parser.has_measured() else ""
+        return f"exit status {status}" if status and not self.parser.has_sent() else ""
 
     def end(self, fault: str, status: int | None) -> bytes:
         """The last bytes. `fault` is what went wrong, if anything; `status` is the tool's exit status."""
@@ -1690,7 +1693,7 @@ def start(command: Command, address: IPAddress) -> Process:
         return Process(command, address, SETTINGS.DIAGNOSTIC_TIMEOUT)
     except OSError as error:
         hint = install_hint([command.tool]) if isinstance(error, FileNotFoundError) else None
-        log_start_failure(command.tool, str(error), hint, int(time.monotonic() / MINUTE_SECONDS))
+        log_start_failure(command.tool, str(error), hint, int(time.monotonic() / LOG_REPEAT_SECONDS))
         if isinstance(error, (FileNotFoundError, PermissionError)):
             message = f"{command.tool} is not installed on this server, or may not run"
             raise RequestError(503, {"error": message}, reason="unavailable") from None
@@ -1736,7 +1739,7 @@ class Diagnosis:
                 self.record(address, "client gone", time.monotonic() - begun)
                 raise
             status = process.tool.returncode
-            fault = process.fault or transcript.fault(status)
+            fault = process.fault or transcript.status_fault(status)
             self.record(address, fault or "finished", time.monotonic() - begun)
         self.output.put_nowait(transcript.end(fault, status if status >= 0 else None))
 
@@ -1810,7 +1813,7 @@ MAX_CONNECTIONS = 4000  # of all clients: about 40 MiB, and the kernel's buffers
 MAX_CONNECTIONS_PER_CLIENT = 100  # proxies excepted; a browser opens 6 to a server
 RESERVED_FILES = 200  # descriptors for commands, lookups, the store and the log
 REQUEST_HEADER_SECONDS = 10  # within which the header of a request must be complete
-REQUEST_BYTES = 2**16  # given to the parser for one request: h11 takes 60 ms for as much in one-byte chunks
+PARSED_BYTES = 2**16  # given to the parser for one request: h11 takes 60 ms for as much in one-byte chunks
 BODY_BYTES = 4096  # of a body that is read
 BODY_SECONDS = 10  # within which it must be complete
 LINGER_SECONDS = 5  # for the rest of a body after its answer
@@ -1820,7 +1823,9 @@ ADDRESS_CHARS = 64  # the longest text that is parsed, and cached, as an address
 FRAMING = {b"content-length", b"transfer-encoding"}  # the headers that give the length of a body
 CLOSE = (b"connection", b"close")
 ADDRESS_WITH_PORT = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
-RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: closing discards what has not been sent, and sends RST
+ABORTIVE_CLOSE = struct.pack(
+    "ii", 1, 0
+)  # for SO_LINGER: closing discards what has not been sent, and sends RST
 # Shared by all connections: what is read into it is used before another connection is read.
 RECEIVE_BUFFER = memoryview(bytearray(2**18))
 # What the application receives in the place of a large body, whose bytes are counted and not kept.
@@ -1914,7 +1919,7 @@ def declared_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
 class Connection(H11Protocol, asyncio.BufferedProtocol):
     """A client's connection: uvicorn's protocol with a bound for everything that a client may send.
 
-    Reading is never paused, so that a client that leaves is noticed at once. Of what is read, REQUEST_BYTES
+    Reading is never paused, so that a client that leaves is noticed at once. Of what is read, PARSED_BYTES
     are parsed for a request, including what follows it. The rest of a body with a Content-Length of more than
     BODY_BYTES is counted: no endpoint keeps it. Anything else is discarded.
     """
@@ -1962,7 +1967,9 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
     def reset(self) -> None:
         self.disconnect()
-        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self.transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, ABORTIVE_CLOSE
+        )
         self.transport.abort()
 
     def is_answering(self) -> bool:
@@ -1974,7 +1981,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         start = 0
         while start < nbytes:
-            end = min(nbytes, start + (self.to_count or REQUEST_BYTES - self.parsed))
+            end = min(nbytes, start + (self.to_count or PARSED_BYTES - self.parsed))
             if self.to_count:
                 self.count(end - start)
             elif start < end:
@@ -1999,7 +2006,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             length = declared_length(self.cycle.scope["headers"])
             if self.cycle.more_body and length and length > BODY_BYTES:
                 self.to_count = length - len(self.cycle.body)
-                self.parsed = REQUEST_BYTES  # what follows the body before its answer is not parsed either
+                self.parsed = PARSED_BYTES  # what follows the body before its answer is not parsed either
 
     def count(self, nbytes: int) -> None:
         """Take bytes of a body without parsing them, and wake the application."""
@@ -2170,7 +2177,7 @@ class Server(uvicorn.Server):
 # Pages of zeros that are never written share one page of memory. From Python 3.12 on, asyncio keeps a view of
 # what waits to be sent; before, it copies it.
 BLOCK = bytes(2**23 if sys.version_info >= (3, 12) else 2**21)
-PACE = 2**16  # bytes/s that a transfer must reach on average: a trickle holds no slot
+MIN_BYTES_PER_SECOND = 2**16  # bytes/s that a transfer must reach on average: a trickle holds no slot
 UPLOAD_BYTES = 2**30
 UPLOAD_SECONDS = 120  # after which an upload is answered with what has come
 UPLOAD_TEST_CHARS = 64  # of a test's name
@@ -2208,7 +2215,7 @@ def log_speedtest(size: str, client: IPAddress, outcome: str, length: int, secon
 async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
     """The headers of the rate limit and the same block again and again.
 
-    Raises RequestError, or TransferAborted when the client takes less than PACE.
+    Raises RequestError, or TransferAborted when the client takes less than MIN_BYTES_PER_SECOND.
     """
     with SPEEDTESTS.take(rate_limit_key(client)):
         headers = await LIMITS.count(size.rates, f"speedtest {size.name}", client)
@@ -2218,7 +2225,7 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
         async def blocks() -> AsyncGenerator[bytes]:
             nonlocal sent
             while block := BLOCK[: size.length - sent]:
-                deadline.reschedule(begun + (sent + len(BLOCK)) / PACE)
+                deadline.reschedule(begun + (sent + len(BLOCK)) / MIN_BYTES_PER_SECOND)
                 yield block
                 sent += len(block)
                 COUNTERS[DOWNLOADED] += len(block)
@@ -2275,7 +2282,7 @@ async def receive_upload(
     """Take an upload and keep nothing: its measurement, and the headers of the rate limit.
 
     After UPLOAD_SECONDS it is measured by what has come; after STALL_SECONDS already, where that is less than
-    PACE. Raises RequestError, or ClientDisconnect.
+    MIN_BYTES_PER_SECOND. Raises RequestError, or ClientDisconnect.
     """
     with SPEEDTESTS.take(rate_limit_key(client)):
         headers = await LIMITS.count(SETTINGS.RATE_LIMIT_SPEEDTEST, "speedtest upload", client)
@@ -2291,7 +2298,7 @@ async def receive_upload(
                     length += len(chunk)
                     upload_test.length += len(chunk)
                     COUNTERS[UPLOADED] += len(chunk)
-                    if last - begun > STALL_SECONDS and length < PACE * (last - begun):
+                    if last - begun > STALL_SECONDS and length < MIN_BYTES_PER_SECOND * (last - begun):
                         break
                     deadline.reschedule(min(last + STALL_SECONDS, begun + UPLOAD_SECONDS))
             outcome = "finished"
@@ -2482,11 +2489,11 @@ async def answer_request_error(request: Request, error: Exception) -> Response:
         return JSONResponse(body, error.status, error.headers)
 
 
-async def answer_nobody(request: Request, error: Exception) -> Response:
+async def answer_disconnected(request: Request, error: Exception) -> Response:
     return Response(status_code=400)  # the client is gone, and reads nothing
 
 
-async def answer_defect(request: Request, error: Exception) -> Response:
+async def answer_internal_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": "Internal Server Error"}, 500)  # Starlette logs the traceback
 
 
@@ -4306,7 +4313,7 @@ routes = [
 ]
 
 
-async def answer_http(request: Request, error: Exception) -> Response:
+async def answer_http_exception(request: Request, error: Exception) -> Response:
     """The answer of the router; a path that ends in a slash and has a route without is redirected to it."""
     assert isinstance(error, HTTPException)
     path, query = request.scope["path"].rstrip("/"), request.url.query
@@ -4329,13 +4336,15 @@ app = Starlette(
     ],
     exception_handlers={
         RequestError: answer_request_error,
-        HTTPException: answer_http,
-        ClientDisconnect: answer_nobody,
-        Exception: answer_defect,
+        HTTPException: answer_http_exception,
+        ClientDisconnect: answer_disconnected,
+        Exception: answer_internal_error,
     },
     lifespan=lifespan,
 )
-app.router.redirect_slashes = False  # it writes the Host that a client sends into Location: see answer_http
+app.router.redirect_slashes = (
+    False  # it writes the Host that a client sends into Location: see answer_http_exception
+)
 
 
 # ---- serving -----------------------------------------------------------------------------------------------
