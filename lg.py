@@ -30,16 +30,8 @@ import threading
 import time
 from base64 import b64encode
 from collections import Counter, defaultdict
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -102,7 +94,13 @@ T = TypeVar("T")
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
-BUILT_IN_COMMANDS = ("ping", "ping6", "traceroute", "traceroute6", "mtr", "mtr6")
+# In the notation of EXTRA_COMMANDS: NAME is the command for IPv4, NAME6 the one for IPv6.
+BUILT_IN = {
+    "ping": "ping -{version} -n -O -c 15 -W 2 -s 56 {address}",
+    "traceroute": "traceroute -{version} -q 3 -w 3,3,10 -m 30 {address}",
+    "mtr": "mtr -{version} --raw -e -c 10 -i 1 -G 1 -Z 2 -m 30 {address}",
+}
+BUILT_IN_COMMANDS = [name + suffix for name in BUILT_IN for suffix in ("", "6")]
 LOGO_BYTES = 2**16  # part of each page that is sent
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
 BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
@@ -380,6 +378,7 @@ SETTINGS = load_settings({**ENV_FILE, **os.environ})
 # ---- targets -----------------------------------------------------------------------------------------------
 
 RESOLVE_SECONDS = 5
+RETRY_LATER = {"Retry-After": "5"}  # where no slot is free: commands end at different times, after about 15 s
 # Threads that may run at once, including those that are late and abandoned: a resolver may take minutes to
 # give up. Slow names leave room for the shared store.
 LOOKUP_THREADS, STORE_THREADS = 100, 200
@@ -468,11 +467,10 @@ def parse_body(body: bytes) -> str:
         raise validation_error(f"The body cannot be parsed: {example}", None, "json_invalid") from None
     if "target" not in values:
         raise validation_error(f"The target is missing: {example}", None, "missing")
-    if not isinstance(values["target"], str):
-        raise validation_error(
-            "The target must be one string: an address or a name", values["target"], "string_type"
-        )
-    return values["target"]
+    target = values["target"]
+    if not isinstance(target, str):
+        raise validation_error("The target must be one string: an address or a name", target, "string_type")
+    return target
 
 
 def parse_target(text: str) -> IPAddress | str:
@@ -522,50 +520,43 @@ def is_allowed(address: IPAddress) -> bool:
     return is_public(address) or any(address in network for network in SETTINGS.TARGET_ALLOW)
 
 
-class Calls:
-    """Blocking calls, each in a thread of its own.
+SHUTTING_DOWN = asyncio.Event()  # set when the server begins to stop: nothing is started any more
 
-    asyncio's pool has a few threads only: slow names or a dead store would occupy all of them, and the loop
-    waits for them when it closes. A thread that is late here is abandoned.
+
+def shutting_down() -> RequestError:
+    """The answer to a request that would start something while the server stops."""
+    body = {"error": "The server is shutting down: try again in a moment"}
+    return RequestError(503, body, RETRY_LATER, "unavailable")
+
+
+async def run_in_thread(function: Callable[[], T], seconds: float, threads: int) -> T:
+    """What a blocking function returns, called in a thread of its own.
+
+    Raises TimeoutError after `seconds`, RuntimeError beyond `threads`, RequestError when the server stops.
+    asyncio's pool has few threads, which slow names or a dead store would all occupy, and the loop waits for
+    them when it closes. A thread that is late here is abandoned.
     """
+    if threading.active_count() > threads:
+        raise RuntimeError("too many threads")
+    outcome: Future[T] = Future()
+    outcome.set_running_or_notify_cancel()  # so that nothing but the thread completes it
 
-    pending: ClassVar[set[asyncio.Future[Any]]] = set()
-
-    @classmethod
-    async def run(cls, function: Callable[[], T], seconds: float, threads: int) -> T:
-        """What `function` returns. Raises TimeoutError after `seconds`, RuntimeError beyond `threads`."""
-        if threading.active_count() > threads:
-            raise RuntimeError("too many threads")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def settle(method: Callable[[Any], None], outcome: object) -> None:
-            if not future.done():
-                method(outcome)
-
-        def call() -> None:
-            method: Callable[[Any], None] = future.set_result
-            try:
-                outcome: object = function()
-            except Exception as error:
-                method, outcome = future.set_exception, error
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(settle, method, outcome)
-
-        threading.Thread(target=call, daemon=True).start()
-        cls.pending.add(future)
+    def call() -> None:
         try:
-            async with asyncio.timeout(seconds):
-                return await future
-        finally:
-            cls.pending.discard(future)
+            outcome.set_result(function())
+        except Exception as error:
+            outcome.set_exception(error)
 
-    @classmethod
-    def fail(cls, error: Exception) -> None:
-        """Raise `error` wherever the result of a call is awaited."""
-        for future in cls.pending:
-            if not future.done():
-                future.set_exception(error)
+    threading.Thread(target=call, daemon=True).start()
+    result, stop = asyncio.wrap_future(outcome), asyncio.create_task(SHUTTING_DOWN.wait())
+    try:
+        await asyncio.wait((result, stop), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if result.done():
+            return result.result()
+        raise shutting_down() if stop.done() else TimeoutError()
+    finally:
+        result.cancel()
+        stop.cancel()
 
 
 async def resolve(target: IPAddress | str, version: int) -> IPAddress:
@@ -577,39 +568,33 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
         return target
     family = socket.AF_INET if version == 4 else socket.AF_INET6
     lookup = partial(socket.getaddrinfo, target.encode("ascii"), None, family, socket.SOCK_STREAM)
-    answers = []
-    try:
-        answers = await Calls.run(lookup, RESOLVE_SECONDS, LOOKUP_THREADS)
-    except TimeoutError:
-        late = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or send an address"
-        raise validation_error(late, target, reason="target") from None
-    except (OSError, RuntimeError, UnicodeError) as error:
-        if not isinstance(error, socket.gaierror) or error.errno not in (
-            socket.EAI_NONAME,
-            socket.EAI_NODATA,
-        ):
-            message = f"{target} cannot be resolved now: try again, or send an address"
-            raise validation_error(message, target, reason="target") from None
-    for *_, sockaddr in answers:
-        address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
-        if is_allowed(address):
-            return address
-    # One message for all, so that nobody can list the names that only this network resolves.
+    # The same whether there is no address or none is allowed: otherwise anybody could list internal names.
     message = f"{target} has no IPv{version} address that may be measured here: check the name"
+    try:
+        for *_, sockaddr in await run_in_thread(lookup, RESOLVE_SECONDS, LOOKUP_THREADS):
+            address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
+            if is_allowed(address):
+                return address
+    except TimeoutError:
+        message = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or send an address"
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) not in (socket.EAI_NONAME, socket.EAI_NODATA):
+            message = f"{target} cannot be resolved now: try again, or send an address"
     raise validation_error(message, target, reason="target")
 
 
 # ---- limits ------------------------------------------------------------------------------------------------
 
 STORE_SECONDS = 2  # within which a shared store must answer
-STORE_REST_SECONDS = 30  # for which a store that failed is not asked again
+STORE_RETRY_SECONDS = 30  # for which a store that failed is not asked again
 SWEEP_SECONDS = 60  # after which clients whose hits have expired are removed from memory
-RETRY_SECONDS = 5  # where no slot is free: commands take about 15 s, and end at different times
-RETRY_LATER = {"Retry-After": str(RETRY_SECONDS)}
-MINUTE_SECONDS, MINUTE_CLIENTS = 60, 1000  # refusals are logged for so many clients a minute, once for each
-RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-
-SHUTTING_DOWN = asyncio.Event()  # set when the server begins to stop: nothing is started any more
+LOG_REPEAT_SECONDS = 60  # one refusal of a client is logged within it
+MAX_LOGGED_CLIENTS = 1000  # of how many clients
+RATE_HEADERS = {  # with what they mean
+    "X-RateLimit-Limit": "Requests allowed.",
+    "X-RateLimit-Remaining": "Requests left.",
+    "X-RateLimit-Reset": "When one more is allowed, in epoch seconds.",
+}
 
 
 def rate_limit_key(client: IPAddress) -> str:
@@ -617,10 +602,10 @@ def rate_limit_key(client: IPAddress) -> str:
     return str(client) if client.version == 4 else str(ipaddress.ip_network((int(client) >> 64 << 64, 64)))
 
 
-def shutting_down() -> RequestError:
-    """The answer to a request that would start something while the server stops."""
-    body = {"error": "The server is shutting down: try again in a moment"}
-    return RequestError(503, body, RETRY_LATER, "unavailable")
+def describe_rates(rates: Rates) -> str:
+    """Rates in English: `2 per minute and 30 per 2 hours`."""
+    texts = [f"{rate}s" if rate.multiples > 1 else f"{rate}".replace(" 1 ", " ") for rate in rates]
+    return " and ".join(texts) or "none"
 
 
 class Slots:
@@ -648,38 +633,31 @@ class Slots:
         try:
             yield
         finally:
-            self.taken[client] -= 1
-            if not self.taken[client]:
-                del self.taken[client]
+            self.taken -= Counter((client,))  # which also removes the key of a client that has none left
 
 
 DIAGNOSTICS = Slots("commands", SETTINGS.MAX_DIAGNOSTICS, SETTINGS.MAX_DIAGNOSTICS_PER_CLIENT)
 SPEEDTESTS = Slots("speed tests", SETTINGS.MAX_SPEEDTESTS, SETTINGS.MAX_SPEEDTESTS_PER_CLIENT)
 
 
-def rate_headers(
-    limiter: MovingWindowRateLimiter, rates: Rates, exhausted: Sequence[limits.RateLimitItem], *key: str
-) -> Headers:
-    """The headers of the tightest rate. Raises RequestError (429) where some are exhausted."""
+def count(limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *key: str) -> Headers:
+    """Consume one of each rate, or only test them; returns the headers of the tightest.
+
+    Raises RequestError (429), and consumes nothing, where a rate is exhausted.
+    """
+    exhausted = [rate for rate in rates if not limiter.test(rate, *key)]
+    if consume and not exhausted:  # each hit succeeds, unless another server with the same store was faster
+        exhausted = [rate for rate in rates if not limiter.hit(rate, *key)]
     windows = [(rate, limiter.get_window_stats(rate, *key)) for rate in exhausted or rates]
     rate, stats = min(windows, key=lambda each: (each[1].remaining, -each[1].reset_time))
-    values = (rate.amount, max(0, stats.remaining), math.ceil(stats.reset_time))
+    now = time.time()
+    reset = max(now, stats.reset_time)  # that of a window without hits may be in the past
+    values = (rate.amount, max(0, stats.remaining), math.ceil(reset))
     headers = dict(zip(RATE_HEADERS, map(str, values), strict=True))
     if exhausted:
-        headers["Retry-After"] = str(max(1, math.ceil(stats.reset_time - time.time())))
+        headers["Retry-After"] = str(max(1, math.ceil(reset - now)))
         raise RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers, "rate limit")
     return headers
-
-
-def check(limiter: MovingWindowRateLimiter, rates: Rates, *key: str) -> Headers:
-    """The headers of rates that allow one more request, without consuming it. Raises RequestError (429)."""
-    return rate_headers(limiter, rates, [rate for rate in rates if not limiter.test(rate, *key)], *key)
-
-
-def consume(limiter: MovingWindowRateLimiter, rates: Rates, *key: str) -> Headers:
-    """Consume one of each rate, or of none where one is exhausted. Raises RequestError (429)."""
-    check(limiter, rates, *key)  # then each hit succeeds, unless another server with the same store is faster
-    return rate_headers(limiter, rates, [rate for rate in rates if not limiter.hit(rate, *key)], *key)
 
 
 class Limits:
@@ -693,11 +671,11 @@ class Limits:
         self.entries = MemoryStorage()
         self.memory = MovingWindowRateLimiter(self.entries)
         self.shared: Callable[[], MovingWindowRateLimiter] | None = None
-        self.failing, self.asleep_until = False, 0.0
-        self.now, self.swept = 0.0, 0.0
+        self.retry_at = 0.0  # when a store that failed is queried again; 0 while it answers
+        self.swept = 0.0
         if uri.startswith("memory:"):
             return
-        names = ("socket_timeout", "socket_connect_timeout") if uri.startswith("redis") else ()
+        names = ("socket_timeout", "socket_connect_timeout") if uri.startswith(("redis", "valkey")) else ()
         open_store = partial(storage_from_string, uri, **dict.fromkeys(names, STORE_SECONDS))
         self.shared = cache(lambda: MovingWindowRateLimiter(open_store()))
         try:
@@ -706,26 +684,17 @@ class Limits:
         except Exception as error:  # each client library has its own
             raise settings_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
 
-    async def check(self, rates: Rates, name: str, client: IPAddress) -> Headers:
-        """The headers of rates that allow one more `name` of this client. Raises RequestError."""
-        return await self.ask(check, rates, name, client)
-
-    async def consume(self, rates: Rates, name: str, client: IPAddress) -> Headers:
-        """Count a `name` of this client; the headers of its answer. Raises RequestError."""
-        return await self.ask(consume, rates, name, client)
-
-    async def ask(
-        self, operation: Callable[..., Headers], rates: Rates, name: str, client: IPAddress
-    ) -> Headers:
+    async def count(self, rates: Rates, name: str, client: IPAddress, consume: bool = True) -> Headers:
+        """The headers for a request of this client, which is counted where `consume`. Raises RequestError."""
         if not rates or any(client in network for network in SETTINGS.RATE_LIMIT_EXEMPT):
             return {}
         self.sweep()
-        arguments = (rates, name, rate_limit_key(client))
-        if (shared := self.shared) and time.monotonic() >= self.asleep_until:
+        arguments = (rates, consume, name, rate_limit_key(client))
+        if (shared := self.shared) and time.monotonic() >= self.retry_at:
             with suppress(ConnectionError):
-                return await self.ask_shared(lambda: operation(shared(), *arguments))
+                return await self.ask_shared(lambda: count(shared(), *arguments))
         try:
-            return operation(self.memory, *arguments)
+            return count(self.memory, *arguments)
         except RuntimeError:  # the storage starts a thread that removes expired entries
             message = "The server has no thread left: try again soon"
             raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
@@ -733,16 +702,15 @@ class Limits:
     async def ask_shared(self, operation: Callable[[], Headers]) -> Headers:
         """Raises RequestError, or ConnectionError when the store fails. Failure and recovery are logged."""
         try:
-            headers = await Calls.run(operation, STORE_SECONDS, STORE_THREADS)
+            headers = await run_in_thread(operation, STORE_SECONDS, STORE_THREADS)
         except RequestError:
             self.note_recovery()
             raise
         except Exception as error:  # each client library has its own
-            self.asleep_until = time.monotonic() + STORE_REST_SECONDS
-            if not self.failing:
+            if not self.retry_at:
                 store = "The rate-limit store fails: limits are kept in memory until it answers"
                 log.warning(store, {"error": repr(error)})
-            self.failing = True
+            self.retry_at = time.monotonic() + STORE_RETRY_SECONDS
             raise ConnectionError from error
         self.note_recovery()
         return headers
@@ -751,36 +719,32 @@ class Limits:
         """Ask the shared store once, so that the log has it at the start when it does not answer."""
         if shared := self.shared:
             with suppress(ConnectionError, RequestError):
-                await self.ask_shared(lambda: check(shared(), (limits.parse("1/minute"),), "start"))
+                await self.ask_shared(lambda: count(shared(), (limits.parse("1/minute"),), False, "start"))
 
     def note_recovery(self) -> None:
-        if self.failing:
+        if self.retry_at:
             log.warning("The rate-limit store answers again")
-        self.failing = False
+        self.retry_at = 0.0
 
     def sweep(self) -> None:
-        """Remove clients without a hit, which `limits` keeps, and all of them when the clock was set back."""
-        before, self.now = self.now, time.time()
-        if self.now < before:  # hits of the future would count for long
+        """Once a minute, remove the clients whose hits have expired: `limits` keeps their empty lists."""
+        now = time.time()
+        if now < self.swept:  # the clock was set back: hits of the future would count for long
             self.entries.reset()
-            self.swept = self.now
-        if self.now > self.swept + SWEEP_SECONDS:
-            for key in [key for key, hits in self.entries.events.items() if not hits]:
-                self.entries.clear(key)
-            self.swept = self.now
+        elif now <= self.swept + SWEEP_SECONDS:
+            return
+        for key in [key for key, hits in self.entries.events.items() if not hits]:
+            self.entries.clear(key)
+        self.swept = now
 
 
 LIMITS = Limits(SETTINGS.RATE_LIMIT_STORAGE_URI)
 
 
 def sample(name: str, **labels: str) -> str:
-    """A time series as Prometheus' text format names it. No client may choose the value of a label."""
-    escaped = {
-        label: value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        for label, value in labels.items()
-    }
-    pairs = ",".join(f'{label}="{value}"' for label, value in escaped.items())
-    return f"{name}{{{pairs}}}" if labels else name
+    """A time series in Prometheus' text format, which quotes as JSON does. No client chooses a label."""
+    pairs = ",".join(f"{label}={json.dumps(value, ensure_ascii=False)}" for label, value in labels.items())
+    return f"{name}{{{pairs}}}"
 
 
 REFUSAL_REASONS = ("invalid", "target", "rate limit", "client slots", "server slots", "unavailable")
@@ -794,9 +758,9 @@ def count_refusal(client: IPAddress, path: str, reason: str) -> None:
     """Count a refused request, and log it, at most once a minute for each client."""
     COUNTERS[sample("lg_refusals_total", reason=reason)] += 1
     now, key = time.monotonic(), rate_limit_key(client)
-    while LOGGED_REFUSALS and (oldest := next(iter(LOGGED_REFUSALS.items())))[1] + MINUTE_SECONDS < now:
+    while LOGGED_REFUSALS and (oldest := next(iter(LOGGED_REFUSALS.items())))[1] + LOG_REPEAT_SECONDS < now:
         del LOGGED_REFUSALS[oldest[0]]
-    if reason != "invalid" and key not in LOGGED_REFUSALS and len(LOGGED_REFUSALS) < MINUTE_CLIENTS:
+    if reason != "invalid" and key not in LOGGED_REFUSALS and len(LOGGED_REFUSALS) < MAX_LOGGED_CLIENTS:
         LOGGED_REFUSALS[key] = now
         log.info("refused", {"path": path, "client": client, "reason": reason})
 
@@ -817,37 +781,24 @@ class Command(NamedTuple):
 
     @property
     def ok_statuses(self) -> tuple[int, ...]:
-        """Exit statuses that are results rather than faults."""
-        return (0, 1) if self.tool == "ping" else (0,)  # 1: no reply
+        """Exit statuses that are results rather than faults: ping's 1 means that no reply came."""
+        return (0, 1) if self.tool == "ping" else (0,)
 
     def argv_for(self, address: IPAddress | str) -> list[str]:
         return [word.replace("{address}", str(address)) for word in self.argv]
 
 
-PING = ("-n", "-O", "-c", "15", "-W", "2", "-s", "56", "{address}")
-TRACEROUTE = ("-q", "3", "-w", "3,3,10", "-m", "30", "{address}")
-MTR = ("--raw", "-e", "-c", "10", "-i", "1", "-G", "1", "-Z", "2", "-m", "30", "{address}")
-BUILT_IN = (
-    Command("ping", ("ping", "-4", *PING), 4),
-    Command("ping6", ("ping", "-6", *PING), 6),
-    Command("traceroute", ("traceroute", "-4", *TRACEROUTE), 4),
-    Command("traceroute6", ("traceroute", "-6", *TRACEROUTE), 6),
-    Command("mtr", ("mtr", "-4", *MTR), 4),
-    Command("mtr6", ("mtr", "-6", *MTR), 6),
-)
-assert tuple(command.name for command in BUILT_IN) == BUILT_IN_COMMANDS
-EXTRA = (
-    Command(
-        f"{name}6" if version == 6 else name,
-        tuple(word.replace("{version}", str(version)) for word in argv),
-        version,
-    )
-    for name, argv in SETTINGS.EXTRA_COMMANDS.items()
-    for version in (4, 6)
-)
+def make_command(name: str, argv: Sequence[str], version: int) -> Command:
+    words = tuple(word.replace("{version}", str(version)) for word in argv)
+    return Command(f"{name}6" if version == 6 else name, words, version)
+
+
+ARGVS = {name: tuple(line.split()) for name, line in BUILT_IN.items()} | dict(SETTINGS.EXTRA_COMMANDS)
 COMMANDS = {
     command.name: command
-    for command in (*(each for each in BUILT_IN if each.name in SETTINGS.COMMANDS), *EXTRA)
+    for name, argv in ARGVS.items()
+    for command in (make_command(name, argv, 4), make_command(name, argv, 6))
+    if name not in BUILT_IN or command.name in SETTINGS.COMMANDS
 }
 COUNTERS |= {sample("lg_runs_total", command=name, outcome="finished"): 0 for name in COMMANDS}
 NEEDED_TOOLS = tuple(dict.fromkeys(command.argv[0] for command in COMMANDS.values()))
@@ -872,6 +823,7 @@ def check_version(target: IPAddress | str, command: Command) -> None:
         raise validation_error(f"{target} is an IPv{target.version} address: {hint}", str(target))
 
 
+FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
 UNSUITABLE: set[tuple[str, float] | None] = set()  # tools that turned out to be other programs
 
 
@@ -923,31 +875,21 @@ class Probe(TypedDict):
     code: NotRequired[str]
 
 
-class Counts(TypedDict):
-    total: int
-    rcv: int
-    drop: int
-
-
-class PingStats(Counts):
+class Stats(TypedDict):
     min: float | None
     avg: float | None
     max: float | None
+    total: int
+    rcv: int
+    drop: int
     loss: float | None
 
 
-class Jitter(TypedDict):
+class HopStats(Stats):
     stDev: float | None
     jMin: float | None
     jAvg: float | None
     jMax: float | None
-
-
-class HopStats(Counts, Jitter):
-    min: float | None
-    avg: float | None
-    max: float | None
-    loss: float
 
 
 class ResultHop(TypedDict):
@@ -973,7 +915,7 @@ class ToolResult(TypedDict):
 class PingResult(ToolResult):
     resolvedHostname: str | None
     timings: list[PingTiming]
-    stats: PingStats
+    stats: Stats
 
 
 class TracerouteResult(ToolResult):
@@ -1016,9 +958,11 @@ class LostEvent(TypedDict):
     seq: int
 
 
-class Router(TypedDict):
-    """Who answered: in mtr the last one, in traceroute the first; `addresses` are all, if several did."""
+class HopEvent(TypedDict):
+    """A hop and the router that answered: mtr's last, traceroute's first. `addresses` are all, if several."""
 
+    event: Literal["hop"]
+    hop: int
     address: str | None
     addresses: NotRequired[list[str]]
     hostname: str | None
@@ -1026,20 +970,16 @@ class Router(TypedDict):
     network: str | None
 
 
-class TracerouteHopEvent(Router):
+class TracerouteHopEvent(HopEvent):
     """traceroute: a hop, its replies, and each of its probes."""
 
-    event: Literal["hop"]
-    hop: int
     timings: list[Timing]
     probes: list[Probe]
 
 
-class MtrHopEvent(Router):
+class MtrHopEvent(HopEvent):
     """mtr: a hop as it now stands."""
 
-    event: Literal["hop"]
-    hop: int
     stats: HopStats
 
 
@@ -1068,8 +1008,8 @@ class EndEvent(TypedDict):
     result: Result
 
 
-HopEvent = TracerouteHopEvent | MtrHopEvent
-Event = StartEvent | ReplyEvent | LostEvent | HopEvent | PathEvent | NoteEvent | EndEvent
+AnyHopEvent = TracerouteHopEvent | MtrHopEvent
+Event = StartEvent | ReplyEvent | LostEvent | AnyHopEvent | PathEvent | NoteEvent | EndEvent
 
 
 def note(text: str) -> NoteEvent:
@@ -1118,21 +1058,21 @@ def find_as(address: str | None) -> AutonomousSystem:
     return AutonomousSystem()
 
 
-def router(addresses: Collection[str], address: str | None, hostname: str | None) -> Router:
-    """The part of a hop event that says who answered."""
+def hop_event(hop: int, addresses: Sequence[str], address: str | None, hostname: str | None) -> HopEvent:
+    """What the hop events of traceroute and mtr have in common."""
     asn, network = find_as(address)
     asns = [] if asn is None else [asn]
-    found: Router = {"address": address, "hostname": hostname, "asn": asns, "network": network}
+    event = HopEvent(event="hop", hop=hop, address=address, hostname=hostname, asn=asns, network=network)
     if len(addresses) > 1:
-        found["addresses"] = list(addresses)
-    return found
+        event["addresses"] = list(addresses)
+    return event
 
 
-def result_hop(who: Router, timings: list[Timing]) -> ResultHop:
-    address, hostname = who["address"], who["hostname"]
+def result_hop(event: HopEvent, timings: list[Timing]) -> ResultHop:
+    address, hostname = event["address"], event["hostname"]
     hop: ResultHop = {"resolvedAddress": address, "resolvedHostname": hostname, "timings": timings}
-    if "addresses" in who:
-        hop["addresses"] = who["addresses"]
+    if "addresses" in event:
+        hop["addresses"] = event["addresses"]
     return hop
 
 
@@ -1145,7 +1085,10 @@ def hostname_of(name: str, address: str | None) -> str | None:
 
 
 class OutputParser:
-    """Parses what a tool writes, any bytes, into text for people, events for programs, and a result."""
+    """Parses what a tool writes, any bytes, into text for people, events for programs, and a result.
+
+    This one is for tools without a parser of their own: each line is a note.
+    """
 
     def __init__(self, address: IPAddress) -> None:
         """`address` is the target's."""
@@ -1172,29 +1115,19 @@ class OutputParser:
         return chunk
 
     def parse_line(self, line: str) -> Iterator[Event]:
-        raise NotImplementedError
+        yield note(line)
 
     def last_events(self, complete: bool) -> Iterator[Event]:
         """Events for what is known only at the end, so that the last events agree with the result."""
         return iter(())
 
-    def has_measured(self) -> bool:
+    def has_sent(self) -> bool:
         """Whether the tool sent anything. If not, an exit status other than 0 is a failure."""
         return True
 
-    def result(self, status: Status = "finished", raw_output: str = "") -> Result:
+    def result(self, status: Status = "finished", raw_output: str = "") -> ToolResult:
         """What is known so far."""
-        return self.tool_result(status, raw_output)
-
-    def tool_result(self, status: Status, raw_output: str) -> ToolResult:
         return {"status": status, "resolvedAddress": self.address, "rawOutput": raw_output}
-
-
-class LineParser(OutputParser):
-    """Any other tool: each line is a note."""
-
-    def parse_line(self, line: str) -> Iterator[Event]:
-        yield note(line)
 
 
 class PingParser(OutputParser):
@@ -1226,16 +1159,15 @@ class PingParser(OutputParser):
         if match := self.REPLY.fullmatch(line):
             yield from self.reply(match)
         elif match := self.UNANSWERED.fullmatch(line):
-            yield from self.lose(int(match[1]))
+            yield from self.mark_lost(int(match[1]))
         elif match := self.ERROR.fullmatch(line):
             yield note(line)
-            yield from self.lose(int(match[1]))
+            yield from self.mark_lost(int(match[1]))
         elif match := self.SUMMARY.match(line):
             yield note(line)
             loss = self.LOSS.search(match[3])
             self.summary = int(match[1]), int(match[2]), float(loss[1]) if loss else None
-            for seq in range(self.first, self.first + min(self.summary[0], MAX_PROBES)):
-                yield from self.lose(seq)
+            self.sent = max(self.sent, self.summary[0])
         elif not self.BANNER.fullmatch(line):
             if match := self.TIMES.fullmatch(line):
                 self.times = [float(text) for text in match.groups()]
@@ -1258,7 +1190,7 @@ class PingParser(OutputParser):
         self.first = min(self.first, seq)
         self.sent = max(self.sent, seq - self.first + 1)
 
-    def lose(self, seq: int) -> Iterator[Event]:
+    def mark_lost(self, seq: int) -> Iterator[Event]:
         self.count(seq)
         if seq not in self.received | self.lost:
             self.lost.add(seq)
@@ -1266,9 +1198,9 @@ class PingParser(OutputParser):
 
     def last_events(self, complete: bool) -> Iterator[Event]:
         for seq in range(self.first, self.first + min(self.sent, MAX_PROBES)):
-            yield from self.lose(seq)
+            yield from self.mark_lost(seq)
 
-    def has_measured(self) -> bool:
+    def has_sent(self) -> bool:
         return bool(self.sent or self.summary)
 
     def result(self, status: Status = "finished", raw_output: str = "") -> PingResult:
@@ -1279,12 +1211,12 @@ class PingParser(OutputParser):
         if loss is None and total:
             loss = round(100 - 100 * received / total, 2)
         loss = None if loss is None else min(max(loss, 0), 100)
-        counts: Counts = {"total": total, "rcv": received, "drop": max(total - received, 0)}
+        drop = max(total - received, 0)
         return {
-            **self.tool_result(status, raw_output),
+            **super().result(status, raw_output),
             "resolvedHostname": self.hostname,
             "timings": self.timings,
-            "stats": {"min": low, "avg": average, "max": high, **counts, "loss": loss},
+            "stats": Stats(min=low, avg=average, max=high, total=total, rcv=received, drop=drop, loss=loss),
         }
 
 
@@ -1315,13 +1247,10 @@ class TracerouteParser(OutputParser):
         probes, complete = self.parse_probes(match[2], names)
         address = next(iter(names), None)
         hostname = names[address] if address else None
-        for probe in probes:
-            if probe.get("address") == address:
-                probe.pop("address", None)
         timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
-        hop = router(names, address, hostname)
-        yield {"event": "hop", "hop": int(match[1]), **hop, "timings": timings, "probes": probes}
-        self.hops.append(result_hop(hop, timings))
+        event = hop_event(int(match[1]), list(names), address, hostname)
+        yield {**event, "timings": timings, "probes": probes}
+        self.hops.append(result_hop(event, timings))
         if not complete:
             yield note(line)
 
@@ -1341,7 +1270,7 @@ class TracerouteParser(OutputParser):
                 probes[-1]["code"] = word["code"]
             else:
                 probe: Probe = {"rtt": float(word["time"]) if word["time"] else None}
-                if address and not word["star"]:
+                if address and address != next(iter(names)) and not word["star"]:
                     probe["address"] = address
                 if word["code"]:
                     probe["code"] = word["code"]
@@ -1351,8 +1280,8 @@ class TracerouteParser(OutputParser):
 
     def result(self, status: Status = "finished", raw_output: str = "") -> TracerouteResult:
         names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
-        head = self.tool_result(status, raw_output)
-        return {**head, "resolvedHostname": next(names, None), "hops": self.hops}
+        common = super().result(status, raw_output)
+        return {**common, "resolvedHostname": next(names, None), "hops": self.hops}
 
 
 class MtrHop:
@@ -1367,7 +1296,7 @@ class MtrHop:
         self.in_flight = False  # whether the last probe may still be answered
         self.times: list[int] = []
 
-    def answered_by(self, address: str) -> None:
+    def set_address(self, address: str) -> None:
         self.address, self.labels = address, []
         if address not in self.addresses:
             self.addresses.append(address)
@@ -1395,8 +1324,10 @@ class MtrHop:
         """Loss%, Snt, Last, Avg, Best, Wrst, StDev as `mtr --report` prints them; too wide ones are cut."""
         last, best, worst = (self.times[-1], min(self.times), max(self.times)) if self.times else (0, 0, 0)
         times = [f" {each / 1000:5.1f}" for each in (last, self.average, best, worst, self.deviation())]
-        loss, sent, *cut = (each[:6] for each in (f" {self.loss():4.1f}%", f" {self.sent:5d}", *times[:-1]))
-        return f"{loss}{sent} {''.join(cut)}{times[-1]}"
+        loss, sent, *narrow = (
+            each[:6] for each in (f" {self.loss():4.1f}%", f" {self.sent:5d}", *times[:-1])
+        )
+        return f"{loss}{sent} {''.join(narrow)}{times[-1]}"
 
     def stats(self) -> HopStats:
         low = average = high = deviation = least = mean = most = None
@@ -1405,10 +1336,11 @@ class MtrHop:
             spread = (min(times), self.average, max(times), self.deviation())
             jitter = (min(jitters), sum(jitters) / len(jitters), max(jitters))
             low, average, high, deviation, least, mean, most = (round(us / 1000, 3) for us in spread + jitter)
-        total, received = self.completed(), len(times)
-        counts: Counts = {"total": total, "rcv": received, "drop": total - received}
-        jitter_stats: Jitter = {"stDev": deviation, "jMin": least, "jAvg": mean, "jMax": most}
-        return {"min": low, "avg": average, "max": high, **jitter_stats, **counts, "loss": self.loss()}
+        total, rcv = self.completed(), len(times)
+        times_and_loss = Stats(
+            min=low, avg=average, max=high, total=total, rcv=rcv, drop=total - rcv, loss=self.loss()
+        )
+        return {**times_and_loss, "stDev": deviation, "jMin": least, "jAvg": mean, "jMax": most}
 
 
 class MtrParser(OutputParser):
@@ -1430,7 +1362,7 @@ class MtrParser(OutputParser):
 
     def __init__(self, address: IPAddress) -> None:
         super().__init__(address)
-        self.hops: dict[int, MtrHop] = {}
+        self.hops: defaultdict[int, MtrHop] = defaultdict(MtrHop)
         self.names: dict[str, str] = {}
         self.changed: set[int] = set()  # positions to send an event for
         self.reported: set[int] = set()  # positions whose events are valid
@@ -1446,14 +1378,14 @@ class MtrParser(OutputParser):
                 yield note(line)
             return
         position = int(match[2])
-        hop = self.hops.setdefault(position, MtrHop())
+        hop = self.hops[position]
         match match[1]:
             case "x":
                 if hop.in_flight:  # the probe before is lost
                     self.changed.add(position)
                 hop.sent, hop.in_flight = hop.sent + 1, True
             case "h":
-                hop.answered_by(value[0])
+                hop.set_address(value[0])
             case "m":
                 hop.labels.append("[MPLS: Lbl {} TC {} S {} TTL {}]".format(*value.groups()))
                 label = f"hop {position + 1}: {hop.address} {hop.labels[-1]}"
@@ -1461,14 +1393,14 @@ class MtrParser(OutputParser):
                     self.labels.add(label)
                     yield note(label)
             case "d" if hop.address:
-                self.name(hop.address, value[0])
+                self.set_name(hop.address, value[0])
             case "p":
                 hop.reply(int(value[1]))
                 self.changed.add(position)
         yield from self.changes()
 
-    def name(self, address: str, name: str) -> None:
-        """Use a name that came with one position for its address at every position."""
+    def set_name(self, address: str, name: str) -> None:
+        """Record the name of an address, for every position at which it answers."""
         if hostname := hostname_of(name, address):
             self.names[address] = hostname
             self.changed.update(at for at, hop in self.hops.items() if hop.address == address)
@@ -1484,8 +1416,7 @@ class MtrParser(OutputParser):
         self.changed -= due
         self.reported |= due
         for position in sorted(due):
-            hop = self.hop(position)
-            yield {"event": "hop", "hop": position + 1, **self.router(hop), "stats": hop.stats()}
+            yield {**self.hop_event(position), "stats": self.hops[position].stats()}
 
     def path_length(self) -> int:
         """The number of positions up to the target, else up to a router that answers for all later ones.
@@ -1506,14 +1437,9 @@ class MtrParser(OutputParser):
             end = position
         return end + 1 if end < last else max(last + 1, min(last + 2, self.MAX_HOPS))
 
-    def hop(self, position: int) -> MtrHop:
-        return self.hops.get(position) or MtrHop()
-
-    def router(self, hop: MtrHop) -> Router:
-        return router(hop.addresses, hop.address, self.names.get(hop.address or ""))
-
-    def path(self) -> list[MtrHop]:
-        return [self.hop(position) for position in range(self.path_length())]
+    def hop_event(self, position: int) -> HopEvent:
+        hop = self.hops[position]
+        return hop_event(position + 1, hop.addresses, hop.address, self.names.get(hop.address or ""))
 
     def last_events(self, complete: bool) -> Iterator[Event]:
         for position, hop in self.hops.items():
@@ -1548,7 +1474,8 @@ class MtrParser(OutputParser):
         These are mtr 0.95's own habits: `-z` prints a further router twice, and without `-z` the labels of a
         hop's only router are not printed.
         """
-        hops, host, asn_width = self.path(), socket.gethostname(), 9 if ASN_LOOKUP else 0
+        hops = [self.hops[position] for position in range(self.path_length())]
+        host, asn_width = socket.gethostname(), 9 if ASN_LOOKUP else 0
         width = max(map(len, [host, *(self.host(hop.address) for hop in hops)]))
         if hops:
             yield f"HOST: {host:{width + asn_width}}{self.TITLES}"
@@ -1573,21 +1500,26 @@ class MtrParser(OutputParser):
 
     def result(self, status: Status = "finished", raw_output: str = "") -> MtrResult:
         hops: list[MtrResultHop] = []
-        for hop, who in [(hop, self.router(hop)) for hop in self.path()]:
-            shared = result_hop(who, [{"rtt": time / 1000} for time in hop.times])
-            hops.append({**shared, "asn": who["asn"], "stats": hop.stats()})
-        head = self.tool_result(status, raw_output)
-        return {**head, "resolvedHostname": self.names.get(self.address), "hops": hops}
+        for position in range(self.path_length()):
+            hop, event = self.hops[position], self.hop_event(position)
+            shared = result_hop(event, [{"rtt": time / 1000} for time in hop.times])
+            hops.append({**shared, "asn": event["asn"], "stats": hop.stats()})
+        common = super().result(status, raw_output)
+        return {**common, "resolvedHostname": self.names.get(self.address), "hops": hops}
 
 
-PARSERS: dict[str, type[OutputParser]] = {"ping": PingParser, "traceroute": TracerouteParser}
+PARSERS: dict[str, type[OutputParser]] = {
+    "ping": PingParser,
+    "traceroute": TracerouteParser,
+    "mtr": MtrParser,
+}
 
 
 def parser_for(command: Command) -> type[OutputParser]:
     """The parser of the command's tool."""
-    if command.tool == "mtr" and "--raw" in command.argv:
-        return MtrParser
-    return PARSERS.get(command.tool, LineParser)
+    if command.tool == "mtr" and "--raw" not in command.argv:
+        return OutputParser
+    return PARSERS.get(command.tool, OutputParser)
 
 
 class Transcript:
@@ -1599,13 +1531,12 @@ class Transcript:
         self.command, self.target, self.address, self.as_events = command, target, address, as_events
         self.parser = parser_for(command)(address)
         self.started = time.monotonic()
-        self.raw_output = bytearray()  # what a text client has read; for a text client, its last byte
+        self.raw_output = bytearray()  # what a text client reads
 
     def encode(self, text: bytes, events: Sequence[Event]) -> bytes:
-        if not self.as_events:
-            self.raw_output[:] = text[-1:] or self.raw_output
-            return text
         self.raw_output += text
+        if not self.as_events:
+            return text
         return b"".join(json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events)
 
     def start(self) -> bytes:
@@ -1624,9 +1555,9 @@ class Transcript:
     def output(self, chunk: bytes) -> bytes:
         return self.encode(*self.parser.feed(chunk))
 
-    def fault(self, status: int) -> str:
+    def status_fault(self, status: int) -> str:
         """What is wrong with a status that would be a result: BusyBox' ping exits with 1 on a bad option."""
-        return f"exit status {status}" if status and not self.parser.has_measured() else ""
+        return f"exit status {status}" if status and not self.parser.has_sent() else ""
 
     def end(self, fault: str, status: int | None) -> bytes:
         """The last bytes. `fault` is what went wrong, if anything; `status` is the tool's exit status."""
@@ -1653,35 +1584,37 @@ OUTPUT_BYTES = 2**20  # what one command may write
 READ_BYTES = 2**16  # the capacity of a pipe
 POLL_SECONDS = 0.1  # between two looks at a silent command
 GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT
+PROBE_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
+# As ping of iputils, BusyBox and GNU inetutils prints it, and mtr, which has a program of its own to send.
+DENIED = re.compile(r"(?i).*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*")
+# As BusyBox and GNU inetutils refuse options of the programs that we expect.
+REFUSED = re.compile(r"(?i).*(?:(?:invalid|unrecognized|unknown) option|invalid number).*")
 
 
 class Process:
-    """A tool in a session of its own, its output, and in `fault` what was wrong with its end, if anything."""
+    """A tool that runs in a session of its own until the context is left."""
 
     running: ClassVar[set[Process]] = set()
 
-    def __init__(self, argv: Sequence[str], ok_statuses: Sequence[int], seconds: float) -> None:
-        """Start it for at most `seconds`; exit statuses in `ok_statuses` are no fault. Raises OSError."""
-        self.ok_statuses, self.fault = ok_statuses, ""
+    def __init__(self, command: Command, address: IPAddress, seconds: float) -> None:
+        """Start it towards `address`, for at most `seconds`. Raises OSError."""
+        self.command = command
+        self.fault = ""  # why the run failed, if it did
         self.loop = asyncio.get_running_loop()
         self.readable = asyncio.Event()
-        self.pipe, writable = os.pipe()
-        try:
-            self.tool = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=writable,
-                stderr=subprocess.STDOUT,
-                env=ENVIRONMENT,
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(self.pipe)
-            raise
-        finally:
-            os.close(writable)
-        os.set_blocking(self.pipe, False)
-        self.loop.add_reader(self.pipe, self.readable.set)
+        self.tool = subprocess.Popen(
+            command.argv_for(address),
+            bufsize=0,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        assert self.tool.stdout
+        self.pipe = self.tool.stdout
+        os.set_blocking(self.pipe.fileno(), False)
+        self.loop.add_reader(self.pipe.fileno(), self.readable.set)
         self.timer = self.loop.call_later(seconds, self.stop, f"stopped after {seconds} s")
         self.running.add(self)
 
@@ -1698,7 +1631,7 @@ class Process:
             os.killpg(self.tool.pid, number)
 
     def has_ended(self) -> bool:
-        """Does not reap, so that no other group gets this number before `kill_and_reap` has used it."""
+        """Does not reap, so that no other group gets this number before `__aexit__` has used it."""
         return os.waitid(os.P_PID, self.tool.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     async def output(self) -> AsyncGenerator[bytes]:
@@ -1707,17 +1640,14 @@ class Process:
         while True:
             if ended := self.has_ended():
                 self.signal(signal.SIGKILL)  # to children that live on
-            try:
-                chunk = os.read(self.pipe, READ_BYTES)
-            except BlockingIOError:
-                if ended:  # a child has left the group and holds the pipe
-                    return
+            chunk = self.pipe.read(READ_BYTES)
+            if chunk is None and not ended:  # nothing to read yet
                 self.readable.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_SECONDS):
                         await self.readable.wait()
                 continue
-            if not chunk:
+            if not chunk:  # closed; or held open by a child that has left the group
                 break
             if len(chunk) > remaining:
                 self.fault = self.fault or f"output cut at {OUTPUT_BYTES // 2**20} MiB"
@@ -1725,22 +1655,23 @@ class Process:
                 return
             remaining -= len(chunk)
             yield chunk
-        self.loop.remove_reader(self.pipe)
-        pause = POLL_SECONDS / 100  # most tools exit right after they have closed their output
+        self.loop.remove_reader(self.pipe.fileno())
         while not self.has_ended():
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS / 10)
 
-    async def kill_and_reap(self) -> None:
-        """Leave nothing of it: its group is dead, it is reaped, its pipe is closed."""
+    async def __aenter__(self) -> Process:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Kill the group, reap the tool and close the pipe."""
         self.running.discard(self)
         self.timer.cancel()
-        self.loop.remove_reader(self.pipe)
-        os.close(self.pipe)
+        self.loop.remove_reader(self.pipe.fileno())
+        self.pipe.close()
         self.signal(signal.SIGKILL)
-        await asyncio.shield(asyncio.create_task(self.reap()))  # which goes on when this is cancelled
+        await asyncio.shield(asyncio.create_task(self.reap()))  # a cancelled run leaves no zombie either
         status = self.tool.returncode
-        if not self.fault and status not in self.ok_statuses:
+        if not self.fault and status not in self.command.ok_statuses:
             self.fault = f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
 
     async def reap(self) -> None:
@@ -1754,25 +1685,20 @@ def log_start_failure(tool: str, error: str, hint: str | None, minute: int) -> N
     log.error(f"{tool} cannot be started", {"error": error, "install": hint})
 
 
-@asynccontextmanager
-async def started(command: Command, address: IPAddress) -> AsyncIterator[Process]:
-    """The command's tool, running towards an address until the context is left. Raises RequestError."""
+def start(command: Command, address: IPAddress) -> Process:
+    """The command's tool, started towards an address. Raises RequestError."""
     if SHUTTING_DOWN.is_set():
         raise shutting_down()
     try:
-        process = Process(command.argv_for(address), command.ok_statuses, SETTINGS.DIAGNOSTIC_TIMEOUT)
+        return Process(command, address, SETTINGS.DIAGNOSTIC_TIMEOUT)
     except OSError as error:
         hint = install_hint([command.tool]) if isinstance(error, FileNotFoundError) else None
-        log_start_failure(command.tool, str(error), hint, int(time.monotonic() / MINUTE_SECONDS))
+        log_start_failure(command.tool, str(error), hint, int(time.monotonic() / LOG_REPEAT_SECONDS))
         if isinstance(error, (FileNotFoundError, PermissionError)):
             message = f"{command.tool} is not installed on this server, or may not run"
             raise RequestError(503, {"error": message}, reason="unavailable") from None
         message = f"The server cannot start {command.tool} now: try again soon"
         raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
-    try:
-        yield process
-    finally:
-        await process.kill_and_reap()
 
 
 @dataclass(frozen=True)
@@ -1790,15 +1716,15 @@ class Diagnosis:
         """From the free slot to the line in the log. Raises RequestError."""
         command, target, client = self.command, self.target, self.client
         with DIAGNOSTICS.take(rate_limit_key(client)):
-            begun, address, outcome = time.monotonic(), None, "client gone"
-            headers = await LIMITS.check(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
+            begun, address = time.monotonic(), None
+            headers = await LIMITS.count(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client, consume=False)
             try:
                 if isinstance(target, str):
-                    await LIMITS.consume(SETTINGS.RATE_LIMIT_LOOKUPS, "lookup", client)
+                    await LIMITS.count(SETTINGS.RATE_LIMIT_LOOKUPS, "lookup", client)
                 address = await resolve(target, command.version)
-                async with started(command, address) as process:
+                async with start(command, address) as process:
                     # Charged now, since what starts no tool costs nothing.
-                    headers = await LIMITS.consume(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
+                    headers = await LIMITS.count(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
                     self.headers.set_result(headers)
                     transcript = Transcript(command, target, address, self.as_events)
                     self.output.put_nowait(transcript.start())
@@ -1806,16 +1732,15 @@ class Diagnosis:
                         async for chunk in chunks:
                             self.output.put_nowait(transcript.output(chunk))
                             await asyncio.sleep(0)  # other requests go on although the tool writes fast
-                status = process.tool.returncode
-                fault = process.fault or transcript.fault(status)
-                outcome = fault or "finished"
             except RequestError as error:
-                outcome = "refused"
                 error.headers = {**headers, **error.headers}
                 raise
-            finally:
-                if outcome != "refused":
-                    self.record(address, outcome, time.monotonic() - begun)
+            except asyncio.CancelledError:
+                self.record(address, "client gone", time.monotonic() - begun)
+                raise
+            status = process.tool.returncode
+            fault = process.fault or transcript.status_fault(status)
+            self.record(address, fault or "finished", time.monotonic() - begun)
         self.output.put_nowait(transcript.end(fault, status if status >= 0 else None))
 
     def record(self, address: IPAddress | None, outcome: str, seconds: float) -> None:
@@ -1824,13 +1749,9 @@ class Diagnosis:
         COUNTERS[sample("lg_runs_total", **labels)] += 1
         COUNTERS[sample("lg_run_seconds_total", **labels)] += seconds
         level = logging.INFO if outcome in ("finished", "client gone") else logging.WARNING
-        pairs = {
-            "command": self.command.name,
-            "target": self.target,
-            "address": address,
-            "client": self.client,
-        }
-        log.log(level, "run", {**pairs, "outcome": outcome, "seconds": f"{seconds:.1f}"})
+        pairs = {"command": self.command.name, "target": self.target, "address": address}
+        pairs |= {"client": self.client, "outcome": outcome, "seconds": f"{seconds:.1f}"}
+        log.log(level, "run", pairs)
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         while (chunk := await self.output.get()) is not None:
@@ -1861,51 +1782,28 @@ async def diagnosis(
         await asyncio.wait((run,))
 
 
-PROBE_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
-# As ping of iputils, BusyBox and GNU inetutils prints it, and mtr, which has a program of its own to send.
-DENIED = re.compile(
-    rb".*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*", re.IGNORECASE
-)
-# As BusyBox and GNU inetutils refuse options of the programs that we expect.
-REFUSED = re.compile(rb".*(?:(?:invalid|unrecognized|unknown) option|invalid number).*", re.IGNORECASE)
-FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
-
-
 async def probe_tool(command: Command) -> None:
-    """Run a command on loopback, and log what is wrong with its tool.
-
-    One without the permission to send is kept in FORBIDDEN, another program of its name in UNSUITABLE.
-    """
-    denied: object = None
+    """Run a command on loopback, and log and keep what is wrong with its tool."""
+    tool, loopback = command.tool, ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
     try:
-        loopback = ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
-        process = Process(command.argv_for(loopback), command.ok_statuses, PROBE_SECONDS)
-        output = bytearray()
-        try:
-            async with aclosing(process.output()) as chunks:
-                async for chunk in chunks:
-                    output += chunk
-        finally:
-            await process.kill_and_reap()
-        if line := DENIED.search(output):
-            denied = line[0].decode(errors="replace")
-        elif line := REFUSED.search(output):
-            UNSUITABLE.add(find_program(command.tool))
-            pairs = {"install": install_hint([command.tool]), "error": line[0].decode(errors="replace")}
-            log.warning(f"{command.tool} is not the program that is expected here", pairs)
-    except PermissionError as error:  # file capabilities that this process may not have
-        denied = error if find_program(command.tool) else None
-    except OSError:
-        return
-    if denied:
-        FORBIDDEN.add(command.tool)
+        async with Process(command, loopback, PROBE_SECONDS) as process, aclosing(process.output()) as chunks:
+            output = b"".join([chunk async for chunk in chunks]).decode(errors="replace")
+    except OSError as error:  # its file has capabilities that this process may not have
+        output = str(error) if find_program(tool) else ""
+    if line := DENIED.search(output):
+        FORBIDDEN.add(tool)
         hint = "grant NET_RAW (Docker: --cap-add NET_RAW) or widen net.ipv4.ping_group_range"
-        log.warning(f"{command.tool} lacks the permission to send: {hint}", {"error": denied})
+        log.warning(f"{tool} lacks the permission to send: {hint}", {"error": line[0]})
+    elif line := REFUSED.search(output):
+        UNSUITABLE.add(find_program(tool))
+        pairs = {"install": install_hint([tool]), "error": line[0]}
+        log.warning(f"{tool} is not the program that is expected here", pairs)
 
 
 async def probe_tools() -> None:
     """Probe each tool of the built-in commands once."""
-    commands = {command.tool: command for command in reversed(BUILT_IN) if command.name in COMMANDS}
+    built_in = [command for command in COMMANDS.values() if command.name in BUILT_IN_COMMANDS]
+    commands = {command.tool: command for command in reversed(built_in)}
     await asyncio.gather(*map(probe_tool, commands.values()))
 
 
@@ -1915,7 +1813,7 @@ MAX_CONNECTIONS = 4000  # of all clients: about 40 MiB, and the kernel's buffers
 MAX_CONNECTIONS_PER_CLIENT = 100  # proxies excepted; a browser opens 6 to a server
 RESERVED_FILES = 200  # descriptors for commands, lookups, the store and the log
 REQUEST_HEADER_SECONDS = 10  # within which the header of a request must be complete
-REQUEST_BYTES = 2**16  # given to the parser for one request: h11 takes 60 ms for as much in one-byte chunks
+PARSED_BYTES = 2**16  # given to the parser for one request: h11 takes 60 ms for as much in one-byte chunks
 BODY_BYTES = 4096  # of a body that is read
 BODY_SECONDS = 10  # within which it must be complete
 LINGER_SECONDS = 5  # for the rest of a body after its answer
@@ -1924,7 +1822,10 @@ STOP_SECONDS = 3  # uvicorn's limit for the end of requests when the server stop
 ADDRESS_CHARS = 64  # the longest text that is parsed, and cached, as an address: one with its zone is shorter
 FRAMING = {b"content-length", b"transfer-encoding"}  # the headers that give the length of a body
 CLOSE = (b"connection", b"close")
-RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: closing discards what has not been sent, and sends RST
+ADDRESS_WITH_PORT = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
+ABORTIVE_CLOSE = struct.pack(
+    "ii", 1, 0
+)  # for SO_LINGER: closing discards what has not been sent, and sends RST
 # Shared by all connections: what is read into it is used before another connection is read.
 RECEIVE_BUFFER = memoryview(bytearray(2**18))
 # What the application receives in the place of a large body, whose bytes are counted and not kept.
@@ -1945,14 +1846,10 @@ def parse_address(text: str) -> IPAddress | None:
     return (address.version == 6 and address.ipv4_mapped) or address
 
 
-FORWARDING = {b"x-forwarded-for", b"x-real-ip"}  # the headers in which a proxy names its client
-FORWARDED = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
-
-
 def parse_forwarded(text: str) -> IPAddress | None:
     """The address in an entry of X-Forwarded-For: with or without brackets, with or without a port."""
     text = text.strip()[:ADDRESS_CHARS]
-    if match := FORWARDED.fullmatch(text):
+    if match := ADDRESS_WITH_PORT.fullmatch(text):
         text = match["bracketed"] or match["ipv4"] or ""
     return parse_address(text)
 
@@ -1962,23 +1859,22 @@ def is_trusted_proxy(peer: IPAddress | None) -> bool:
     return peer is not None and any(peer in network for network in SETTINGS.FORWARDED_ALLOW_IPS)
 
 
-UNTRUSTED_PROXIES: list[IPAddress | None] = []  # the first only
+UNTRUSTED_PROXIES: list[IPAddress] = []  # the first only
 
 
-def warn_of_untrusted_proxy(peer: IPAddress | None) -> None:
-    """Log it once."""
-    if not UNTRUSTED_PROXIES:
-        UNTRUSTED_PROXIES.append(peer)
-        log.warning(
-            "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it "
-            "is your proxy, add its address there, or all its clients share one rate limit",
-            {"peer": peer},
-        )
+def warn_of_untrusted_proxy(peer: IPAddress) -> None:
+    UNTRUSTED_PROXIES.append(peer)
+    log.warning(
+        "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it "
+        "is your proxy, add its address there, or all its clients share one rate limit",
+        {"peer": peer},
+    )
 
 
-def peer_address(request: Request) -> IPAddress | None:
-    """None is a Unix socket's peer, under `uvicorn lg:app`."""
-    return parse_address(request.client.host[:ADDRESS_CHARS]) if request.client else None
+def peer_address(request: Request) -> IPAddress:
+    """The address that is connected; 0.0.0.0 for a Unix socket, under `uvicorn lg:app`."""
+    peer = parse_address(request.client.host[:ADDRESS_CHARS]) if request.client else None
+    return peer or ipaddress.IPv4Address(0)
 
 
 def client_address(request: Request) -> IPAddress:
@@ -1988,17 +1884,17 @@ def client_address(request: Request) -> IPAddress:
     the left of it were sent by the client.
     """
     peer = peer_address(request)
-    if not any(name in FORWARDING for name, _ in request.scope["headers"]):
-        return peer or ipaddress.IPv4Address(0)
     forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
-    real_ip = request.headers.get("x-real-ip", "")[:ADDRESS_CHARS]
+    real_ip = request.headers.get("x-real-ip", "")
     if is_trusted_proxy(peer):
         entries = map(parse_forwarded, reversed(forwarded.split(",")))
         client = next((address for address in entries if not is_trusted_proxy(address)), None)
-        return client or parse_address(real_ip) or peer or ipaddress.IPv4Address(0)
-    if str(peer) not in forwarded + real_ip:  # where `uvicorn lg:app` has put the client in the peer's place
+        return client or parse_forwarded(real_ip) or peer
+    named = (*forwarded.split(","), real_ip)
+    # Under `uvicorn lg:app`, uvicorn may have put the client in the peer's place.
+    if (forwarded or real_ip) and not UNTRUSTED_PROXIES and peer not in map(parse_forwarded, named):
         warn_of_untrusted_proxy(peer)
-    return peer or ipaddress.IPv4Address(0)
+    return peer
 
 
 def client_scheme(request: Request) -> str:
@@ -2015,10 +1911,15 @@ def max_connections() -> int:
     return max(8, min(MAX_CONNECTIONS, files - RESERVED_FILES))
 
 
+def declared_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """The Content-Length, whose form the parser has checked; None where there is none."""
+    return next((int(value) for name, value in headers if name == b"content-length"), None)
+
+
 class Connection(H11Protocol, asyncio.BufferedProtocol):
     """A client's connection: uvicorn's protocol with a bound for everything that a client may send.
 
-    Reading is never paused, so that a client that leaves is noticed at once. Of what is read, REQUEST_BYTES
+    Reading is never paused, so that a client that leaves is noticed at once. Of what is read, PARSED_BYTES
     are parsed for a request, including what follows it. The rest of a body with a Content-Length of more than
     BODY_BYTES is counted: no endpoint keeps it. Anything else is discarded.
     """
@@ -2066,7 +1967,9 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
     def reset(self) -> None:
         self.disconnect()
-        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self.transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, ABORTIVE_CLOSE
+        )
         self.transport.abort()
 
     def is_answering(self) -> bool:
@@ -2078,7 +1981,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         start = 0
         while start < nbytes:
-            end = min(nbytes, start + (self.to_count or REQUEST_BYTES - self.parsed))
+            end = min(nbytes, start + (self.to_count or PARSED_BYTES - self.parsed))
             if self.to_count:
                 self.count(end - start)
             elif start < end:
@@ -2103,7 +2006,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             length = declared_length(self.cycle.scope["headers"])
             if self.cycle.more_body and length and length > BODY_BYTES:
                 self.to_count = length - len(self.cycle.body)
-                self.parsed = REQUEST_BYTES  # what follows the body before its answer is not parsed either
+                self.parsed = PARSED_BYTES  # what follows the body before its answer is not parsed either
 
     def count(self, nbytes: int) -> None:
         """Take bytes of a body without parsing them, and wake the application."""
@@ -2186,11 +2089,6 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         await self.application(scope, receive_body, send_and_close)
 
 
-def declared_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
-    """The Content-Length, whose form the parser has checked; None where there is none."""
-    return next((int(value) for name, value in headers if name == b"content-length"), None)
-
-
 async def read_body(request: Request) -> bytes:
     """The body of a small request. Raises RequestError when it is too large or too slow."""
     body = b""
@@ -2221,7 +2119,6 @@ class StreamedResponse(Response):
 
     def __init__(self, exchange: Exchange, headers: Headers) -> None:
         self.exchange, self.fixed_headers = exchange, headers
-        self.begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -2240,15 +2137,11 @@ class StreamedResponse(Response):
         except TimeoutError:
             if not connected.expired():
                 raise
-            if not self.begun:
-                raise ClientDisconnect from None
 
     async def stream(self, send: Send) -> None:
         async with self.exchange as (headers, chunks), aclosing(chunks):
-            items = {**self.fixed_headers, **headers}.items()
-            raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in items]
-            self.begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": raw})
+            self.init_headers({**self.fixed_headers, **headers})
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await asyncio.sleep(0)  # other requests go on although this client reads as fast as we write
@@ -2266,7 +2159,6 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("stopping")
         SHUTTING_DOWN.set()
-        Calls.fail(shutting_down())
         for process in Process.running:
             process.stop("stopped, the server is shutting down")
         if self.server_state.tasks:
@@ -2285,7 +2177,7 @@ class Server(uvicorn.Server):
 # Pages of zeros that are never written share one page of memory. From Python 3.12 on, asyncio keeps a view of
 # what waits to be sent; before, it copies it.
 BLOCK = bytes(2**23 if sys.version_info >= (3, 12) else 2**21)
-PACE = 2**16  # bytes/s that a transfer must reach on average: a trickle holds no slot
+MIN_BYTES_PER_SECOND = 2**16  # bytes/s that a transfer must reach on average: a trickle holds no slot
 UPLOAD_BYTES = 2**30
 UPLOAD_SECONDS = 120  # after which an upload is answered with what has come
 UPLOAD_TEST_CHARS = 64  # of a test's name
@@ -2323,22 +2215,20 @@ def log_speedtest(size: str, client: IPAddress, outcome: str, length: int, secon
 async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
     """The headers of the rate limit and the same block again and again.
 
-    Raises RequestError, or TransferAborted when the client takes less than PACE.
+    Raises RequestError, or TransferAborted when the client takes less than MIN_BYTES_PER_SECOND.
     """
     with SPEEDTESTS.take(rate_limit_key(client)):
-        headers = await LIMITS.consume(size.rates, f"speedtest {size.name}", client)
+        headers = await LIMITS.count(size.rates, f"speedtest {size.name}", client)
         loop = asyncio.get_running_loop()
-        begun, remaining, outcome = loop.time(), size.length, "broken off"
+        begun, sent, outcome = loop.time(), 0, "broken off"
 
         async def blocks() -> AsyncGenerator[bytes]:
-            nonlocal remaining
-            while remaining:
-                sent = size.length - remaining
-                deadline.reschedule(begun + (sent + len(BLOCK)) / PACE)
-                yield BLOCK[:remaining]
-                taken = min(len(BLOCK), remaining)
-                remaining -= taken
-                COUNTERS[DOWNLOADED] += taken
+            nonlocal sent
+            while block := BLOCK[: size.length - sent]:
+                deadline.reschedule(begun + (sent + len(BLOCK)) / MIN_BYTES_PER_SECOND)
+                yield block
+                sent += len(block)
+                COUNTERS[DOWNLOADED] += len(block)
 
         try:
             async with asyncio.timeout(None) as deadline:
@@ -2348,7 +2238,7 @@ async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers
             outcome = "too slow"
             raise TransferAborted from None
         finally:
-            log_speedtest(size.name, client, outcome, size.length - remaining, loop.time() - begun)
+            log_speedtest(size.name, client, outcome, sent, loop.time() - begun)
 
 
 class Upload(TypedDict):
@@ -2392,10 +2282,10 @@ async def receive_upload(
     """Take an upload and keep nothing: its measurement, and the headers of the rate limit.
 
     After UPLOAD_SECONDS it is measured by what has come; after STALL_SECONDS already, where that is less than
-    PACE. Raises RequestError, or ClientDisconnect.
+    MIN_BYTES_PER_SECOND. Raises RequestError, or ClientDisconnect.
     """
     with SPEEDTESTS.take(rate_limit_key(client)):
-        headers = await LIMITS.consume(SETTINGS.RATE_LIMIT_SPEEDTEST, "speedtest upload", client)
+        headers = await LIMITS.count(SETTINGS.RATE_LIMIT_SPEEDTEST, "speedtest upload", client)
         loop = asyncio.get_running_loop()
         begun = first = last = loop.time()
         length, outcome = 0, "broken off"
@@ -2408,7 +2298,7 @@ async def receive_upload(
                     length += len(chunk)
                     upload_test.length += len(chunk)
                     COUNTERS[UPLOADED] += len(chunk)
-                    if last - begun > STALL_SECONDS and length < PACE * (last - begun):
+                    if last - begun > STALL_SECONDS and length < MIN_BYTES_PER_SECOND * (last - begun):
                         break
                     deadline.reschedule(min(last + STALL_SECONDS, begun + UPLOAD_SECONDS))
             outcome = "finished"
@@ -2425,7 +2315,7 @@ async def receive_upload(
 # ---- endpoints ---------------------------------------------------------------------------------------------
 
 TEXT_TYPE, EVENTS_TYPE = "text/plain; charset=utf-8", "application/x-ndjson"
-FORM_TYPE = "application/x-www-form-urlencoded"
+JSON_TYPE, FORM_TYPE = "application/json", "application/x-www-form-urlencoded"
 STREAM_HEADERS = {
     "Cache-Control": "no-store, no-transform",
     "X-Accel-Buffering": "no",
@@ -2550,16 +2440,6 @@ SPEEDTESTS_USAGE = """\
 HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.IGNORECASE)
 
 
-def describe_rates(rates: Rates) -> str:
-    """Rates in English: `2 per minute and 30 per 2 hours`."""
-    units = [(rate.multiples, rate.GRANULARITY.name) for rate in rates]
-    periods = [unit if multiples == 1 else f"{multiples} {unit}s" for multiples, unit in units]
-    return (
-        " and ".join(f"{rate.amount} per {period}" for rate, period in zip(rates, periods, strict=True))
-        or "none"
-    )
-
-
 def rate_limits_text() -> str:
     parts = [f"{describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)} for each command"] if COMMANDS else []
     if SIZES:
@@ -2609,23 +2489,21 @@ async def answer_request_error(request: Request, error: Exception) -> Response:
         return JSONResponse(body, error.status, error.headers)
 
 
-async def answer_nobody(request: Request, error: Exception) -> Response:
+async def answer_disconnected(request: Request, error: Exception) -> Response:
     return Response(status_code=400)  # the client is gone, and reads nothing
 
 
-async def answer_defect(request: Request, error: Exception) -> Response:
+async def answer_internal_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": "Internal Server Error"}, 500)  # Starlette logs the traceback
 
 
 # ---- OpenAPI -----------------------------------------------------------------------------------------------
 
 Schema = dict[str, Any]
-JSON_TYPE = "application/json"
 SCALARS = {str: "string", int: "integer", float: "number", type(None): "null"}
 COMPONENTS = {each.__name__: each for union in (Event, Result) for each in get_args(union)}
 STRING: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
-NUMBER: Schema = {"type": "number"}
 
 
 def array(items: Schema) -> Schema:
@@ -2636,7 +2514,7 @@ def enum(*values: object) -> Schema:
     return {"enum": list(values)}
 
 
-def object_schema(properties: Mapping[str, Schema], optional: Collection[str] = ()) -> Schema:
+def object_schema(properties: Mapping[str, Schema], optional: Sequence[str] = ()) -> Schema:
     """An object with these properties and no others."""
     required = [name for name in properties if name not in optional]
     schema = {"type": "object", "properties": dict(properties), "required": required}
@@ -2701,12 +2579,10 @@ ERROR_RESPONSES = {  # status: when, and the body's schema
     429: ("Over the rate limit, or all slots of the client are in use.", ERROR),
     503: ("No free slot, or a tool that is not installed or may not run.", ERROR),
 }
-RATE_HEADER_MEANINGS = ("Requests allowed.", "Requests left.", "When one more is allowed, in epoch seconds.")
-RATED = dict(zip(RATE_HEADERS, RATE_HEADER_MEANINGS, strict=True))
-HEADER_MEANINGS = {"Retry-After": "Seconds to wait before the next try."} | RATED
+HEADER_MEANINGS = {"Retry-After": "Seconds to wait before the next try."} | RATE_HEADERS
 
 
-def response(when: str, content: Mapping[str, Schema], headers: Collection[str] = ()) -> Schema:
+def response(when: str, content: Mapping[str, Schema], headers: Iterable[str] = ()) -> Schema:
     """A response: when it comes, its bodies' schemas by media type, its headers by name."""
     described = {name: {"description": HEADER_MEANINGS[name], "schema": INTEGER} for name in headers}
     bodies = {media_type: {"schema": schema} for media_type, schema in content.items()}
@@ -2732,7 +2608,7 @@ def command_operation(command: Command) -> Schema:
     body = {"schema": {"type": "object", "properties": {"target": target}, "required": ["target"]}}
     argv = " ".join(command.argv_for("ADDRESS"))
     output = "The output of the tool as it comes: text, or with `Accept` one event a line."
-    success = response(output, {TEXT_TYPE: STRING, EVENTS_TYPE: schema_of(Event)}, RATED)
+    success = response(output, {TEXT_TYPE: STRING, EVENTS_TYPE: schema_of(Event)}, RATE_HEADERS)
     examples = zip(get_args(Event), EXAMPLES, strict=True)
     success["content"][EVENTS_TYPE]["examples"] = {
         cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples
@@ -2751,7 +2627,7 @@ def command_operation(command: Command) -> Schema:
 def speedtest_operations(name: str) -> dict[str, Schema]:
     size = SIZES[name]
     summary = f"{size.length} zero bytes"
-    bytes_response = response("The bytes.", {"application/octet-stream": {}}, RATED)
+    bytes_response = response("The bytes.", {"application/octet-stream": {}}, RATE_HEADERS)
     get = operation(summary, bytes_response, (429, 503), operationId=f"speedtest_{name}")
     get["description"] = f"Limit: {describe_rates(size.rates)}."
     return {"get": get, "head": operation(f"{summary}: the headers", {"description": "The headers alone."})}
@@ -2763,7 +2639,7 @@ def upload_operations() -> dict[str, Schema]:
     test["description"] = f"A name for this test, of at most {UPLOAD_TEST_CHARS} characters."
     post = operation(
         "Takes bytes, keeps nothing, measures how fast they came",
-        response("The speed, from the first byte to the last.", content, RATED),
+        response("The speed, from the first byte to the last.", content, RATE_HEADERS),
         (408, 411, 413, 429, 503),
         description=f"Limit: {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}.",
         operationId="speedtest_upload",
@@ -2779,7 +2655,6 @@ def get_operation(summary: str, content: Mapping[str, Schema]) -> Schema:
     return {"get": operation(summary, response("The answer.", content))}
 
 
-@cache
 def openapi() -> Schema:
     """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
     location = object_schema(dict.fromkeys(location_info(ipaddress.IPv4Address(0)), STRING))
@@ -2814,7 +2689,7 @@ def openapi_json() -> bytes:
 
 
 async def describe_api(request: Request) -> Response:
-    return Response(openapi_json(), media_type="application/json")
+    return Response(openapi_json(), media_type=JSON_TYPE)
 
 
 CDN = "https://cdn.jsdelivr.net/npm/"
@@ -4413,14 +4288,10 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     slots = {"commands": DIAGNOSTICS if COMMANDS else None, "speedtests": SPEEDTESTS if SIZES else None}
     log.info("limits", {"rates": rate_limits_text(), **slots})
     if missing := missing_tools():
-        log.warning(
-            "Tools are missing: their commands answer 503 until they are installed",
-            {"missing": " ".join(missing), "install": install_hint(missing)},
-        )
+        pairs = {"missing": " ".join(missing), "install": install_hint(missing)}
+        log.warning("Tools are missing: their commands answer 503 until they are installed", pairs)
     if SETTINGS.CORS_CREDENTIALS and "*" in SETTINGS.CORS_ORIGINS:
-        log.warning(
-            "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: name the origins that may use them"
-        )
+        log.warning("CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: list the origins instead")
     probes = asyncio.gather(probe_tools(), LIMITS.probe())
     yield
     probes.cancel()
@@ -4433,18 +4304,18 @@ routes = [
     Route("/health", health),
     Route("/network/info", network_info),
     Route("/openapi.json", describe_api),
-    *(Route(f"/{name}", partial(api_docs, name), name=name) for name in API_DOCS),
+    *(Route(f"/{name}", partial(api_docs, name)) for name in API_DOCS),
     *(
-        Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"], name=name)
+        Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"])
         for name, command in COMMANDS.items()
     ),
-    *(Route(f"/speedtest/{name}", partial(speedtest, size), name=name) for name, size in SIZES.items()),
+    *(Route(f"/speedtest/{name}", partial(speedtest, size)) for name, size in SIZES.items()),
     *([Route("/speedtest/upload", upload, methods=["GET", "POST"])] if SIZES else []),
     Route("/metrics", metrics),
 ]
 
 
-async def answer_http(request: Request, error: Exception) -> Response:
+async def answer_http_exception(request: Request, error: Exception) -> Response:
     """The answer of the router; a path that ends in a slash and has a route without is redirected to it."""
     assert isinstance(error, HTTPException)
     path, query = request.scope["path"].rstrip("/"), request.url.query
@@ -4467,17 +4338,20 @@ app = Starlette(
     ],
     exception_handlers={
         RequestError: answer_request_error,
-        HTTPException: answer_http,
-        ClientDisconnect: answer_nobody,
-        Exception: answer_defect,
+        HTTPException: answer_http_exception,
+        ClientDisconnect: answer_disconnected,
+        Exception: answer_internal_error,
     },
     lifespan=lifespan,
 )
-app.router.redirect_slashes = False  # it writes the Host that a client sends into Location: see answer_http
+app.router.redirect_slashes = (
+    False  # it writes the Host that a client sends into Location: see answer_http_exception
+)
 
 
 # ---- serving -----------------------------------------------------------------------------------------------
 
+HEALTH_SECONDS = 5  # timeout of `lg.py health`
 LOG_LINES = 1000  # that may wait to be written
 LOG_SECONDS = 1  # for them to be written at the end
 
@@ -4485,22 +4359,16 @@ LOG_SECONDS = 1  # for them to be written at the end
 def listen(host: str, port: int) -> list[socket.socket]:
     """Sockets for the addresses of `host`, or where it is empty for all, IPv4 and IPv6. Raises OSError."""
     sockets = []
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    ):
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, *_, address in found:
         try:
-            listening = socket.socket(family, kind, protocol)
-        except OSError:
-            if host:
+            listening = socket.create_server(address, family=family)
+        except OSError as error:
+            if host or error.errno != errno.EAFNOSUPPORT:
                 raise
             continue  # a machine without IPv6
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         # Connections inherit it: the kernel drops a peer that takes nothing, as no closing of ours could.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)
-        listening.bind(address)
-        listening.listen()
         sockets.append(listening)
     return sockets
 
@@ -4606,7 +4474,7 @@ def serve() -> None:
 
 def ask_health() -> None:
     """Print what /health of the server with these settings answers. Raises SystemExit where none does."""
-    connection = http.client.HTTPConnection(own_address(), SETTINGS.PORT, timeout=RETRY_SECONDS)
+    connection = http.client.HTTPConnection(own_address(), SETTINGS.PORT, timeout=HEALTH_SECONDS)
     try:
         connection.request("GET", "/health")
         print(connection.getresponse().read().decode())

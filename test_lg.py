@@ -1395,8 +1395,8 @@ def test_each_line_of_another_tool_is_a_note() -> None:
         ("/usr/bin/ping -c 1 {address}", lg.PingParser),
         ("traceroute -T -p 443 {address}", lg.TracerouteParser),
         ("mtr --raw {address}", lg.MtrParser),
-        ("mtr --report {address}", lg.LineParser),
-        ("dig -x {address}", lg.LineParser),
+        ("mtr --report {address}", lg.OutputParser),
+        ("dig -x {address}", lg.OutputParser),
     ],
 )
 def test_the_parser_is_chosen_by_the_tool(argv: str, parser: type[lg.OutputParser]) -> None:
@@ -1893,7 +1893,7 @@ def run_transcript(name: str, fault: str = "", status: int | None = 0) -> dict[s
     events = (
         transcript.start()
         + transcript.output(RECORDED[name].encode())
-        + transcript.end(fault or transcript.fault(status or 0), status)
+        + transcript.end(fault or transcript.status_fault(status or 0), status)
     )
     return cast(dict[str, Any], json.loads(events.splitlines()[-1]))
 
@@ -2647,7 +2647,7 @@ def test_slow_download_above_the_expected_rate_goes_on(serve: Start) -> None:
 
 
 def test_download_slower_on_average_than_the_expected_rate_loses_its_slot(serve: Start) -> None:
-    server = serve(constants={"PACE": 2**26})  # a block in a fraction of a second
+    server = serve(constants={"MIN_BYTES_PER_SECOND": 2**26})  # a block in a fraction of a second
     connection = server.send(DOWNLOAD, receive_bytes=65536)
 
     def takes_some() -> bool:
@@ -5201,7 +5201,7 @@ def test_replicas_share_their_rate_limits_in_redis(serve: Start, redis: Redis) -
 def with_redis(serve: Start, redis: Redis) -> Server:
     """A server that has a store and has asked it once."""
     options = {"RATE_LIMIT_DIAGNOSTICS": "2/hour", "RATE_LIMIT_STORAGE_URI": redis.uri}
-    server = serve(tools={"ping": ECHO}, constants={"STORE_REST_SECONDS": 3}, **options)
+    server = serve(tools={"ping": ECHO}, constants={"STORE_RETRY_SECONDS": 3}, **options)
     assert server.run("ping").status_code == 200
     return server
 
@@ -5264,7 +5264,7 @@ def test_redis_cluster_is_used_when_it_is_up(serve: Start, redis: Redis) -> None
         "RATE_LIMIT_DIAGNOSTICS": "3/hour",
         "RATE_LIMIT_STORAGE_URI": f"redis+cluster://127.0.0.1:{redis.port}",
     }
-    servers = [serve(tools={"ping": ECHO}, constants={"STORE_REST_SECONDS": 0}, **options) for _ in range(2)]
+    servers = [serve(tools={"ping": ECHO}, constants={"STORE_RETRY_SECONDS": 0}, **options) for _ in range(2)]
     redis.start("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     with socket.create_connection(("127.0.0.1", redis.port)) as connection:
         connection.sendall(b"CLUSTER ADDSLOTSRANGE 0 16383\r\n")
@@ -5990,7 +5990,7 @@ def test_command_works_once_processes_can_be_made_again(serve: Start) -> None:
 
 
 def test_commands_that_cannot_be_started_are_logged_once_a_minute(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, constants={"MINUTE_SECONDS": 10**9})
+    server = serve(tools={"ping": ECHO}, constants={"LOG_REPEAT_SECONDS": 10**9})
     with fault(server, "no-fork"):
         for _ in range(3):
             server.run("ping")
@@ -6054,11 +6054,11 @@ def test_clients_are_forgotten_when_their_hits_have_expired(monkeypatch: pytest.
 
     def clients() -> int:
         counted.sweep()
-        lg.consume(counted.memory, rates, "ping", "127.0.0.1")
+        lg.count(counted.memory, rates, True, "ping", "127.0.0.1")
         return len(counted.entries.events)
 
     for number in range(50):
-        lg.consume(counted.memory, rates, "ping", str(number))
+        lg.count(counted.memory, rates, True, "ping", str(number))
     assert clients() == 51
     until(lambda: clients() == 1)
 
@@ -6209,7 +6209,7 @@ def test_invalid_request_is_not_logged(serve: Start) -> None:
 
 
 def test_refusals_of_many_clients_are_bounded_in_memory_and_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lg, "MINUTE_CLIENTS", 3)
+    monkeypatch.setattr(lg, "MAX_LOGGED_CLIENTS", 3)
     monkeypatch.setattr(lg, "LOGGED_REFUSALS", {})
     for number in range(10):
         lg.count_refusal(ipaddress.ip_address(number), "/", "rate limit")
@@ -6217,7 +6217,7 @@ def test_refusals_of_many_clients_are_bounded_in_memory_and_log(monkeypatch: pyt
 
 
 def test_refusals_of_a_client_are_logged_again_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lg, "MINUTE_SECONDS", 0)
+    monkeypatch.setattr(lg, "LOG_REPEAT_SECONDS", 0)
     monkeypatch.setattr(lg, "LOGGED_REFUSALS", {})
     lg.count_refusal(ipaddress.ip_address("192.0.2.1"), "/", "rate limit")
     first = dict(lg.LOGGED_REFUSALS)
@@ -7649,11 +7649,11 @@ def bench_limits() -> Iterator[Row]:
         limiter = lg.Limits("memory://").memory
         rates = tuple(limits.parse_many("2/minute"))
         for number in range(clients):
-            lg.consume(limiter, rates, "ping", str(number))
+            lg.count(limiter, rates, True, "ping", str(number))
         times = []
         for number in range(300):
             begun = time.perf_counter()
-            lg.consume(limiter, rates, "ping", f"new {number}")
+            lg.count(limiter, rates, True, "ping", f"new {number}")
             times.append((time.perf_counter() - begun) * 1e6)
             time.sleep(0.001)
         costs[clients] = median(times)
