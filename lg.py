@@ -3024,10 +3024,6 @@ th.axis {
 th span {
 	float: inline-end;
 }
-.silent td {
-	color: var(--dim);
-	padding-block: 0;
-}
 svg {
 	display: block;
 	width: 100%;
@@ -3735,8 +3731,8 @@ function drawHops(run, scale) {
 	for (let i = 0; i < count; i++) {
 		const first = i + 1
 		while (!hops[i].address && i + 1 < count && !hops[i + 1].address) i++
-		const silent = [rowHead(first > i ? first : `${first}–${i + 1}`), h("td.router", "no reply")]
-		rows.push(hops[i].address ? drawHop(hops[i], i, run, scale) : h("tr.silent", silent))
+		const silent = [rowHead(first > i ? first : `${first}–${i + 1}`), h("td.router.dim", "no reply")]
+		rows.push(hops[i].address ? drawHop(hops[i], i, run, scale) : h("tr", silent))
 	}
 	const stats = {strip: "Probes", loss: "Loss", avg: "Avg ms", best: "Best", worst: "Worst"}
 	const titles = Object.entries(tool.kind === "mtr" ? stats : {times: "Times, ms"})
@@ -3827,7 +3823,7 @@ function query() {
 
 function commandsFor({tool: {id, versions}, target, version}) {
 	const mine = PLACES[0].info.your_ip.includes(":") ? 6 : 4
-	const wanted = versionOf(target) || Number(version)
+	const wanted = versionOf(target) || +version
 	const order = (wanted ? [wanted] : [mine, 10 - mine]).filter((each) => versions.includes(each))
 	return (order[0] ? order : versions.slice(0, 1)).map((each) => (each === 6 ? `${id}6` : id))
 }
@@ -3967,7 +3963,7 @@ function draw(test) {
 	]
 	const folded = h(
 		"button.line.row",
-		{type: "button", "aria-expanded": String(open), onclick: () => flip(test, "open")},
+		{type: "button", "aria-expanded": `${open}`, onclick: () => flip(test, "open")},
 		line,
 	)
 	morph(node, h(`article${newest ? ".card" : ".view"}${running}`, !newest && folded, (newest || open) && card))
@@ -4183,6 +4179,12 @@ STREAMS = min(
     SETTINGS.MAX_SPEEDTESTS_PER_CLIENT - 1,
     *(rate.amount // 2 for rate in SETTINGS.RATE_LIMIT_SPEEDTEST),
 )
+SETUP = {
+    "tools": TABS,
+    "sizes": [f"speedtest/{name}" for name in reversed(SIZES)],
+    "streams": STREAMS,
+    "seconds": SETTINGS.DIAGNOSTIC_TIMEOUT,
+}
 LOGO = f'<img src="{SETTINGS.PAGE_LOGO}" alt="">' if SETTINGS.PAGE_LOGO else ""
 OPERATOR = f"<b>{escape(SETTINGS.PAGE_TITLE)}</b>\n" if SETTINGS.PAGE_TITLE else ""
 
@@ -4237,13 +4239,6 @@ def page(info: Mapping[str, str], asked: Mapping[str, str], base: str) -> str:
     at = {str(place["name"]): str(i) for i, place in enumerate(places)} | {"all": str(len(places))}
     test, version = chosen_test(asked)
     commands = [name for name, command in COMMANDS.items() if base_name(command) == test] or [*COMMANDS, ""]
-    setup = {
-        "tools": TABS,
-        "places": places,
-        "sizes": [f"speedtest/{name}" for name in reversed(SIZES)],
-        "streams": STREAMS,
-        "seconds": SETTINGS.DIAGNOSTIC_TIMEOUT,
-    }
     downloads = anchors((name, f"speedtest/{name}") for name in SIZES)
     auto = f"Auto (IPv{6 if ':' in info['your_ip'] else 4})"
     return PAGE.format(
@@ -4251,7 +4246,7 @@ def page(info: Mapping[str, str], asked: Mapping[str, str], base: str) -> str:
         style=STYLE,
         script=SCRIPT,
         operator=escape(SETTINGS.PAGE_TITLE or "Looking glass"),
-        setup=json.dumps(setup, separators=(",", ":")).replace("<", "\\u003c"),
+        setup=json.dumps(SETUP | {"places": places}, separators=(",", ":")).replace("<", "\\u003c"),
         icon=SETTINGS.PAGE_LOGO or "data:,",
         brand=LOGO + OPERATOR,
         links=anchors([*((link["name"], link["url"]) for link in SETTINGS.PAGE_LINKS), ("API", "docs")]),
