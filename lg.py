@@ -101,10 +101,10 @@ BUILT_IN = {
     "mtr": "mtr -{version} --raw -e -c 10 -i 1 -G 1 -Z 2 -m 30 {address}",
 }
 BUILT_IN_COMMANDS = [name + suffix for name in BUILT_IN for suffix in ("", "6")]
-LOGO_BYTES = 2**16  # part of each page that is sent
+LOGO_BYTES = 2**16  # the logo is embedded in every page
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
 BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
-# As a content security policy takes it, which has no syntax for IPv6 addresses.
+# As a content security policy writes it: without a syntax for IPv6 addresses.
 ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
 LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
 LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
@@ -192,7 +192,7 @@ def storage_uri(value: str) -> str:
 
 
 def json_links(url_pattern: re.Pattern[str], example: str) -> Parser[tuple[Link, ...]]:
-    """A JSON list of objects with `name` and `url`, which is the pattern's group; other keys are ignored."""
+    """Parses a JSON list of objects with `name` and `url`, of which group 1 is kept; ignores other keys."""
 
     def parse_entry(entry: Any) -> Link:
         with suppress(LookupError, TypeError, ValueError, AttributeError):
@@ -247,7 +247,7 @@ def logo(path: str) -> str:
 
 
 def setting(default: str, parse: Parser[T]) -> T:
-    """A row of Settings. Where `parse` takes no empty text, set but empty means the default."""
+    """A row of Settings. An empty value means the default, unless `parse` accepts it."""
     row: T = field(metadata={"default": default, "parse": parse})
     return row
 
@@ -379,8 +379,8 @@ SETTINGS = load_settings({**ENV_FILE, **os.environ})
 
 RESOLVE_SECONDS = 5
 RETRY_LATER = {"Retry-After": "5"}  # where no slot is free: commands end at different times, after about 15 s
-# Threads that may run at once, including those that are late and abandoned: a resolver may take minutes to
-# give up. Slow names leave room for the shared store.
+# Limits on the threads of the whole process, abandoned ones included: a resolver may take minutes to give up.
+# Lookups stop first, which leaves threads for the shared store.
 LOOKUP_THREADS, STORE_THREADS = 100, 200
 
 IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}", re.ASCII)
@@ -434,7 +434,7 @@ COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, deprecated
 
 
 class RequestError(Exception):
-    """A request that is refused: the status, JSON body and headers of its answer, and the reason to count."""
+    """A refused request: status, JSON body and headers of the answer, and the reason for the metrics."""
 
     def __init__(
         self, status: int, body: Mapping[str, object], headers: Headers | None = None, reason: str = "invalid"
@@ -585,9 +585,9 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
 
 # ---- limits ------------------------------------------------------------------------------------------------
 
-STORE_SECONDS = 2  # within which a shared store must answer
+STORE_SECONDS = 2  # time limit of a query to the shared store
 STORE_RETRY_SECONDS = 30  # for which a store that failed is not asked again
-SWEEP_SECONDS = 60  # after which clients whose hits have expired are removed from memory
+SWEEP_SECONDS = 60  # how often clients without a recent request are removed from memory
 LOG_REPEAT_SECONDS = 60  # one refusal of a client is logged within it
 MAX_LOGGED_CLIENTS = 1000  # of how many clients
 RATE_HEADERS = {  # with what they mean
@@ -598,7 +598,7 @@ RATE_HEADERS = {  # with what they mean
 
 
 def rate_limit_key(client: IPAddress) -> str:
-    """What counts as one client: an IPv4 address, or the /64 of an IPv6 address, as one subscriber has."""
+    """The key under which a client is limited: its IPv4 address, or the /64 of its IPv6 address."""
     return str(client) if client.version == 4 else str(ipaddress.ip_network((int(client) >> 64 << 64, 64)))
 
 
@@ -609,7 +609,7 @@ def describe_rates(rates: Rates) -> str:
 
 
 class Slots:
-    """Room for `total` runs at once, `per_client` of them for one client; `what` names them in errors."""
+    """Limits how many run at once, in all and for each client; `what` names them in errors."""
 
     def __init__(self, what: str, total: int, per_client: int) -> None:
         self.what, self.total, self.per_client = what, total, per_client
@@ -716,7 +716,7 @@ class Limits:
         return headers
 
     async def probe(self) -> None:
-        """Ask the shared store once, so that the log has it at the start when it does not answer."""
+        """Query the shared store at the start, so that a failure is logged before the first request."""
         if shared := self.shared:
             with suppress(ConnectionError, RequestError):
                 await self.ask_shared(lambda: count(shared(), (limits.parse("1/minute"),), False, "start"))
@@ -748,10 +748,10 @@ def sample(name: str, **labels: str) -> str:
 
 
 REFUSAL_REASONS = ("invalid", "target", "rate limit", "client slots", "server slots", "unavailable")
-# Of each sample since the start; at 0 those that are known, so that Prometheus sees their first increase.
+# Counters by sample. Those that are known start at 0, so that Prometheus sees their first increase.
 COUNTERS: defaultdict[str, float] = defaultdict(float)
 COUNTERS |= dict.fromkeys((sample("lg_refusals_total", reason=reason) for reason in REFUSAL_REASONS), 0.0)
-LOGGED_REFUSALS: dict[str, float] = {}  # the time of each client's last
+LOGGED_REFUSALS: dict[str, float] = {}  # when a refusal of each client was last logged
 
 
 def count_refusal(client: IPAddress, path: str, reason: str) -> None:
@@ -824,7 +824,7 @@ def check_version(target: IPAddress | str, command: Command) -> None:
 
 
 FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
-UNSUITABLE: set[tuple[str, float] | None] = set()  # tools that turned out to be other programs
+UNSUITABLE: set[tuple[str, float] | None] = set()  # tools that reject our options, such as BusyBox's
 
 
 def find_program(tool: str) -> tuple[str, float] | None:
@@ -851,7 +851,7 @@ def install_hint(tools: Sequence[str]) -> str | None:
 # ---- parsing what the tools print --------------------------------------------------------------------------
 
 LINE_BYTES = 4096  # a longer line is parsed in pieces
-MAX_PROBES = 1000  # bounds the losses that a summary can claim; no command sends as many
+MAX_PROBES = 1000  # upper bound for the losses taken from a summary
 
 # A tool's output becomes events as it comes, and one result at the end. The OpenAPI schemas are made from
 # these types. Results have the shape of Globalping's test results. Times are in milliseconds.
@@ -1255,7 +1255,7 @@ class TracerouteParser(OutputParser):
             yield note(line)
 
     def parse_probes(self, text: str, names: dict[str, str | None]) -> tuple[list[Probe], bool]:
-        """The probes of a hop, and whether they carry all of its line. Adds their routers to `names`."""
+        """The probes of a hop, and whether the whole line was parsed. Adds the routers' names to `names`."""
         probes: list[Probe] = []
         position, address, complete = 0, None, True
         pending = False  # an address whose time is still to come
@@ -1556,7 +1556,7 @@ class Transcript:
         return self.encode(*self.parser.feed(chunk))
 
     def status_fault(self, status: int) -> str:
-        """What is wrong with a status that would be a result: BusyBox' ping exits with 1 on a bad option."""
+        """The fault where nothing was sent: BusyBox' ping exits with 1 for a bad option too."""
         return f"exit status {status}" if status and not self.parser.has_sent() else ""
 
     def end(self, fault: str, status: int | None) -> bytes:
@@ -1582,12 +1582,12 @@ class Transcript:
 
 OUTPUT_BYTES = 2**20  # what one command may write
 READ_BYTES = 2**16  # the capacity of a pipe
-POLL_SECONDS = 0.1  # between two looks at a silent command
+POLL_SECONDS = 0.1  # how often a silent command is checked
 GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT
 PROBE_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
-# As ping of iputils, BusyBox and GNU inetutils prints it, and mtr, which has a program of its own to send.
+# Errors of ping (iputils, BusyBox, GNU inetutils) and of mtr, whose mtr-packet does the sending.
 DENIED = re.compile(r"(?i).*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*")
-# As BusyBox and GNU inetutils refuse options of the programs that we expect.
+# Errors of BusyBox and GNU inetutils for options that only the expected programs have.
 REFUSED = re.compile(r"(?i).*(?:(?:invalid|unrecognized|unknown) option|invalid number).*")
 
 
@@ -1619,7 +1619,7 @@ class Process:
         self.running.add(self)
 
     def stop(self, reason: str) -> None:
-        """Interrupt it, and kill it after a moment for its summary; until then its output can be read."""
+        """Send SIGINT, and SIGKILL after GRACE_SECONDS: ping prints its summary in between."""
         self.fault = self.fault or reason
         self.signal(signal.SIGINT)
         self.timer.cancel()
@@ -1631,7 +1631,7 @@ class Process:
             os.killpg(self.tool.pid, number)
 
     def has_ended(self) -> bool:
-        """Does not reap, so that no other group gets this number before `__aexit__` has used it."""
+        """Whether the tool has exited. Not reaped yet, it keeps the number of its group for `__aexit__`."""
         return os.waitid(os.P_PID, self.tool.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     async def output(self) -> AsyncGenerator[bytes]:
@@ -1639,7 +1639,7 @@ class Process:
         remaining = OUTPUT_BYTES
         while True:
             if ended := self.has_ended():
-                self.signal(signal.SIGKILL)  # to children that live on
+                self.signal(signal.SIGKILL)  # remaining children
             chunk = self.pipe.read(READ_BYTES)
             if chunk is None and not ended:  # nothing to read yet
                 self.readable.clear()
@@ -1713,7 +1713,7 @@ class Diagnosis:
     output: asyncio.Queue[bytes | None]  # what the client reads; None is the end
 
     async def run(self) -> None:
-        """From the free slot to the line in the log. Raises RequestError."""
+        """Take a slot, resolve the target, run the tool, log the run. Raises RequestError."""
         command, target, client = self.command, self.target, self.client
         with DIAGNOSTICS.take(rate_limit_key(client)):
             begun, address = time.monotonic(), None
@@ -1813,12 +1813,12 @@ MAX_CONNECTIONS = 4000  # of all clients: about 40 MiB, and the kernel's buffers
 MAX_CONNECTIONS_PER_CLIENT = 100  # proxies excepted; a browser opens 6 to a server
 RESERVED_FILES = 200  # descriptors for commands, lookups, the store and the log
 REQUEST_HEADER_SECONDS = 10  # within which the header of a request must be complete
-PARSED_BYTES = 2**16  # given to the parser for one request: h11 takes 60 ms for as much in one-byte chunks
+PARSED_BYTES = 2**16  # parsed of one request: h11 needs 60 ms for as much in one-byte chunks
 BODY_BYTES = 4096  # of a body that is read
 BODY_SECONDS = 10  # within which it must be complete
 LINGER_SECONDS = 5  # for the rest of a body after its answer
 STALL_SECONDS = 30  # after which a peer that takes or sends nothing is dropped
-STOP_SECONDS = 3  # uvicorn's limit for the end of requests when the server stops; ours end before
+STOP_SECONDS = 3  # uvicorn's time limit for requests to end at the shutdown; ours end earlier
 ADDRESS_CHARS = 64  # the longest text that is parsed, and cached, as an address: one with its zone is shorter
 FRAMING = {b"content-length", b"transfer-encoding"}  # the headers that give the length of a body
 CLOSE = (b"connection", b"close")
@@ -1826,9 +1826,9 @@ ADDRESS_WITH_PORT = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:
 ABORTIVE_CLOSE = struct.pack(
     "ii", 1, 0
 )  # for SO_LINGER: closing discards what has not been sent, and sends RST
-# Shared by all connections: what is read into it is used before another connection is read.
+# The receive buffer of all connections: its contents are used before another connection is read.
 RECEIVE_BUFFER = memoryview(bytearray(2**18))
-# What the application receives in the place of a large body, whose bytes are counted and not kept.
+# The application receives this in place of a large body, whose bytes are counted and not kept.
 ZEROS = memoryview(bytes(2**20))
 
 
@@ -1931,7 +1931,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         super().__init__(*args, **kwargs)
         self.application, self.app = self.app, cast(Any, self.answer)
         self.key = ""  # of the client in `per_client`
-        self.parsed = 0  # bytes given to the parser since the last answer
+        self.parsed = 0  # bytes parsed since the last answer
         self.to_count = 0  # bytes of the body that have not come yet and will not be parsed
         self.counted = 0  # bytes that were not parsed and that the application has not received yet
 
@@ -1955,7 +1955,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> None:
-        """Treat a half-closed connection as closed: nothing tells the two apart."""
+        """Treat a half-closed connection as closed: TCP does not distinguish the two."""
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -2017,7 +2017,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.cycle.message_event.set()
 
     def discard(self) -> None:
-        """What is thrown away here may be half of a request: none is parsed after it."""
+        """Close after the current answer: the discarded bytes may end in the middle of a request."""
         if self.cycle and self.is_answering():
             self.cycle.keep_alive = False
         else:
@@ -2110,11 +2110,11 @@ Exchange = AbstractAsyncContextManager[tuple[Headers, AsyncGenerator[bytes]]]
 
 
 class StreamedResponse(Response):
-    """An answer whose body is an async generator, and whose work ends when the client leaves.
+    """An answer whose body is an async generator, and which ends when the client leaves.
 
-    The work is an async context manager that gives further headers and the body. What it raises before is the
-    answer instead. It is left on every way out. (Starlette's StreamingResponse leaves its generator to the
-    garbage collector.)
+    `exchange` is an async context manager that yields further headers and the body. It is left on every path,
+    and what it raises on entering becomes the answer. Starlette's StreamingResponse does not close its
+    generator.
     """
 
     def __init__(self, exchange: Exchange, headers: Headers) -> None:
@@ -2149,10 +2149,10 @@ class StreamedResponse(Response):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which stops what runs before it waits for it to end."""
+    """uvicorn's server, which stops the commands before it waits for requests to end."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A second signal changes nothing: the end takes a few seconds at most."""
+        """Ignore further signals: the shutdown takes a few seconds at most."""
         if not self.should_exit:
             super().handle_exit(sig, frame)
 
@@ -2167,7 +2167,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def drop(self) -> None:
-        """End what is still open: downloads, answers that are not read, requests that do not come."""
+        """Abort what is still open: downloads, unread answers, incomplete requests."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
@@ -2213,7 +2213,7 @@ def log_speedtest(size: str, client: IPAddress, outcome: str, length: int, secon
 
 @asynccontextmanager
 async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
-    """The headers of the rate limit and the same block again and again.
+    """The headers of the rate limit, and `size.length` zero bytes in blocks.
 
     Raises RequestError, or TransferAborted when the client takes less than MIN_BYTES_PER_SECOND.
     """
@@ -2330,7 +2330,7 @@ async def diagnostic(command: Command, request: Request) -> Response:
     check_version(target, command)
     as_events = EVENTS_TYPE in request.headers.get("accept", "").lower()
     headers = STREAM_HEADERS | {"Content-Type": EVENTS_TYPE if as_events else TEXT_TYPE}
-    if as_events:  # when a page stops, browsers may read on for 5 s, to use the connection again
+    if as_events:  # after an abort, browsers may read on for 5 s to reuse the connection
         headers["Connection"] = "close"
     return StreamedResponse(diagnosis(command, target, client_address(request), as_events), headers)
 
@@ -2483,7 +2483,7 @@ async def answer_request_error(request: Request, error: Exception) -> Response:
     count_refusal(client_address(request), request.scope["path"], error.reason)
     try:
         return JSONResponse(error.body, error.status, error.headers)
-    except (ValueError, RecursionError):  # what the client sent, to be echoed, cannot be written as JSON
+    except (ValueError, RecursionError):  # the client's input, which is echoed, cannot be written as JSON
         detail = cast(list[dict[str, object]], error.body["detail"])
         body = {"detail": [{**each, "input": None} for each in detail]}
         return JSONResponse(body, error.status, error.headers)
@@ -2590,7 +2590,7 @@ def response(when: str, content: Mapping[str, Schema], headers: Iterable[str] = 
 
 
 def operation(summary: str, success: Schema, errors: Sequence[int] = (), **more: Any) -> Schema:
-    """An operation: the response when all is well, the statuses of its errors."""
+    """An operation with its 200 response and the statuses of its errors."""
     responses = {"200": success}
     for status in errors:
         when, schema = ERROR_RESPONSES[status]
@@ -4311,7 +4311,7 @@ routes = [
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:
-    """The answer of the router; a path that ends in a slash and has a route without is redirected to it."""
+    """Answers the router's 404 and 405; redirects a path with a trailing slash to the route without it."""
     assert isinstance(error, HTTPException)
     path, query = request.scope["path"].rstrip("/"), request.url.query
     if error.status_code == 404 and path != request.scope["path"] and path in {each.path for each in routes}:
@@ -4347,8 +4347,9 @@ app.router.redirect_slashes = (
 # ---- serving -----------------------------------------------------------------------------------------------
 
 HEALTH_SECONDS = 5  # timeout of `lg.py health`
-LOG_LINES = 1000  # that may wait to be written
-LOG_SECONDS = 1  # for them to be written at the end
+LOG_LINES = 1000  # length of the queue
+LOG_SECONDS = 1  # time to write it at the end
+HEALTH_SECONDS = 5  # time limit of `lg.py health`
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -4459,7 +4460,7 @@ def serve() -> None:
     log.info("started", {"version": VERSION, **PLACE, "url": f"http://{host}:{SETTINGS.PORT}/"})
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    # If the parent left it ignored, tools would be reaped before they are waited for.
+    # The parent may have left it ignored: the kernel would reap the tools before we do.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal ends the commands too
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
