@@ -588,8 +588,8 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
 STORE_SECONDS = 2  # time limit of a query to the shared store
 STORE_RETRY_SECONDS = 30  # for which a store that failed is not asked again
 SWEEP_SECONDS = 60  # how often clients without a recent request are removed from memory
-LOG_REPEAT_SECONDS = 60  # one refusal of a client is logged within it
-MAX_LOGGED_CLIENTS = 1000  # of how many clients
+LOG_REPEAT_SECONDS = 60  # one refusal of each client, and one failure of each tool, is logged in this time
+MAX_LOGGED_CLIENTS = 1000  # clients whose refusals are logged in this time
 RATE_HEADERS = {  # with what they mean
     "X-RateLimit-Limit": "Requests allowed.",
     "X-RateLimit-Remaining": "Requests left.",
@@ -599,7 +599,7 @@ RATE_HEADERS = {  # with what they mean
 
 def rate_limit_key(client: IPAddress) -> str:
     """The key under which a client is limited: its IPv4 address, or the /64 of its IPv6 address."""
-    return str(client) if client.version == 4 else str(ipaddress.ip_network((int(client) >> 64 << 64, 64)))
+    return str(client) if client.version == 4 else str(ipaddress.IPv6Network((client, 64), strict=False))
 
 
 def describe_rates(rates: Rates) -> str:
@@ -1324,10 +1324,8 @@ class MtrHop:
         """Loss%, Snt, Last, Avg, Best, Wrst, StDev as `mtr --report` prints them; too wide ones are cut."""
         last, best, worst = (self.times[-1], min(self.times), max(self.times)) if self.times else (0, 0, 0)
         times = [f" {each / 1000:5.1f}" for each in (last, self.average, best, worst, self.deviation())]
-        loss, sent, *narrow = (
-            each[:6] for each in (f" {self.loss():4.1f}%", f" {self.sent:5d}", *times[:-1])
-        )
-        return f"{loss}{sent} {''.join(narrow)}{times[-1]}"
+        loss, sent, *cells = (each[:6] for each in (f" {self.loss():4.1f}%", f" {self.sent:5d}", *times[:-1]))
+        return f"{loss}{sent} {''.join(cells)}{times[-1]}"
 
     def stats(self) -> HopStats:
         low = average = high = deviation = least = mean = most = None
@@ -1358,7 +1356,7 @@ class MtrParser(OutputParser):
     }
     RAW = re.compile(r"([xhmdp]) (\d{1,2}) (.*)")
     TITLES = " Loss%   Snt   Last   Avg  Best  Wrst StDev"
-    MAX_HOPS = 30
+    MAX_HOPS = 30  # -m of the built-in commands
 
     def __init__(self, address: IPAddress) -> None:
         super().__init__(address)
@@ -1823,9 +1821,7 @@ ADDRESS_CHARS = 64  # the longest text that is parsed, and cached, as an address
 FRAMING = {b"content-length", b"transfer-encoding"}  # the headers that give the length of a body
 CLOSE = (b"connection", b"close")
 ADDRESS_WITH_PORT = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
-ABORTIVE_CLOSE = struct.pack(
-    "ii", 1, 0
-)  # for SO_LINGER: closing discards what has not been sent, and sends RST
+NO_LINGER = struct.pack("ii", 1, 0)  # for SO_LINGER: closing discards unsent data and sends RST
 # The receive buffer of all connections: its contents are used before another connection is read.
 RECEIVE_BUFFER = memoryview(bytearray(2**18))
 # The application receives this in place of a large body, whose bytes are counted and not kept.
@@ -1967,9 +1963,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
     def reset(self) -> None:
         self.disconnect()
-        self.transport.get_extra_info("socket").setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, ABORTIVE_CLOSE
-        )
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         self.transport.abort()
 
     def is_answering(self) -> bool:
@@ -2177,7 +2171,7 @@ class Server(uvicorn.Server):
 # Pages of zeros that are never written share one page of memory. From Python 3.12 on, asyncio keeps a view of
 # what waits to be sent; before, it copies it.
 BLOCK = bytes(2**23 if sys.version_info >= (3, 12) else 2**21)
-MIN_BYTES_PER_SECOND = 2**16  # bytes/s that a transfer must reach on average: a trickle holds no slot
+MIN_BYTES_PER_SECOND = 2**16  # average that a transfer must reach: a trickle holds no slot
 UPLOAD_BYTES = 2**30
 UPLOAD_SECONDS = 120  # after which an upload is answered with what has come
 UPLOAD_TEST_CHARS = 64  # of a test's name
@@ -4339,14 +4333,11 @@ app = Starlette(
     },
     lifespan=lifespan,
 )
-app.router.redirect_slashes = (
-    False  # it writes the Host that a client sends into Location: see answer_http_exception
-)
+app.router.redirect_slashes = False  # the client's Host would be in Location: see answer_http_exception
 
 
 # ---- serving -----------------------------------------------------------------------------------------------
 
-HEALTH_SECONDS = 5  # timeout of `lg.py health`
 LOG_LINES = 1000  # length of the queue
 LOG_SECONDS = 1  # time to write it at the end
 HEALTH_SECONDS = 5  # time limit of `lg.py health`
