@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from base64 import b64encode
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,21 +46,7 @@ from io import StringIO
 from itertools import islice, pairwise
 from pathlib import Path
 from types import FrameType
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    NotRequired,
-    TypedDict,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-    is_typeddict,
-)
+from typing import Any, ClassVar, Literal, NamedTuple, NotRequired, TypedDict, TypeVar, cast
 from urllib.parse import parse_qs
 from weakref import WeakValueDictionary
 
@@ -939,7 +926,7 @@ class StartEvent(TypedDict):
     target: str
     address: str
     family: Literal[4, 6]
-    time: Annotated[str, {"format": "date-time"}]
+    time: str
 
 
 class ReplyEvent(TypedDict):
@@ -2495,7 +2482,7 @@ async def answer_internal_error(request: Request, error: Exception) -> Response:
 
 Schema = dict[str, Any]
 SCALARS = {str: "string", int: "integer", float: "number", type(None): "null"}
-COMPONENTS = {each.__name__: each for union in (Event, Result) for each in get_args(union)}
+COMPONENTS = {each.__name__: each for union in (Event, Result) for each in typing.get_args(union)}
 STRING: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
 
@@ -2516,23 +2503,21 @@ def object_schema(properties: Mapping[str, Schema], optional: Sequence[str] = ()
 
 
 def typed_dict_schema(cls: type) -> Schema:
-    hints = get_type_hints(cls, include_extras=True)
-    optional = [name for name, hint in hints.items() if get_origin(hint) is NotRequired]
+    hints = typing.get_type_hints(cls, include_extras=True)
+    optional = [name for name, hint in hints.items() if typing.get_origin(hint) is NotRequired]
     schema = object_schema({name: schema_of(hint) for name, hint in hints.items()}, optional)
     return schema | ({"description": cleandoc(cls.__doc__)} if cls.__doc__ else {})
 
 
 def schema_of(hint: Any) -> Schema:
     """The JSON schema of a type hint, for those that events and results are made of."""
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in COMPONENTS.values():
         return {"$ref": f"#/components/schemas/{hint.__name__}"}
-    if is_typeddict(hint):
+    if typing.is_typeddict(hint):
         return typed_dict_schema(hint)
     if origin is NotRequired:
         return schema_of(arguments[0])
-    if origin is Annotated:  # with further keywords
-        return {**schema_of(arguments[0]), **arguments[1]}
     if origin is Literal:
         return enum(*arguments)
     if origin is list:
@@ -2603,7 +2588,7 @@ def command_operation(command: Command) -> Schema:
     argv = " ".join(command.argv_for("ADDRESS"))
     output = "The output of the tool as it comes: text, or with `Accept` one event a line."
     success = response(output, {TEXT_TYPE: STRING, EVENTS_TYPE: schema_of(Event)}, RATE_HEADERS)
-    examples = zip(get_args(Event), EXAMPLES, strict=True)
+    examples = zip(typing.get_args(Event), EXAMPLES, strict=True)
     success["content"][EVENTS_TYPE]["examples"] = {
         cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples
     }
