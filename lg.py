@@ -1161,15 +1161,15 @@ class PingParser(OutputParser):
             yield note(line)
 
     def reply(self, match: re.Match[str]) -> Iterator[Event]:
-        name, address, seq, ttl, rtt, remark = match.groups()
+        name, address, seq, ttl_text, rtt_text, remark = match.groups()
+        ttl, rtt = int(ttl_text) if ttl_text else None, float(rtt_text) if rtt_text else None
         self.count(int(seq))
         self.received.add(int(seq))
         if address == self.address:
             self.hostname = hostname_of(name, address)
-        if rtt and ttl:
-            self.timings.append({"rtt": float(rtt), "ttl": int(ttl)})
-        hops, ms = int(ttl) if ttl else None, float(rtt) if rtt else None
-        yield {"event": "reply", "seq": int(seq), "ttl": hops, "rtt": ms}
+        if rtt is not None and ttl is not None:
+            self.timings.append({"rtt": rtt, "ttl": ttl})
+        yield {"event": "reply", "seq": int(seq), "ttl": ttl, "rtt": rtt}
         if remark:  # (DUP!), (DIFFERENT ADDRESS!), (truncated), a time with too many digits
             yield note(match[0])
 
@@ -1321,11 +1321,9 @@ class MtrHop:
             spread = (min(times), self.average, max(times), self.deviation())
             jitter = (min(jitters), sum(jitters) / len(jitters), max(jitters))
             low, average, high, deviation, least, mean, most = (round(us / 1000, 3) for us in spread + jitter)
-        total, rcv = self.completed(), len(times)
-        times_and_loss = Stats(
-            min=low, avg=average, max=high, total=total, rcv=rcv, drop=total - rcv, loss=self.loss()
-        )
-        return {**times_and_loss, "stDev": deviation, "jMin": least, "jAvg": mean, "jMax": most}
+        total, rcv, loss = self.completed(), len(times), self.loss()
+        stats = Stats(min=low, avg=average, max=high, total=total, rcv=rcv, drop=total - rcv, loss=loss)
+        return {**stats, "stDev": deviation, "jMin": least, "jAvg": mean, "jMax": most}
 
 
 class MtrParser(OutputParser):
@@ -1493,17 +1491,13 @@ class MtrParser(OutputParser):
         return {**common, "resolvedHostname": self.names.get(self.address), "hops": hops}
 
 
-PARSERS: dict[str, type[OutputParser]] = {
-    "ping": PingParser,
-    "traceroute": TracerouteParser,
-    "mtr": MtrParser,
-}
+PARSERS: dict[str, type[OutputParser]] = {"ping": PingParser, "traceroute": TracerouteParser}
 
 
 def parser_for(command: Command) -> type[OutputParser]:
     """The parser of the command's tool."""
-    if command.tool == "mtr" and "--raw" not in command.argv:
-        return OutputParser
+    if command.tool == "mtr" and "--raw" in command.argv:
+        return MtrParser
     return PARSERS.get(command.tool, OutputParser)
 
 
