@@ -2066,19 +2066,20 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
 async def read_body(request: Request) -> bytes:
     """The body of a small request. Raises RequestError when it is too large or too slow."""
+    message = f"The body is larger than {BODY_BYTES} bytes: send the target alone"
+    too_large = RequestError(413, {"detail": message})
+    if (declared_length(request.scope["headers"]) or 0) > BODY_BYTES:
+        raise too_large
     body = b""
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            if (declared_length(request.scope["headers"]) or 0) <= BODY_BYTES:
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > BODY_BYTES:
-                        break
-                else:
-                    return body
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > BODY_BYTES:
+                    raise too_large
     except TimeoutError:
         raise RequestError(408, {"detail": f"The body did not come within {BODY_SECONDS} s"}) from None
-    raise RequestError(413, {"detail": f"The body is larger than {BODY_BYTES} bytes: send the target alone"})
+    return body
 
 
 Exchange = AbstractAsyncContextManager[tuple[Headers, AsyncGenerator[bytes]]]
@@ -2597,11 +2598,10 @@ def command_operation(command: Command) -> Schema:
     )
 
 
-def speedtest_operations(name: str) -> dict[str, Schema]:
-    size = SIZES[name]
+def speedtest_operations(size: Size) -> dict[str, Schema]:
     summary = f"{size.length} zero bytes"
     bytes_response = response("The bytes.", {"application/octet-stream": {}}, RATE_HEADERS)
-    get = operation(summary, bytes_response, (429, 503), operationId=f"speedtest_{name}")
+    get = operation(summary, bytes_response, (429, 503), operationId=f"speedtest_{size.name}")
     get["description"] = f"Limit: {describe_rates(size.rates)}."
     return {"get": get, "head": operation(f"{summary}: the headers", {"description": "The headers alone."})}
 
@@ -2642,8 +2642,8 @@ def openapi() -> Schema:
         "openapi": "3.1.0",
         "info": {**info, "license": {"name": "MIT", "identifier": "MIT"}},
         "paths": {
-            **{f"/lookingglass/{name}": {"post": command_operation(COMMANDS[name])} for name in COMMANDS},
-            **{f"/speedtest/{name}": speedtest_operations(name) for name in SIZES},
+            **{f"/lookingglass/{name}": {"post": command_operation(each)} for name, each in COMMANDS.items()},
+            **{f"/speedtest/{name}": speedtest_operations(size) for name, size in SIZES.items()},
             **({"/speedtest/upload": upload_operations()} if SIZES else {}),
             "/network/info": get_operation("Where this is, and who you are", {JSON_TYPE: location}),
             "/health": get_operation("Whether the tools are there", {JSON_TYPE: health}),
