@@ -4321,6 +4321,13 @@ def test_settings_that_leave_nothing_to_offer_stop_the_start() -> None:
     assert "expected a command or speed tests" in start_error(COMMANDS="", MAX_SPEEDTESTS="0")
 
 
+def test_answers_are_not_delayed_by_the_kernel() -> None:
+    """Nagle's algorithm would hold back the second write of an answer for 40 ms."""
+    (listening,) = lg.listen("127.0.0.1", 0)
+    with listening, socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_host_is_the_only_address_that_is_listened_on(serve: Start) -> None:
     server = serve(HOST="127.0.0.1")
     with socket.socket() as ipv4, socket.socket(socket.AF_INET6) as ipv6:
