@@ -4333,8 +4333,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
             if host or error.errno != errno.EAFNOSUPPORT:
                 raise
             continue  # a machine without IPv6
-        # Connections inherit both. asyncio sets TCP_NODELAY only where a socket names its protocol; without it
-        # the second write of an answer waits for the client's delayed acknowledgement, 40 ms.
+        # Connections inherit both. asyncio sets TCP_NODELAY only where a socket names its protocol; without,
+        # the second write of an answer waits for the client's delayed acknowledgement: 40 ms.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # The kernel drops a peer that takes nothing, as no closing of ours could.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)

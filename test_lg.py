@@ -7726,9 +7726,8 @@ def bench() -> None:
         )
         for what, ours, unit, reference, meaning in rows:
             ratio = f"{ours / reference:.2f}" if reference else ""
-            print(
-                f"| {what} | {ours:.3g} {unit} | {reference:.3g} {unit} | {ratio} | {meaning} |", flush=True
-            )
+            here, there = (f"{each:.0f}" if each >= 1000 else f"{each:.3g}" for each in (ours, reference))
+            print(f"| {what} | {here} {unit} | {there} {unit} | {ratio} | {meaning} |", flush=True)
 
 
 FLOORS = {"download": 0.7, "upload, until its connection is free": 0.4}
