@@ -6688,7 +6688,8 @@ def test_metrics_pass_promtool(serve: Start) -> None:
     promtool = shutil.which("promtool")
     if not promtool:
         lacking("the command promtool")
-    server = serve(tools={"ping": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
+    place = 'Tab\tback\\slash "quoted" é'
+    server = serve(tools={"ping": ECHO}, EXTRA_COMMANDS=json.dumps(BGP), NETWORK_LOCATION=place)
     server.run("ping")
     text = server.http.get("/metrics").text
     done = subprocess.run(
