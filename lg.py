@@ -3114,7 +3114,7 @@ path {
 	}
 }
 @media print {
-	form {
+	#form {
 		display: none;
 	}
 }

@@ -4002,6 +4002,13 @@ OUTLINE = """(() => {
 })()"""
 
 
+def test_print_leaves_the_form_out(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam)
+    page.emulate_media(media="print")
+    assert not page.is_visible("form")
+    assert page.is_visible("h1")
+
+
 def test_keyboard_alone_is_enough(visit: Visit, amsterdam: Server) -> None:
     page = visit(amsterdam)
     while page.evaluate("document.activeElement.name") != "command":
