@@ -4002,6 +4002,25 @@ OUTLINE = """(() => {
 })()"""
 
 
+def test_speed_test_says_its_duration_traffic_and_curl_line_beforehand(
+    visit: Visit, amsterdam: Server
+) -> None:
+    page = visit(amsterdam, "?command=speedtest")
+    offer = text(page, "#offer")
+    assert "Takes 18 s and moves up to 2 GB at 1 Gbit/s" in offer
+    assert f"curl -o /dev/null http://127.0.0.1:{amsterdam.port}/speedtest/1G" in offer
+    links = page.locator("#offer a").evaluate_all("(links) => links.map((each) => each.getAttribute('href'))")
+    assert links == ["speedtest/100M", "speedtest/1G", "speedtest/10G"]
+
+
+def test_forced_colours_mark_the_chosen_tab_alone(visit: Visit, amsterdam: Server) -> None:
+    page = visit(amsterdam)
+    page.emulate_media(forced_colors="active")
+    style = "(tabs) => tabs.map((each) => getComputedStyle(each).borderBottomWidth)"
+    widths = page.locator(".tabs label").evaluate_all(style)
+    assert widths == ["2px", *["0px"] * (len(widths) - 1)]
+
+
 def test_print_leaves_the_form_out(visit: Visit, amsterdam: Server) -> None:
     page = visit(amsterdam)
     page.emulate_media(media="print")
