@@ -179,7 +179,10 @@ def storage_uri(value: str) -> str:
 
 
 def json_links(url_pattern: re.Pattern[str], example: str) -> Parser[tuple[Link, ...]]:
-    """Parses a JSON list of objects with `name` and `url`, of which group 1 is kept; ignores other keys."""
+    """A JSON list of objects with `name` and `url`; other keys are ignored.
+
+    `url_pattern` matches a whole URL, of which its group 1 is kept.
+    """
 
     def parse_entry(entry: Any) -> Link:
         with suppress(LookupError, TypeError, ValueError, AttributeError):
@@ -197,14 +200,14 @@ def json_links(url_pattern: re.Pattern[str], example: str) -> Parser[tuple[Link,
 
 
 def extra_commands(value: str) -> Mapping[str, tuple[str, ...]]:
-    """The argv of each command by name, split as a shell splits words. NAME takes the name NAME6 too."""
+    """The argv of each command by name, split as a shell splits words. NAME also reserves NAME6."""
     pairs = None
     with suppress(ValueError, RecursionError):
         pairs = json.loads(value, object_pairs_hook=tuple)
     if not isinstance(pairs, tuple):
         raise ValueError('expected JSON like {"bgp": "birdc -r show route for {address} all"}')
     commands: dict[str, tuple[str, ...]] = {}
-    taken = {*BUILT_IN_COMMANDS, "speedtest"}  # a tab of the page
+    taken = {*BUILT_IN_COMMANDS, "speedtest"}  # speedtest is a tab of the page
     for name, line in pairs:
         if not re.fullmatch("[a-z0-9-]+", name):
             raise ValueError(f"expected names of the characters a-z, 0-9 and -, not {name!r}")
@@ -550,7 +553,7 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
     """The address to measure: of a name, the first of this version that is allowed. Raises RequestError."""
     if not isinstance(target, str):
         if not is_allowed(target):
-            message = f"{target} may not be measured here: send another, public address"
+            message = f"{target} may not be measured here: send a different, public address"
             raise validation_error(message, str(target), reason="target")
         return target
     family = socket.AF_INET if version == 4 else socket.AF_INET6
@@ -573,7 +576,7 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
 # ---- limits ------------------------------------------------------------------------------------------------
 
 STORE_SECONDS = 2  # time limit of a query to the shared store
-STORE_RETRY_SECONDS = 30  # for which a store that failed is not asked again
+STORE_RETRY_SECONDS = 30  # pause before a store that has failed is queried again
 SWEEP_SECONDS = 60  # how often clients without a recent request are removed from memory
 LOG_REPEAT_SECONDS = 60  # one refusal of each client, and one failure of each tool, is logged in this time
 MAX_LOGGED_CLIENTS = 1000  # clients whose refusals are logged in this time
@@ -672,7 +675,7 @@ class Limits:
             raise settings_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
 
     async def count(self, rates: Rates, name: str, client: IPAddress, consume: bool = True) -> Headers:
-        """The headers for a request of this client, which is counted where `consume`. Raises RequestError."""
+        """The headers for a request of this client, which is counted if `consume`. Raises RequestError."""
         if not rates or any(client in network for network in SETTINGS.RATE_LIMIT_EXEMPT):
             return {}
         self.sweep()
@@ -1936,7 +1939,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> None:
-        """Treat a half-closed connection as closed: TCP does not distinguish the two."""
+        """Treat a half-closed connection as closed: to the receiver, both look the same."""
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -2247,9 +2250,10 @@ def measured(length: int, seconds: float) -> Upload:
 
 
 def upload_so_far(test: str) -> Upload:
-    """What the running uploads of a test have brought: nothing where none runs.
+    """What the running uploads of a test have brought; zeros where none runs.
 
-    A page asks for this, since a browser counts what it has handed to its system, not what has arrived.
+    The page asks for this because a browser counts the bytes that it has handed to the system, not those that
+    have arrived.
     """
     now = asyncio.get_running_loop().time()
     upload_test = UPLOAD_TESTS.get(test) or UploadTest(now)
@@ -2259,10 +2263,10 @@ def upload_so_far(test: str) -> Upload:
 async def receive_upload(
     chunks: AsyncIterator[bytes], client: IPAddress, test: str
 ) -> tuple[Upload, Headers]:
-    """Take an upload and keep nothing: its measurement, and the headers of the rate limit.
+    """Receive and discard an upload. Returns its measurement and the headers of the rate limit.
 
-    After UPLOAD_SECONDS it is measured by what has come; after STALL_SECONDS already, where that is less than
-    MIN_BYTES_PER_SECOND. Raises RequestError, or ClientDisconnect.
+    The upload ends after UPLOAD_SECONDS, or after STALL_SECONDS if it is slower than MIN_BYTES_PER_SECOND. It
+    is measured by what has come by then. Raises RequestError, or ClientDisconnect.
     """
     with SPEEDTESTS.take(rate_limit_key(client)):
         headers = await LIMITS.count(SETTINGS.RATE_LIMIT_SPEEDTEST, "speedtest upload", client)
@@ -2474,7 +2478,7 @@ async def answer_disconnected(request: Request, error: Exception) -> Response:
 
 
 async def answer_internal_error(request: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": "Internal Server Error"}, 500)  # Starlette logs the traceback
+    return JSONResponse({"detail": "Internal Server Error"}, 500)  # uvicorn logs the traceback
 
 
 # ---- OpenAPI -----------------------------------------------------------------------------------------------
@@ -3167,10 +3171,10 @@ placeholder="Host name, address or URL" aria-describedby="fault"></label>
 """
 
 OFFER = """\
-<p id="offer" class="script">Takes 18 s and up to 2 GB at 1 Gbit/s.
+<p id="offer" class="script">Takes 18 s and moves up to 2 GB at 1 Gbit/s.
 Files: {downloads}<br><code>curl -o /dev/null {base}/speedtest/1G</code></p>"""
 
-# What `tsc` knows of the script, for which .ci/page puts it in front. It is not sent.
+# Types for `tsc`: .ci/page puts them in front of the script. They are not sent to browsers.
 SCRIPT_TYPES = """\
 // @ts-check
 /** @typedef {{ address: string, name: string, network: string, also: string[], rtts: (number | null)[],
@@ -3186,9 +3190,10 @@ SCRIPT_TYPES = """\
 #   touches only what differs, so that focus and selection stay; a cell that differs is replaced.
 # - Nothing in *Network* knows the document. `patiently` rejects after PATIENCE: nothing else shows that a
 #   network is gone.
-# - `load` lasts until its clock ends it. More streams are added while each makes the load faster.
-# - The server is asked how much of an upload has come: a browser counts what it has handed to its system.
-#   The same requests, and `/health` in the other phases, measure the latency.
+# - `load` lasts until its clock ends it, or until its bytes are moved. More streams are added while each
+#   makes the load faster.
+# - The server is asked how much of an upload has come: a browser counts what it has handed to the system,
+#   which is more. The same requests, and `/health` in the other phases, measure the latency.
 # - `reduce` is pure. `expect` rejects what no server of ours sends: another place could send anything.
 # - The events of mtr hold sums; `grown` derives the probes since the last event from what they grew by.
 # - Loss is red where it `carriesOn`: every later hop that answers loses too.

@@ -4810,7 +4810,7 @@ def test_target_allow_adds_to_public_addresses_and_target_deny_removes(
     [
         ("ping", "::1", "::1 is an IPv6 address: use ping6"),
         ("mtr6", "127.0.0.1", "127.0.0.1 is an IPv4 address: use mtr"),
-        ("ping", "10.0.0.1", "10.0.0.1 may not be measured here: send another, public address"),
+        ("ping", "10.0.0.1", "10.0.0.1 may not be measured here: send a different, public address"),
         ("ping", "inside.example", "inside.example has no IPv4 address that may be measured here: check the"),
         ("ping", "v6.example", "v6.example has no IPv4 address that may be measured here: check the name"),
         ("ping", "broken.example", "broken.example cannot be resolved now: try again"),
