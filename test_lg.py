@@ -98,8 +98,8 @@ import ipaddress, json, os, socket, subprocess, threading, time
 
 folder = os.path.dirname(os.path.dirname(__file__))
 names = json.loads(os.environ.get("LG_TEST_NAMES", "{}"))
-real_getaddrinfo, real_fork, real_start, real_time = (
-    socket.getaddrinfo, subprocess._fork_exec, threading.Thread.start, time.time
+real_getaddrinfo, real_popen, real_start, real_time = (
+    socket.getaddrinfo, subprocess.Popen, threading.Thread.start, time.time
 )
 
 def exists(name):
@@ -131,10 +131,10 @@ def getaddrinfo(host, port, family=0, *rest, **more):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     return [(family, socket.SOCK_STREAM, 6, "", (address, 0)) for address in found]
 
-def fork_exec(*arguments):
+def popen(*arguments, **options):
     if exists("no-fork"):
         raise BlockingIOError(11, "Resource temporarily unavailable")
-    return real_fork(*arguments)
+    return real_popen(*arguments, **options)
 
 def start(thread):
     if exists("no-threads"):
@@ -142,7 +142,7 @@ def start(thread):
     real_start(thread)
 
 socket.getaddrinfo = getaddrinfo
-subprocess._fork_exec = fork_exec
+subprocess.Popen = popen
 threading.Thread.start = start
 time.time = lambda: real_time() - 3600 * exists("an-hour-back")
 """
@@ -195,81 +195,36 @@ class NamespaceTransport(httpx.HTTPTransport):
 
 
 class Server:
-    """`python lg.py` on a free port, with these settings, stand-ins (tool → script) and module constants.
+    """A looking glass on a free port, with these settings and stand-ins (tool → script), as a client sees it."""
 
-    With a `prefix`, a command that starts it in another network namespace, it has the real resolver; clients
-    made here connect to it there.
-    """
+    process: subprocess.Popen[bytes]  # of a SpawnedServer
+    prefix: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        folder: Path,
-        names: Mapping[str, object] | None = None,
-        tools: Mapping[str, str] | None = None,
-        prefix: tuple[str, ...] = (),
-        command: tuple[str, ...] = (sys.executable, "lg.py"),
-        constants: Mapping[str, float] | None = None,
-        descriptors: int = 0,
-        **environment: str,
-    ) -> None:
-        if constants:
-            command = (sys.executable, "-c", WITH_CONSTANTS.format(constants=dict(constants)))
-        if descriptors:
-            command = ("sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command)
-        self.folder, self.prefix = folder, prefix
+    def __init__(self, folder: Path, tools: Mapping[str, str] | None = None, **environment: str) -> None:
+        self.folder = folder
         self.port = int(environment.setdefault("PORT", str(free_port())))
         (folder / "bin").mkdir(exist_ok=True)
-        (folder / "site").mkdir(exist_ok=True)
-        (folder / "site" / "sitecustomize.py").write_text(SITE)
         for tool, script in (tools or {}).items():
             self.stand_in(tool, script)
         self.environment = {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-            "PYTHONPATH": "" if prefix else str(folder / "site"),
-            "LG_TEST_NAMES": json.dumps(names or {}),
             "RATE_LIMIT_DIAGNOSTICS": "off",
             "RATE_LIMIT_LOOKUPS": "off",
             "RATE_LIMIT_SPEEDTEST": "off",
             "RATE_LIMIT_SPEEDTEST_10G": "off",
             **environment,
         }
-        self.log_path = folder / "log"
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*prefix, *command],
-                cwd=HERE,
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
-        self.http = httpx.Client(
-            base_url=f"http://127.0.0.1:{self.port}",
-            timeout=PATIENCE,
-            trust_env=False,
-            transport=NamespaceTransport(self.process.pid) if prefix else None,
+        self.http = self.client()
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE, trust_env=False, **options
         )
-        until(self.is_up)
 
     def stand_in(self, tool: str, script: str) -> None:
         path = self.folder / "bin" / tool
         path.write_text(script)
         path.chmod(0o755)
-
-    def is_up(self) -> bool:
-        assert self.process.poll() is None, self.log
-        with contextlib.suppress(httpx.HTTPError):
-            return self.http.get("/health").status_code == 200
-        return False
-
-    @property
-    def log(self) -> str:
-        return self.log_path.read_text(errors="replace")
-
-    @property
-    def lookups(self) -> list[str]:
-        path = self.folder / "lookups"
-        return path.read_text().splitlines() if path.exists() else []
 
     def run(self, command: str, target: str = "127.0.0.1", **options: Any) -> httpx.Response:
         return self.http.post(f"/lookingglass/{command}", json={"target": target}, **options)
@@ -306,12 +261,132 @@ class Server:
         assert answer.startswith(b"HTTP/1.1 200 ")
         return time.monotonic() - begun
 
-    def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))  # noqa: PTH208
-
     def idle(self) -> bool:
         """Whether none of this server's stand-ins runs."""
         return not running(f"{self.folder}/bin/")
+
+    def has_reaped(self) -> bool:
+        return os.getpid() not in [parent for parent, _, line in processes().values() if not line]
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class FailedAnswers(logging.Handler):
+    """Collects what the service logs with a traceback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:
+            self.lines.append(logging.Formatter().format(record))
+
+
+FAILED_ANSWERS = FailedAnswers()
+logging.getLogger("lg").addHandler(FAILED_ANSWERS)
+
+
+class LocalServer(Server):
+    """A service in a thread of this process; `names` stands in for the resolver."""
+
+    def __init__(self, folder: Path, names: Mapping[str, object] | None = None, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.names, self.lookups = names or {}, list[str]()
+        settings = lg.load_settings(self.environment)
+        self.server = lg.make_server(settings, lg.listen(settings.HOST, settings.PORT))
+        self.service = self.server.service
+        self.service.targets.getaddrinfo = self.getaddrinfo
+        self.go_on = threading.Event()  # for lookups that wait
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        until(lambda: self.server.started)
+
+    def getaddrinfo(self, host: bytes, port: None, family: int, kind: int) -> list[Any]:
+        """Answers for names with addresses, or as a word says."""
+        name = host.decode()
+        self.lookups.append(name)
+        answer: Any = self.names.get(name.rstrip(".").lower(), self.names.get("*", []))
+        if answer in ("hang", "wait"):
+            self.go_on.wait()
+            answer = ["127.0.0.1"]
+        if answer == "fail":
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        found = [address for address in answer if (":" in address) == (family == socket.AF_INET6)]
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(family, kind, 6, "", (address, 0)) for address in found]
+
+    def close(self) -> None:
+        self.go_on.set()
+        self.http.close()
+        self.server.should_exit = True
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive()
+        assert not FAILED_ANSWERS.lines, FAILED_ANSWERS.lines
+
+
+class SpawnedServer(Server):
+    """`python lg.py` in a process of its own: for signals, the log, memory, faults and other module constants.
+
+    With a `prefix`, a command that starts it in another network namespace, it has the real resolver; clients
+    made here connect to it there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Mapping[str, object] | None = None,
+        prefix: tuple[str, ...] = (),
+        command: tuple[str, ...] = (sys.executable, "lg.py"),
+        constants: Mapping[str, float] | None = None,
+        descriptors: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(folder, **options)
+        if constants:
+            command = (sys.executable, "-c", WITH_CONSTANTS.format(constants=dict(constants)))
+        if descriptors:
+            command = ("sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command)
+        self.prefix = prefix
+        (folder / "site").mkdir(exist_ok=True)
+        (folder / "site" / "sitecustomize.py").write_text(SITE)
+        self.environment |= {
+            "PYTHONPATH": "" if prefix else str(folder / "site"),
+            "LG_TEST_NAMES": json.dumps(names or {}),
+        }
+        self.log_path = folder / "log"
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*prefix, *command],
+                cwd=HERE,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+        if prefix:
+            self.http = self.client(transport=NamespaceTransport(self.process.pid))
+        until(self.is_up)
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None, self.log
+        with contextlib.suppress(httpx.HTTPError):
+            return self.http.get("/health").status_code == 200
+        return False
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def lookups(self) -> list[str]:
+        path = self.folder / "lookups"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))  # noqa: PTH208
 
     def has_reaped(self) -> bool:
         return self.process.pid not in [parent for parent, _, line in processes().values() if not line]
@@ -327,7 +402,15 @@ class Server:
         assert "Traceback" not in self.log, self.log
 
 
-Start = Callable[..., Server]
+def make(folder: Path, **options: Any) -> Any:
+    """A server in this process, or in one of its own where an option needs that, or `spawned` asks for it."""
+    spawned = options.pop("spawned", False)
+    if spawned or options.keys() & {"prefix", "command", "constants", "descriptors"}:
+        return SpawnedServer(folder, **options)
+    return LocalServer(folder, **options)
+
+
+Start = Callable[..., Any]
 
 
 @pytest.fixture
@@ -338,7 +421,7 @@ def serve(tmp_path: Path) -> Iterator[Start]:
     def start(**options: Any) -> Server:
         folder = tmp_path / str(len(servers))
         folder.mkdir()
-        servers.append(Server(folder, **options))
+        servers.append(make(folder, **options))
         return servers[-1]
 
     yield start
@@ -355,7 +438,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     def start(**options: Any) -> Server:
         key = json.dumps(options, sort_keys=True)
         if key not in servers:
-            servers[key] = Server(tmp_path_factory.mktemp("shared"), **options)
+            servers[key] = make(tmp_path_factory.mktemp("shared"), **options)
         return servers[key]
 
     yield start
