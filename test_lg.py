@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The looking glass, tested as it is used: a server process, real sockets, the real tools.
+"""The looking glass, tested as it is used: on real sockets, with the real tools.
 
 `python -m pytest test_lg.py` runs what this machine can; the rest is skipped with the reason, or fails
 where LG_TEST_REQUIRE_ALL is set. Stand-ins for the tools, first on PATH, do what the real ones will not do
@@ -72,9 +72,11 @@ DESCRIPTION = lg.describe_api(DEFAULTS, COMMANDS, SIZES)
 
 
 def lacking(what: str) -> NoReturn:
+    """Skip a test, or fail it where all shall run."""
+    reason = f"This machine lacks {what}."
     if os.environ.get("LG_TEST_REQUIRE_ALL"):
-        pytest.fail(f"needed here: {what}")
-    pytest.skip(what)
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
@@ -275,36 +277,28 @@ class Server:
         raise NotImplementedError
 
 
-class FailedAnswers(logging.Handler):
-    """Collects what the service logs with a traceback."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info:
-            self.lines.append(logging.Formatter().format(record))
-
-
-FAILED_ANSWERS = FailedAnswers()
-logging.getLogger("lg").addHandler(FAILED_ANSWERS)
-
-
 class LocalServer(Server):
-    """A service in a thread of this process; `names` stands in for the resolver."""
+    """A service in a thread of this process; `names` stands in for the resolver.
 
-    def __init__(self, folder: Path, names: Mapping[str, object] | None = None, **options: Any) -> None:
+    Its tools are not tried at the start, unless `trials` asks for that: stand-ins would fail.
+    """
+
+    def __init__(
+        self, folder: Path, names: Mapping[str, object] | None = None, trials: bool = False, **options: Any
+    ) -> None:
         super().__init__(folder, **options)
         self.names, self.lookups = names or {}, list[str]()
         settings = lg.load_settings(self.environment)
         self.server = lg.make_server(settings, lg.listen(settings.HOST, settings.PORT))
         self.service = self.server.service
         self.service.targets.getaddrinfo = self.getaddrinfo
+        if not trials:
+            self.service.tools.trials = {}
         self.go_on = threading.Event()  # for lookups that wait
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
-        until(lambda: self.server.started)
+        until(lambda: self.server.started or not self.thread.is_alive())
+        assert self.server.started
 
     def getaddrinfo(self, host: bytes, port: None, family: int, kind: int) -> list[Any]:
         """Answers for names with addresses, or as a word says."""
@@ -327,7 +321,6 @@ class LocalServer(Server):
         self.server.should_exit = True
         self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
-        assert not FAILED_ANSWERS.lines, FAILED_ANSWERS.lines
 
 
 class SpawnedServer(Server):
@@ -371,13 +364,16 @@ class SpawnedServer(Server):
             )
         if prefix:
             self.http = self.client(transport=NamespaceTransport(self.process.pid))
-        until(self.is_up)
+        until(self.answers)
 
-    def is_up(self) -> bool:
+    def answers(self) -> bool:
         assert self.process.poll() is None, self.log
-        with contextlib.suppress(httpx.HTTPError):
-            return self.http.get("/health").status_code == 200
-        return False
+        try:
+            health = self.http.get("/health")
+        except httpx.TransportError:
+            return False
+        assert health.status_code == 200, self.log
+        return True
 
     @property
     def log(self) -> str:
@@ -437,11 +433,18 @@ def serve(tmp_path: Path) -> Iterator[Start]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts one server for all tests that want these settings, and that leave it as they found it."""
     servers: dict[str, Server] = {}
+    failures: dict[str, BaseException] = {}  # of servers that cannot start, which is not tried again
 
     def start(**options: Any) -> Server:
         key = json.dumps(options, sort_keys=True)
+        if failure := failures.get(key):
+            raise failure
         if key not in servers:
-            servers[key] = make(tmp_path_factory.mktemp("shared"), **options)
+            try:
+                servers[key] = make(tmp_path_factory.mktemp("shared"), **options)
+            except BaseException as failure:
+                failures[key] = failure
+                raise
         return servers[key]
 
     yield start
@@ -501,6 +504,35 @@ def beside_others(common_folder: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_answer_fails(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Notices what a service in this process logs with a traceback."""
+    yield
+    assert [record.exc_text for record in caplog.get_records("call") if record.exc_info] == []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stand_ins_are_what_runs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Refuses to run where the real tools would run in place of stand-ins, with every address allowed."""
+    folder = tmp_path_factory.mktemp("stand-in")
+    path = folder / "ping"
+    path.write_text(ECHO)
+    path.chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["ping", "-V"], env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    if not done.stdout.startswith(b"argv -V\n"):
+        pytest.exit(f"A stand-in for a tool is not what runs in {folder}: choose another with --basetemp", 1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangup_reaches_processes() -> None:
+    """Under nohup it is ignored, and what is ignored would be inherited; a handler is not."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
+
+
 TOOLS = ("ping", "traceroute", "mtr")
 
 
@@ -528,7 +560,7 @@ class Gate:
     """What a stand-in waits for until the test opens it; `wait` is a line for its script."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.wait = path, f"while [ ! -e {path} ]; do sleep 0.01; done\n"
+        self.path, self.wait = path, f"while [ ! -e '{path}' ]; do sleep 0.01; done\n"
 
     def open(self) -> None:
         self.path.touch()
@@ -591,13 +623,18 @@ def left(connection: socket.socket) -> bytes:
     return b"".join(chunks)
 
 
-ECHO = f"""#!{sys.executable}
-import os, sys
-print("argv", *sys.argv[1:])
-print("environment", *sorted(os.environ))
-print("locale", os.environ["LC_ALL"])
-print("stdin", len(sys.stdin.read()))
-print("session", os.getsid(0) == os.getpid())
+def python_stand_in(code: str) -> str:
+    """A script that runs Python; a path with a blank cannot stand in a `#!` line."""
+    code = f"import sys; del sys.argv[0]\n{code}"  # then argv[0] is the script
+    return f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(code)} "$0" "$@"\n'
+
+
+ECHO = r"""#!/bin/sh
+echo argv "$@"
+echo environment $(tr '\0' ' ' < /proc/$$/environ)
+echo stdin $(wc -c)
+read -r _ _ _ _ _ session _ < /proc/$$/stat
+echo leads its session: $((session == $$))
 """
 ENDLESS = "#!/bin/sh\necho begun\nwhile :; do echo line; sleep 0.02; done\n"
 SILENT = "#!/bin/sh\nwhile :; do sleep 1000; done\n"
@@ -626,12 +663,9 @@ def test_command_runs_its_tool_with_fixed_arguments_and_the_address(
 
 
 def test_tool_gets_a_minimal_environment(echo: Server) -> None:
-    variables = echo.run("ping").text.partition("environment ")[2].split("\n")[0].split()
-    assert set(variables) - {"LC_CTYPE"} == {"LC_ALL", "PATH"}  # Python, as the stand-in, adds the third
-
-
-def test_tool_runs_in_the_c_locale(echo: Server) -> None:
-    assert "locale C\n" in echo.run("ping").text
+    path = f"{echo.environment['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
+    line = f"environment LC_ALL=C PATH={path} RES_OPTIONS=timeout:1 attempts:1\n"
+    assert line in echo.run("ping").text
 
 
 def test_tool_reads_end_of_file_from_standard_input(echo: Server) -> None:
@@ -639,7 +673,7 @@ def test_tool_reads_end_of_file_from_standard_input(echo: Server) -> None:
 
 
 def test_tool_leads_a_session_of_its_own(echo: Server) -> None:
-    assert "session True\n" in echo.run("ping").text
+    assert "leads its session: 1\n" in echo.run("ping").text
 
 
 def test_stream_has_headers_against_caching_and_buffering(echo: Server) -> None:
@@ -748,10 +782,9 @@ def hops() -> Iterator[tuple[str, ...]]:
         if not shutil.which(tool):
             lacking(f"the command {tool}")
     prefix = ("env", f"HOPS={HOPS_NAME}", str(HOPS))
-    made = subprocess.run([*prefix, "up"], capture_output=True, text=True, check=False)
-    if made.returncode:
+    if subprocess.run([*prefix, "up"], check=False).returncode:
         subprocess.run([*prefix, "down"], check=False)
-        lacking(f"the right to make network namespaces: {made.stderr}")
+        lacking("permission to make network namespaces")
     yield (*prefix, "exec")
     subprocess.run([*prefix, "down"], check=True)
 
