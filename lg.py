@@ -2,7 +2,7 @@
 """A looking glass: streamed ping, traceroute and mtr from this server, and speed tests.
 
 `python lg.py` starts the server, `python lg.py check` checks its settings. Importing does nothing.
-Each chapter uses only what is above it; the page's texts stand last.
+It reads from top to bottom: settings, limits, commands, connections, answers, the server, the page's texts.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import argparse
 import asyncio
 import errno
 import gzip
-import http
 import ipaddress
 import json
 import logging
+import logging.handlers
 import math
 import os
 import queue
@@ -34,20 +34,14 @@ from base64 import b64encode
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import (
-    AbstractAsyncContextManager,
-    aclosing,
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from html import escape
+from http import HTTPStatus
 from importlib.util import find_spec
 from inspect import cleandoc
 from io import StringIO
@@ -80,7 +74,7 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036
         raise SystemExit("lg.py: Python 3.11 or later is needed: install it and run lg.py with it") from None
     remedy = "install the packages with pip install -r requirements.txt, and run lg.py with that Python"
     raise SystemExit(f"lg.py: {error}: {remedy}") from None
@@ -89,6 +83,7 @@ VERSION = "1.0.0"
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+Target = IPAddress | str  # an address, or a host name in ASCII
 Headers = Mapping[str, str]
 T = TypeVar("T")
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -150,15 +145,6 @@ def integer(low: int, high: int) -> Parser[int]:
         if not re.fullmatch("[0-9]{1,9}", value) or not low <= int(value) <= high:
             raise ValueError(f"expected an integer from {low} to {high}")
         return int(value)
-
-    return parse
-
-
-def choice(*options: str) -> Parser[str]:
-    def parse(value: str) -> str:
-        if value.lower() not in options:
-            raise ValueError(f"expected {', '.join(options[:-1])} or {options[-1]}, not {value!r}")
-        return value.lower()
 
     return parse
 
@@ -289,6 +275,7 @@ def setting(default: str, parse: Parser[T]) -> T:
     return row
 
 
+log_level = matching("(?i)critical|error|warning|info|debug", "critical, error, warning, info or debug")
 texts = comma_separated(plain_text)
 ip_networks = comma_separated(ip_network)
 http_origins = comma_separated(matching(HTTP_ORIGIN, "origins like https://www.example.com"))
@@ -303,7 +290,7 @@ class Settings:
 
     HOST: str = setting("", plain_text)
     PORT: int = setting("8000", integer(1, 65535))
-    LOG_LEVEL: str = setting("info", choice("critical", "error", "warning", "info", "debug"))
+    LOG_LEVEL: str = setting("info", log_level)
     FORWARDED_ALLOW_IPS: tuple[IPNetwork, ...] = setting("127.0.0.1,::1", comma_separated(proxy))
     NETWORK_LOCATION: str = setting("Unknown Location", plain_text)
     NETWORK_FACILITY: str = setting("Unknown Facility", plain_text)
@@ -410,45 +397,45 @@ LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 NUMERIC = r"(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?$"
 HOST_NAME = re.compile(rf"(?=.{{1,253}}\.?$)(?!(?:.*\.)?{NUMERIC}){LABEL}(?:\.{LABEL})*\.?")
 
-# Longest prefix wins, as in a routing table. From the IANA Special-Purpose Address Registries (RFC 6890)
-# with multicast, the IPv6 global unicast space (RFC 4291) and the former 6to4 relays (RFC 7526) added.
-PUBLIC = {
-    "0.0.0.0/0": True,
-    "0.0.0.0/8": False,  # this network
-    "10.0.0.0/8": False,  # private
-    "100.64.0.0/10": False,  # carrier-grade NAT
-    "127.0.0.0/8": False,  # loopback
-    "169.254.0.0/16": False,  # link-local
-    "172.16.0.0/12": False,  # private
-    "192.0.0.0/24": False,  # protocol assignments, of which
-    "192.0.0.9/32": True,  # Port Control Protocol anycast
-    "192.0.0.10/32": True,  # TURN anycast
-    "192.0.2.0/24": False,  # documentation
-    "192.88.99.0/24": False,  # 6to4 relays
-    "192.168.0.0/16": False,  # private
-    "198.18.0.0/15": False,  # benchmarking
-    "198.51.100.0/24": False,  # documentation
-    "203.0.113.0/24": False,  # documentation
-    "224.0.0.0/4": False,  # multicast
-    "240.0.0.0/4": False,  # reserved, broadcast
-    "::/0": False,
-    "2000::/3": True,  # global unicast, of which
-    "2001::/23": False,  # protocol assignments (Teredo, benchmarking, ORCHID), of which
-    "2001:1::1/128": True,  # Port Control Protocol anycast
-    "2001:1::2/128": True,  # TURN anycast
-    "2001:1::3/128": True,  # DNS-SD service registration anycast
-    "2001:3::/32": True,  # AMT
-    "2001:4:112::/48": True,  # AS112
-    "2001:20::/28": True,  # ORCHIDv2
-    "2001:30::/28": True,  # drone remote identification
-    "2001:db8::/32": False,  # documentation
-    "2002::/16": False,  # 6to4
-    "3fff::/20": False,  # documentation
-}
-ROUTES = sorted(
-    ((ipaddress.ip_network(prefix), public) for prefix, public in PUBLIC.items()),
-    key=lambda route: -route[0].prefixlen,
-)
+# Which addresses are public; the longest prefix wins, as in a routing table. From the IANA Special-Purpose
+# Address Registries (RFC 6890) with multicast, the IPv6 global unicast space (RFC 4291) and the former 6to4
+# relays (RFC 7526).
+PREFIXES = """
+    0.0.0.0/0        public
+    0.0.0.0/8        this network
+    10.0.0.0/8       private
+    100.64.0.0/10    carrier-grade NAT
+    127.0.0.0/8      loopback
+    169.254.0.0/16   link-local
+    172.16.0.0/12    private
+    192.0.0.0/24     protocol assignments, of which
+    192.0.0.9/32     public: Port Control Protocol anycast
+    192.0.0.10/32    public: TURN anycast
+    192.0.2.0/24     documentation
+    192.88.99.0/24   6to4 relays
+    192.168.0.0/16   private
+    198.18.0.0/15    benchmarking
+    198.51.100.0/24  documentation
+    203.0.113.0/24   documentation
+    224.0.0.0/4      multicast
+    240.0.0.0/4      reserved, broadcast
+    ::/0             not assigned
+    2000::/3         public: global unicast, of which
+    2001::/23        protocol assignments (Teredo, benchmarking, ORCHID), of which
+    2001:1::1/128    public: Port Control Protocol anycast
+    2001:1::2/128    public: TURN anycast
+    2001:1::3/128    public: DNS-SD service registration anycast
+    2001:3::/32      public: AMT
+    2001:4:112::/48  public: AS112
+    2001:20::/28     public: ORCHIDv2
+    2001:30::/28     public: drone remote identification
+    2001:db8::/32    documentation
+    2002::/16        6to4
+    3fff::/20        documentation
+"""
+ROWS = [line.split(maxsplit=1) for line in PREFIXES.strip().split("\n")]
+ROUTES = [(ipaddress.ip_network(prefix), purpose.startswith("public")) for prefix, purpose in ROWS]
+ROUTES.sort(key=lambda route: -route[0].prefixlen)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, deprecated
 
@@ -499,7 +486,7 @@ def parse_body(body: bytes) -> str:
     return target.strip()
 
 
-def parse_target(text: str) -> IPAddress | str:
+def parse_target(text: str) -> Target:
     """The address that `text` is, or the host name in ASCII. Raises RequestError for anything else.
 
     `[2001:db8::1]` and `2001:db8::1` are the same; `bücher.example` becomes `xn--bcher-kva.example` (UTS 46).
@@ -514,9 +501,7 @@ def parse_target(text: str) -> IPAddress | str:
         with suppress(UnicodeError):
             name = idna.encode(text, uts46=True).decode("ascii")
     if not HOST_NAME.fullmatch(name):
-        expected = (
-            "an IPv4 address like 192.0.2.1, an IPv6 address like 2001:db8::1 or a name like example.com"
-        )
+        expected = "an address like 192.0.2.1 or 2001:db8::1, or a name like example.com"
         raise validation_error(f"Not a target: send {expected}", text)
     return name
 
@@ -603,7 +588,7 @@ class Targets:
             return False
         return is_public(address) or is_in(address, self.allow)
 
-    async def resolve(self, target: IPAddress | str, version: int, hint: str) -> IPAddress:
+    async def resolve(self, target: Target, version: int, hint: str) -> IPAddress:
         """The address to measure: of a name, the first of this version that is allowed. Raises RequestError.
 
         `hint` tells the client what to do about a name without such an address.
@@ -629,7 +614,7 @@ class Targets:
             address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
             if self.is_allowed(address):
                 return address
-        # The same whether there is no address or none is allowed: otherwise anybody could list internal names.
+        # The same whether there is no address or none is allowed: else anybody could list internal names.
         message = f"{target} has no IPv{version} address that may be measured here: {hint}"
         raise validation_error(message, target, reason="target")
 
@@ -663,7 +648,7 @@ def logfmt(**pairs: object) -> str:
 
 
 def log(level: int, message: str, /, **pairs: object) -> None:
-    """Log a constant message with what varies as pairs: no text of a client's or an operator's is a template."""
+    """Log a constant message, with what varies as pairs: no text from outside is a template."""
     if logger.isEnabledFor(level):
         logger.log(level, logfmt(msg=message, **pairs))
 
@@ -685,6 +670,10 @@ class Once:
         return True
 
 
+# Prometheus' text format knows these three escapes alone, and rejects the others of JSON.
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
 class Counters:
     """Values for Prometheus, by name and labels. No client chooses the value of a label."""
 
@@ -696,6 +685,13 @@ class Counters:
 
     def set(self, name: str, value: float, /, **labels: str) -> None:
         self.values[name, tuple(labels.items())] = value
+
+    def samples(self, name: str) -> Iterator[str]:
+        """The lines of a metric in Prometheus' text format."""
+        for (each, labels), value in self.values.items():
+            if each == name:
+                texts = [f'{label}="{text.translate(LABEL_ESCAPES)}"' for label, text in labels]
+                yield f"{name}{{{','.join(texts)}}} {value:.15g}"
 
 
 @lru_cache(1000)
@@ -712,7 +708,7 @@ def describe_rates(rates: Rates) -> str:
 
 @dataclass(eq=False)
 class Slot:
-    """Room for one command or transfer of a client; `give_way` ends what runs in it, where it can be ended."""
+    """Room for one command or transfer of a client; `give_way` ends what runs in it, if that may be ended."""
 
     client: str
     give_way: Callable[[], None] | None
@@ -749,7 +745,7 @@ class Slots:
             self.taken.discard(slot)
 
     def make_room(self, client: str, by_client: Counter[str]) -> None:
-        """End the longest run of the client that has most, for a client that has none. Raises RequestError."""
+        """End the longest run of the client with most, for a client that has none. Raises RequestError."""
         latest = time.monotonic() - GIVE_WAY_SECONDS
         old = [slot for slot in self.taken if slot.give_way and slot.begun <= latest]
         slot = max(old, key=lambda each: (by_client[each.client], -each.begun), default=None)
@@ -761,10 +757,12 @@ class Slots:
         slot.give_way()
 
 
-def check_rates(limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *key: str) -> Headers:
-    """Test each rate, and consume one of each if `consume`; returns the headers of the tightest.
+def check_rates(
+    limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *key: str
+) -> Headers | RequestError:
+    """Test each rate, and consume one of each if `consume`: the headers of the tightest.
 
-    Raises RequestError (429), and consumes nothing, where a rate is exhausted.
+    Where a rate is exhausted, nothing is consumed, and the outcome is an error (429).
     """
     exhausted = [rate for rate in rates if not limiter.test(rate, *key)]
     if consume and not exhausted:  # each hit succeeds, unless another server with the same store was faster
@@ -775,10 +773,23 @@ def check_rates(limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *
     reset = max(now, stats.reset_time)  # that of a window without hits may be in the past
     values = (rate.amount, max(0, stats.remaining), math.ceil(reset))
     headers = dict(zip(RATE_HEADERS, map(str, values), strict=True))
-    if exhausted:
-        headers["Retry-After"] = str(max(1, math.ceil(reset - now)))
-        raise RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers, "rate limit")
-    return headers
+    if not exhausted:
+        return headers
+    headers["Retry-After"] = str(max(1, math.ceil(reset - now)))
+    return RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers, "rate limit")
+
+
+def shared_limiter(uri: str) -> Callable[[], MovingWindowRateLimiter]:
+    """The limiter of a network store, made on first use where that connects. Raises SettingsError."""
+    names = ("socket_timeout", "socket_connect_timeout") if uri.startswith(("redis", "valkey")) else ()
+    open_store = partial(storage_from_string, uri, **dict.fromkeys(names, STORE_SECONDS))
+    limiter = cache(lambda: MovingWindowRateLimiter(open_store()))
+    try:
+        if "+cluster:" not in uri:  # its client connects at once, and fails while the cluster is down
+            limiter()
+    except Exception as error:  # each client library has its own
+        raise setting_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
+    return limiter
 
 
 class RateLimits:
@@ -787,25 +798,15 @@ class RateLimits:
     The storages are the synchronous ones of `limits`: every URI works there, and memory takes microseconds.
     """
 
-    def __init__(self, settings: Settings, threads: Threads, once: Once) -> None:
+    def __init__(self, settings: Settings, threads: Threads) -> None:
         """Raises SettingsError for a URI that cannot be used."""
-        self.exempt, self.threads, self.once = settings.RATE_LIMIT_EXEMPT, threads, once
+        self.exempt, self.threads = settings.RATE_LIMIT_EXEMPT, threads
         self.local_storage = MemoryStorage()
         self.local = MovingWindowRateLimiter(self.local_storage)
-        self.shared_limiter: Callable[[], MovingWindowRateLimiter] | None = None
+        uri = settings.RATE_LIMIT_STORAGE_URI
+        self.shared = None if uri.startswith("memory:") else shared_limiter(uri)
         self.retry_at = 0.0  # when a store that failed is queried again; 0 while it answers
         self.swept = 0.0
-        uri = settings.RATE_LIMIT_STORAGE_URI
-        if uri.startswith("memory:"):
-            return
-        names = ("socket_timeout", "socket_connect_timeout") if uri.startswith(("redis", "valkey")) else ()
-        open_store = partial(storage_from_string, uri, **dict.fromkeys(names, STORE_SECONDS))
-        self.shared_limiter = cache(lambda: MovingWindowRateLimiter(open_store()))
-        try:
-            if "+cluster:" not in uri:  # whose client connects at once, and fails while the cluster is down
-                self.shared_limiter()
-        except Exception as error:  # each client library has its own
-            raise setting_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
 
     async def check(self, rates: Rates, name: str, client: IPAddress, consume: bool = False) -> Headers:
         """The headers for a request of this client, which is counted if `consume`. Raises RequestError."""
@@ -813,45 +814,39 @@ class RateLimits:
             return {}
         self.sweep()
         arguments = (rates, consume, name, rate_limit_key(client))
-        if (shared := self.shared_limiter) and time.monotonic() >= self.retry_at:
-            with suppress(ConnectionError):
-                return await self.ask_shared(lambda: check_rates(shared(), *arguments))
+        outcome = await self.ask_shared(*arguments)
         try:
-            return check_rates(self.local, *arguments)
+            outcome = check_rates(self.local, *arguments) if outcome is None else outcome
         except RuntimeError:  # the storage starts a thread that removes expired entries
             message = "The server has no thread left: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
+            outcome = RequestError(503, {"error": message}, RETRY_LATER, "unavailable")
+        if isinstance(outcome, RequestError):
+            raise outcome
+        return outcome
 
     async def check_and_consume(self, rates: Rates, name: str, client: IPAddress) -> Headers:
         return await self.check(rates, name, client, consume=True)
 
-    async def ask_shared(self, operation: Callable[[], Headers]) -> Headers:
-        """Raises RequestError, or ConnectionError when the store fails. Failure and recovery are logged."""
+    async def ask_shared(self, rates: Rates, consume: bool, *key: str) -> Headers | RequestError | None:
+        """What the shared store answers, None where it does not. Its failure and recovery are logged."""
+        if not (limiter := self.shared) or time.monotonic() < self.retry_at:
+            return None
         try:
-            headers = await self.threads.call(operation, STORE_SECONDS, STORE_THREADS)
-        except RequestError:
-            self.note_recovery()
+            outcome = await self.threads.call(
+                lambda: check_rates(limiter(), rates, consume, *key), STORE_SECONDS, STORE_THREADS
+            )
+        except RequestError:  # the server stops
             raise
         except Exception as error:  # each client library has its own
             if not self.retry_at:
-                store = "The rate-limit store fails: limits are kept in memory until it answers"
-                log(logging.WARNING, store, error=repr(error))
+                message = "The rate-limit store fails: limits are kept in memory until it answers"
+                log(logging.WARNING, message, error=repr(error))
             self.retry_at = time.monotonic() + STORE_RETRY_SECONDS
-            raise ConnectionError from error
-        self.note_recovery()
-        return headers
-
-    async def probe(self) -> None:
-        """Query the shared store at the start, so that a failure is logged before the first request."""
-        if shared := self.shared_limiter:
-            rates = (limits.parse("1/minute"),)
-            with suppress(ConnectionError, RequestError):
-                await self.ask_shared(lambda: check_rates(shared(), rates, False, "start"))
-
-    def note_recovery(self) -> None:
+            return None
         if self.retry_at:
             log(logging.WARNING, "The rate-limit store answers again")
         self.retry_at = 0.0
+        return outcome
 
     def sweep(self) -> None:
         """Once a minute, remove the clients whose hits have expired: `limits` keeps their empty lists."""
@@ -884,10 +879,11 @@ class Limits:
         """Raises SettingsError."""
         self.threads, self.stopping = threads, threads.stopping
         self.once, self.counters = Once(), Counters()
-        slots, transfers = settings.MAX_DIAGNOSTICS, settings.MAX_SPEEDTESTS
-        self.commands = Slots("commands", slots, settings.MAX_DIAGNOSTICS_PER_CLIENT, self.stopping)
-        self.speedtests = Slots("speed tests", transfers, settings.MAX_SPEEDTESTS_PER_CLIENT, self.stopping)
-        self.rates = RateLimits(settings, threads, self.once)
+        total, per_client = settings.MAX_DIAGNOSTICS, settings.MAX_DIAGNOSTICS_PER_CLIENT
+        self.commands = Slots("commands", total, per_client, self.stopping)
+        total, per_client = settings.MAX_SPEEDTESTS, settings.MAX_SPEEDTESTS_PER_CLIENT
+        self.speedtests = Slots("speed tests", total, per_client, self.stopping)
+        self.rates = RateLimits(settings, threads)
         for reason in REFUSALS:  # known samples start at 0, so that Prometheus sees their first increase
             self.counters.set("lg_refusals_total", 0, reason=reason)
 
@@ -941,7 +937,7 @@ def make_commands(settings: Settings) -> dict[str, Command]:
     return commands
 
 
-def check_version(target: IPAddress | str, command: Command) -> None:
+def check_version(target: Target, command: Command) -> None:
     """Raises RequestError for an address of the other IP version, and names the command to use."""
     if not isinstance(target, str) and target.version != command.version:
         hint = f"use {command.twin}" if command.twin else f"{command.name} is for IPv{command.version}"
@@ -949,13 +945,8 @@ def check_version(target: IPAddress | str, command: Command) -> None:
 
 
 # Debian's packages.
-PACKAGES = {
-    "ping": "iputils-ping",
-    "traceroute": "traceroute",
-    "mtr": "mtr-tiny",
-    "birdc": "bird2",
-    "vtysh": "frr",
-}
+PACKAGES = {"ping": "iputils-ping", "traceroute": "traceroute", "mtr": "mtr-tiny"}
+PACKAGES |= {"birdc": "bird2", "vtysh": "frr"}
 
 
 def install_hint(tools: Iterable[str]) -> str | None:
@@ -970,8 +961,8 @@ class Tools:
     """The programs that the commands run, and what is known of their state."""
 
     def __init__(self, commands: Mapping[str, Command], settings: Settings) -> None:
-        # Debian keeps some tools in directories that are on root's PATH only. traceroute looks up names itself
-        # and would wait 20 s for resolvers that are silent.
+        # Debian keeps some tools in directories that are on root's PATH only. traceroute looks up names
+        # itself and would wait 20 s for resolvers that are silent.
         path = f"{settings.PATH}:/usr/local/sbin:/usr/sbin:/sbin"
         self.environment = {"LC_ALL": "C", "PATH": path, "RES_OPTIONS": "timeout:1 attempts:1"}
         self.names = tuple(dict.fromkeys(command.argv[0] for command in commands.values()))
@@ -1671,26 +1662,23 @@ def parser_for(command: Command) -> type[OutputParser]:
 
 OUTPUT_BYTES = 2**20  # what one command may write
 UNREAD_BYTES = 2**25  # what may wait for all clients to read it
-PIECE_BYTES = (
-    2**16
-)  # a client is sent so much at a time: what its connection buffers is not counted as unread
+PIECE_BYTES = 2**16  # sent at a time: what a connection buffers no longer counts as unread
 READ_BYTES = 2**16  # the capacity of a pipe
 POLL_SECONDS = 0.05  # how often a tool is looked at where the kernel cannot tell that it has ended
 GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT
 TRIAL_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
 TRIAL_REPEAT_SECONDS = 60
-TRIAL_MESSAGES: dict[ToolState, tuple[str, str | None]] = {  # with what to do
-    "ok": ("A tool works again", None),
-    "forbidden": (
-        "A tool lacks the permission to send",
-        "grant NET_RAW (Docker: --cap-add NET_RAW) or widen net.ipv4.ping_group_range",
-    ),
-    "failing": ("A tool fails on loopback", "run its command here: it is in /openapi.json"),
+TRIAL_MESSAGES: dict[ToolState, str] = {
+    "ok": "A tool works again",
+    "forbidden": "A tool lacks the permission to send: grant NET_RAW or widen net.ipv4.ping_group_range",
+    "failing": "A tool fails on loopback",
 }
 # Errors of ping and traceroute, and of mtr, whose mtr-packet does the sending.
 DENIED = re.compile(r"(?i).*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*")
 
-StreamSource = AbstractAsyncContextManager[tuple[Headers, AsyncGenerator[bytes]]]
+Stream = tuple[Headers, AsyncGenerator[bytes]]  # the headers of a rate limit, and a body
+Steps = AsyncGenerator[Headers | bytes]  # the same, one after the other
+StreamSource = AbstractAsyncContextManager[Stream]
 
 
 class TransferAborted(Exception):  # noqa: N818 - not an error of the application's
@@ -1723,8 +1711,8 @@ def session_members(leader: int) -> list[int]:
 def kill_session(leader: int) -> None:
     """Kill the processes of a session that are in other groups than its leader's; blocks.
 
-    The leader is not reaped yet, so no new process can have its number. Signals may come too late for a process
-    that forks, so this looks until there is none.
+    The leader is not reaped yet, so no new process can have its number. A process may fork before its signal
+    comes, so this looks until there is none.
     """
     deadline = time.monotonic() + GRACE_SECONDS
     while (members := session_members(leader)) and time.monotonic() < deadline:
@@ -1737,8 +1725,10 @@ def kill_session(leader: int) -> None:
 class Process:
     """A tool that runs in a session of its own until the context is left."""
 
-    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], seconds: float) -> None:
-        """Start it for at most `seconds`. Raises OSError."""
+    def __init__(
+        self, argv: Sequence[str], environment: Mapping[str, str], seconds: float, running: set[Process]
+    ) -> None:
+        """Start it for at most `seconds`; `running` holds it until it has ended. Raises OSError."""
         self.stopped = ""  # why it was stopped, if it was
         self.status = 0  # when it has been reaped; negative is a signal
         self.loop = asyncio.get_running_loop()
@@ -1758,6 +1748,8 @@ class Process:
         self.loop.add_reader(self.pipe.fileno(), self.changed.set)
         self.waiter = self.loop.create_task(self.wait())
         self.timer = self.loop.call_later(seconds, self.stop, f"stopped after {seconds} s")
+        self.running = running
+        running.add(self)
 
     async def __aenter__(self) -> Process:
         return self
@@ -1777,6 +1769,7 @@ class Process:
         except RuntimeError:  # no thread can be started
             kill_session(self.tool.pid)
         self.status = self.tool.wait()
+        self.running.discard(self)
 
     async def wait(self) -> None:
         """Wait until the tool has ended. Not reaped yet, it keeps the number of its group and session."""
@@ -1789,7 +1782,8 @@ class Process:
             finally:
                 self.loop.remove_reader(pidfd)
                 os.close(pidfd)
-        while os.waitid(os.P_PID, self.tool.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while os.waitid(os.P_PID, self.tool.pid, flags) is None:  # noqa: ASYNC222 - WNOHANG
             await asyncio.sleep(POLL_SECONDS)
         self.changed.set()
 
@@ -1831,16 +1825,8 @@ class Process:
 class Transcript:
     """What a client reads of a run: text, or one JSON object a line for each event."""
 
-    def __init__(
-        self,
-        command: Command,
-        target: IPAddress | str,
-        address: IPAddress,
-        as_events: bool,
-        asn_database: AsnDatabase | None,
-    ) -> None:
-        self.command, self.target, self.address, self.as_events = command, target, address, as_events
-        self.parser = parser_for(command)(address, asn_database)
+    def __init__(self, command: Command, target: Target, parser: OutputParser, as_events: bool) -> None:
+        self.command, self.target, self.parser, self.as_events = command, target, parser, as_events
         self.started = time.monotonic()
         self.raw_output = bytearray()  # what a text client reads
 
@@ -1851,14 +1837,15 @@ class Transcript:
         return b"".join(json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events)
 
     def start(self) -> bytes:
-        kind = "address" if self.address.version == 4 else "IPv6 address"
-        text = f"{self.target} has {kind} {self.address}\n" if isinstance(self.target, str) else ""
+        address, version = self.parser.address, self.command.version
+        kind = "address" if version == 4 else "IPv6 address"
+        text = f"{self.target} has {kind} {address}\n" if isinstance(self.target, str) else ""
         event: StartEvent = {
             "event": "start",
             "command": self.command.name,
             "target": str(self.target),
-            "address": str(self.address),
-            "family": self.address.version,
+            "address": address,
+            "family": cast(Literal[4, 6], version),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         return self.encode(text.encode(), [event])
@@ -1896,7 +1883,7 @@ class Transcript:
 
 
 class UnreadOutput:
-    """What runs have written and their clients have not read yet. Where it is too much, the largest gives way."""
+    """What runs have written and clients have not read yet. Where it is too much, the largest gives way."""
 
     def __init__(self) -> None:
         self.sizes: dict[Callable[[], None], int] = {}  # by the function that breaks off the answer
@@ -1911,9 +1898,7 @@ class UnreadOutput:
             largest()
 
     @asynccontextmanager
-    async def run_ahead(
-        self, steps: AsyncGenerator[Headers | bytes]
-    ) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
+    async def run_ahead(self, steps: Steps) -> AsyncIterator[Stream]:
         """What `steps` yields, headers first. It runs to its end however slowly the client reads.
 
         So it gives back what it holds as soon as it can.
@@ -1951,10 +1936,9 @@ class UnreadOutput:
                 await asyncio.wait((task,))
 
 
-def has_reply(event: Event) -> bool:
-    if event["event"] == "hop":
-        return bool(event.get("timings")) or bool(event.get("stats", {"rcv": 0})["rcv"])
-    return event["event"] == "reply"
+def has_reply(event: Mapping[str, Any]) -> bool:
+    """Whether an event tells of a reply, or a hop of one."""
+    return event["event"] == "reply" or bool(event.get("timings") or event.get("stats", {}).get("rcv"))
 
 
 class Runner:
@@ -1970,16 +1954,11 @@ class Runner:
         except ValueError as error:
             raise setting_error(str(error), ASN_DATABASE=settings.ASN_DATABASE) from None
 
-    def stream(
-        self, command: Command, target: IPAddress | str, client: IPAddress, as_events: bool
-    ) -> StreamSource:
-        """A run: the headers of its rate limit, and what the client reads. Raises RequestError."""
-        return self.unread.run_ahead(self.measure(command, target, client, as_events))
+    async def measure(self, command: Command, target: Target, client: IPAddress, as_events: bool) -> Steps:
+        """Run a command: yields the headers of its rate limit, then what the client reads.
 
-    async def measure(
-        self, command: Command, target: IPAddress | str, client: IPAddress, as_events: bool
-    ) -> AsyncGenerator[Headers | bytes]:
-        """Run a command: yields the headers of its rate limit, then what the client reads."""
+        Raises RequestError.
+        """
         begun, outcome, address = time.monotonic(), "client gone", None
         allowed, rates = self.settings.RATE_LIMIT_DIAGNOSTICS, self.limits.rates
         with self.limits.commands.take(rate_limit_key(client)):
@@ -1993,7 +1972,8 @@ class Runner:
                     # Charged now, since what starts no tool costs nothing.
                     headers = await rates.check_and_consume(allowed, command.name, client)
                     yield headers
-                    transcript = Transcript(command, target, address, as_events, self.asn_database)
+                    parser = parser_for(command)(address, self.asn_database)
+                    transcript = Transcript(command, target, parser, as_events)
                     yield transcript.start()
                     async with aclosing(process.output()) as chunks:
                         async for chunk in chunks:
@@ -2020,32 +2000,25 @@ class Runner:
         level = logging.INFO if outcome in ("finished", "client gone") else logging.WARNING
         log(level, "run", command=command.name, **pairs, outcome=outcome, seconds=f"{seconds:.1f}")
 
-    @asynccontextmanager
-    async def start(self, command: Command, address: IPAddress) -> AsyncIterator[Process]:
+    def start(self, command: Command, address: IPAddress) -> Process:
         """The command's tool, started towards an address. Raises RequestError."""
         if self.limits.stopping.is_set():
             raise shutdown_error()
         try:
-            process = self.open(command, address, self.settings.DIAGNOSTIC_TIMEOUT)
+            return self.open(command, address, self.settings.DIAGNOSTIC_TIMEOUT)
         except OSError as error:
-            absent = isinstance(error, (FileNotFoundError, PermissionError))
+            absent = isinstance(error, FileNotFoundError)
             if self.limits.once(("start", command.tool), LOG_REPEAT_SECONDS):
-                hint = install_hint([command.tool]) if isinstance(error, FileNotFoundError) else None
+                hint = install_hint([command.tool]) if absent else None
                 log(logging.ERROR, "A tool cannot be started", tool=command.tool, error=error, install=hint)
-            if absent:
+            if absent or isinstance(error, PermissionError):
                 message = f"{command.tool} is not installed on this server, or may not run"
                 raise RequestError(503, {"error": message}, reason="unavailable") from None
             message = f"The server cannot start {command.tool} now: try again soon"
             raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
-        self.processes.add(process)
-        try:
-            async with process:
-                yield process
-        finally:
-            self.processes.discard(process)
 
     def open(self, command: Command, address: IPAddress, seconds: float) -> Process:
-        return Process(command.argv_for(address), self.tools.environment, seconds)
+        return Process(command.argv_for(address), self.tools.environment, seconds, self.processes)
 
     def stop(self) -> None:
         """Stop the commands that run: the server is about to end."""
@@ -2053,7 +2026,7 @@ class Runner:
             process.stop("stopped, the server is shutting down")
 
     async def keep_trying_tools(self) -> None:
-        """Try the tools of the built-in commands, and each minute those that have not measured loopback yet."""
+        """Try the tools of the built-in commands; each minute those that have not measured loopback yet."""
         while True:
             await self.try_tools()
             await asyncio.sleep(TRIAL_REPEAT_SECONDS)
@@ -2069,11 +2042,8 @@ class Runner:
         parser = parser_for(command)(loopback, None)
         events, output = [], b""
         try:
-            async with (
-                self.open(command, loopback, TRIAL_SECONDS) as process,
-                aclosing(process.output()) as chunks,
-            ):
-                async for chunk in chunks:
+            async with self.open(command, loopback, TRIAL_SECONDS) as process:
+                async for chunk in process.output():
                     output += chunk
                     events += parser.feed(chunk)[1]
                     if any(map(has_reply, events)):
@@ -2090,9 +2060,8 @@ class Runner:
         before, self.tools.states[tool] = self.tools.states.get(tool), state
         if state == before or (works and not before):
             return
-        message, remedy = TRIAL_MESSAGES[state]
         last = None if works else denied[0] if denied else error.rpartition("\n")[2]
-        log(logging.WARNING, message, tool=tool, remedy=remedy, error=last)
+        log(logging.WARNING, TRIAL_MESSAGES[state], tool=tool, error=last)
 
 
 # ---- connections -------------------------------------------------------------------------------------------
@@ -2113,12 +2082,15 @@ LINGER_SECONDS = 5  # for the rest of a body after its answer
 STALL_SECONDS = 120  # after which the kernel drops a peer that takes nothing: a slow reader pauses for 30 s
 STOP_SECONDS = 3  # uvicorn's time limit for requests to end at the shutdown; ours end earlier
 ADDRESS_CHARS = 64  # the longest text that is parsed, and cached, as an address: one with its zone is shorter
-REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
 CLOSE = (b"connection", b"close")
 HEADER_END = re.compile(rb"\n\r?\n")
 ABSOLUTE_FORM = re.compile(rb"(?i)\Ahttps?://[^/?#]*")  # of a request target; its path follows
 ADDRESS_WITH_PORT = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
 PREFIX = re.compile(r"(?:/[A-Za-z0-9._~-]+)+", re.ASCII)  # of paths; people paste it into shells
+UNTRUSTED_PROXY = (
+    "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it is your "
+    "proxy, add its address there, or all its clients share one rate limit"
+)
 NO_LINGER = struct.pack("ii", 1, 0)  # for SO_LINGER: closing discards unsent data and sends RST
 # The application receives this in place of a large body, whose bytes are counted and not kept.
 ZEROS = memoryview(bytes(2**20))
@@ -2159,8 +2131,8 @@ class Proxies:
     def client_address(self, request: Request) -> IPAddress:
         """Who is limited, logged and shown as `your_ip`: the peer, or the client that a trusted proxy names.
 
-        That is the rightmost address of X-Forwarded-For that is no trusted proxy: what stands to the left of it
-        was sent by the client. X-Real-IP counts where there is no X-Forwarded-For.
+        That is the rightmost address of X-Forwarded-For that is no trusted proxy: the client itself may have
+        sent what stands to the left of it. X-Real-IP counts where there is no X-Forwarded-For.
         """
         peer = peer_address(request)
         forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
@@ -2172,12 +2144,7 @@ class Proxies:
             return next((each for each in addresses if not self.is_trusted(each)), None) or peer
         # Under `uvicorn --factory lg:create_app`, uvicorn may have put the client in the peer's place.
         if peer not in addresses and self.once("untrusted proxy", math.inf):
-            log(
-                logging.WARNING,
-                "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it "
-                "is your proxy, add its address there, or all its clients share one rate limit",
-                peer=peer,
-            )
+            log(logging.WARNING, UNTRUSTED_PROXY, peer=peer)
         return peer
 
     def named_by_proxy(self, request: Request, header: str) -> str:
@@ -2227,7 +2194,7 @@ class Exchange:
         return rest
 
     def feed_counted(self, data: memoryview) -> bytes:
-        """A body with a Content-Length never sees the parser. A large one is counted: no endpoint keeps it."""
+        """Take bytes of a body with a Content-Length. A large one is counted: no endpoint keeps it."""
         mine = data[: self.to_come]
         self.to_come -= len(mine)
         self.received += len(mine)
@@ -2320,7 +2287,9 @@ class Exchange:
             # The client's system could throw away an answer that is followed by a reset (RFC 9112, 9.6).
             close = [] if self.complete else [CLOSE]
             status = message["status"]
-            self.write(h11.Response(status_code=status, headers=[*headers, *close], reason=REASONS[status]))
+            self.write(
+                h11.Response(status_code=status, headers=[*headers, *close], reason=HTTPStatus(status).phrase)
+            )
             log(logging.DEBUG, "request", target=self.request.target.decode(), status=status)
             return
         self.write(h11.Data(data=b"" if self.request.method == b"HEAD" else message.get("body", b"")))
@@ -2530,7 +2499,7 @@ class Connection(asyncio.BufferedProtocol):
         body = json.dumps({"detail": message})
         fields = ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         fields += ["Cache-Control: no-store", "Connection: close"]
-        line = f"HTTP/1.1 {status} {REASONS[status].decode()}"
+        line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"
         self.transport.write("\r\n".join([line, *fields, "", body]).encode())
         self.linger()
 
@@ -2614,7 +2583,7 @@ DAY_SECONDS = 86400
 
 
 class Size(NamedTuple):
-    """A download: its name, its bytes and its rates."""
+    """A download, or an upload: its name, its bytes and its rates."""
 
     name: str
     length: int
@@ -2623,12 +2592,13 @@ class Size(NamedTuple):
 
 def make_sizes(settings: Settings) -> dict[str, Size]:
     """The downloads that are offered, by name."""
-    sizes = (
-        Size("100M", 100 * 2**20, settings.RATE_LIMIT_SPEEDTEST),
-        Size("1G", 2**30, settings.RATE_LIMIT_SPEEDTEST),
-        Size("10G", 10 * 2**30, settings.RATE_LIMIT_SPEEDTEST_10G),
-    )
+    sizes = [Size("100M", 100 * 2**20, settings.RATE_LIMIT_SPEEDTEST)]
+    sizes += [Size("1G", 2**30, settings.RATE_LIMIT_SPEEDTEST)]
+    sizes += [Size("10G", 10 * 2**30, settings.RATE_LIMIT_SPEEDTEST_10G)]
     return {size.name: size for size in sizes if settings.MAX_SPEEDTESTS}
+
+
+CountBytes = Callable[[int], None]
 
 
 class Budget:
@@ -2645,16 +2615,15 @@ class Budget:
         return self.used
 
     @contextmanager
-    def reserve(self, length: int) -> Iterator[Callable[[int], None]]:
-        """Yields a function that takes the bytes that were moved; the rest is given back. Raises RequestError."""
+    def reserve(self, length: int) -> Iterator[CountBytes]:
+        """Yields a function that takes the bytes moved; the rest is given back. Raises RequestError."""
         used, rest = self.used_today(), length
         if self.limit and used + self.reserved + length > self.limit:
-            tomorrow = math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS)
-            may_fit = used + length <= self.limit  # where a running transfer gives back
             message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
-            if may_fit:
+            wait = {"Retry-After": str(math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS))}
+            if used + length <= self.limit:  # a transfer that runs may give back enough
                 message = "The speed tests that run may use up today's budget: try again soon"
-            wait = RETRY_LATER if may_fit else {"Retry-After": str(tomorrow)}
+                wait = RETRY_LATER
             raise RequestError(503, {"error": message}, wait, "budget")
 
         def move(moved: int) -> None:
@@ -2691,11 +2660,16 @@ class UploadTest:
     length: int = 0
 
 
+def test_name(request: Request) -> str:
+    """The name that a client gives the uploads of one speed test, "" without one."""
+    return request.query_params.get("test", "")[:UPLOAD_TEST_CHARS]
+
+
 class SpeedTests:
     """The downloads and uploads of a service."""
 
     def __init__(self, settings: Settings, limits: Limits) -> None:
-        self.settings, self.limits = settings, limits
+        self.limits = limits
         self.budget = Budget(settings.SPEEDTEST_GIB_PER_DAY * 2**30)
         # Those with uploads that run, by the name that the client gave its test.
         self.upload_tests: WeakValueDictionary[str, UploadTest] = WeakValueDictionary()
@@ -2703,17 +2677,19 @@ class SpeedTests:
             limits.counters.set("lg_speedtest_bytes_total", 0, direction=direction)
 
     @asynccontextmanager
-    async def transfer(
-        self, name: str, length: int, rates: Rates, client: IPAddress
-    ) -> AsyncIterator[tuple[Headers, Callable[[int], None]]]:
-        """Hold a slot, and log what was moved: the headers of the rate limit, and a function that takes the bytes.
+    async def transfer(self, size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, CountBytes]]:
+        """Hold a slot, and log what was moved: yields the rate limit's headers, and counts bytes.
 
         Raises RequestError, or TransferAborted where it has given way.
         """
-        direction, slots = "upload" if name == "upload" else "download", self.limits.speedtests
+        slots, direction = self.limits.speedtests, "upload" if size.name == "upload" else "download"
         async with interruptible() as give_way:
-            with slots.take(rate_limit_key(client), give_way) as slot, self.budget.reserve(length) as move:
-                headers = await self.limits.rates.check_and_consume(rates, f"speedtest {name}", client)
+            with (
+                slots.take(rate_limit_key(client), give_way) as slot,
+                self.budget.reserve(size.length) as move,
+            ):
+                name = f"speedtest {size.name}"
+                headers = await self.limits.rates.check_and_consume(size.rates, name, client)
                 begun, total, outcome = time.monotonic(), 0, "broken off"
 
                 def count(moved: int) -> None:
@@ -2727,13 +2703,11 @@ class SpeedTests:
                     outcome = "finished"
                 finally:
                     outcome = "gave way" if slot.gave_way else outcome
-                    pairs = {"size": name, "client": client, "outcome": outcome, "bytes": total}
+                    pairs = {"size": size.name, "client": client, "outcome": outcome, "bytes": total}
                     log(logging.INFO, "speedtest", **pairs, seconds=f"{time.monotonic() - begun:.1f}")
 
     @asynccontextmanager
-    async def download(
-        self, size: Size, client: IPAddress
-    ) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
+    async def download(self, size: Size, client: IPAddress) -> AsyncIterator[Stream]:
         """The headers of the rate limit, and `size.length` zero bytes in blocks. Raises RequestError."""
 
         async def blocks() -> AsyncGenerator[bytes]:
@@ -2743,31 +2717,30 @@ class SpeedTests:
                 rest -= len(block)
                 count(len(block))
 
-        async with self.transfer(size.name, size.length, size.rates, client) as (headers, count):
+        async with self.transfer(size, client) as (headers, count):
             yield headers, blocks()
 
-    def upload_so_far(self, test: str) -> Upload:
+    def upload_so_far(self, request: Request) -> Upload:
         """What the running uploads of a test have brought; zeros where none runs.
 
         The page asks for this because a browser counts the bytes that it has handed to the system, not those
         that have arrived.
         """
         now = asyncio.get_running_loop().time()
-        upload_test = self.upload_tests.get(test) or UploadTest(now)
+        upload_test = self.upload_tests.get(test_name(request)) or UploadTest(now)
         return measured(upload_test.length, now - upload_test.begun)
 
-    async def receive_upload(
-        self, chunks: AsyncIterator[bytes], length: int, client: IPAddress, test: str
-    ) -> tuple[Upload, Headers]:
+    async def receive_upload(self, request: Request, size: Size, client: IPAddress) -> tuple[Upload, Headers]:
         """Receive and discard an upload. Returns its measurement and the headers of the rate limit.
 
         After UPLOAD_SECONDS it is measured by what has come by then. Raises RequestError, or ClientDisconnect.
         """
         loop = asyncio.get_running_loop()
         begun = first = last = loop.time()
-        received, rates = 0, self.settings.RATE_LIMIT_SPEEDTEST
-        upload_test = self.upload_tests.setdefault(test, UploadTest(begun)) if test else UploadTest(begun)
-        async with self.transfer("upload", length, rates, client) as (headers, count):
+        received, upload_test = 0, UploadTest(begun)
+        if test := test_name(request):
+            upload_test = self.upload_tests.setdefault(test, upload_test)
+        async with self.transfer(size, client) as (headers, count), aclosing(request.stream()) as chunks:
             try:
                 async with asyncio.timeout(UPLOAD_STALL_SECONDS) as deadline:
                     async for chunk in chunks:
@@ -2791,36 +2764,27 @@ JSON_TYPE, HTML_TYPE = "application/json", "text/html; charset=utf-8"
 # A cache in front must not hand one client's answer to another.
 NO_STORE = {"Cache-Control": "no-store"}
 NO_TRANSFORM = {"Cache-Control": "no-store, no-transform"}
-STREAM_HEADERS = {
-    **NO_TRANSFORM,
-    "X-Accel-Buffering": "no",
-    "X-Content-Type-Options": "nosniff",
-    "Vary": "Accept",
-}
-PAGE_HEADERS = {
-    "Cache-Control": "no-cache",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Vary": "Accept, Accept-Encoding",
-}
+NO_SNIFF = {"X-Content-Type-Options": "nosniff"}
+STREAM_HEADERS = {**NO_TRANSFORM, **NO_SNIFF, "X-Accel-Buffering": "no", "Vary": "Accept"}
+PAGE_HEADERS = {**NO_SNIFF, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+PAGE_HEADERS |= {"Vary": "Accept, Accept-Encoding"}
 HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.IGNORECASE)
 ACCEPTS_GZIP = re.compile(r"(?i)\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
-METRICS = {  # by name: the type and the help of Prometheus' text format
-    "lg_info": ("gauge", "Version and place of this server; the value is always 1."),
-    "lg_tool_up": ("gauge", "Whether a tool is installed and has measured loopback: 1 or 0."),
-    "lg_runs_total": ("counter", "Commands that have ended, by outcome as in the log."),
-    "lg_run_seconds_total": ("counter", "Seconds that these commands took."),
-    "lg_last_run_ok": ("gauge", "Whether the last run of a command finished without a fault: 1 or 0."),
-    "lg_refusals_total": ("counter", "Requests refused."),
-    "lg_speedtest_bytes_total": ("counter", "Bytes of speed tests."),
-    "lg_speedtest_budget_bytes": ("gauge", "Bytes that speed tests may move on a day (UTC), if bounded."),
-    "lg_speedtest_budget_used_bytes": ("gauge", "Bytes that speed tests have moved today (UTC)."),
-    "lg_slots": ("gauge", "Commands and speed tests that may run at once."),
-    "lg_slots_taken": ("gauge", "Commands and speed tests that run now."),
-    "lg_connections": ("gauge", "Open connections."),
-}
-# Prometheus' text format knows these three escapes alone, and rejects the others of JSON.
-LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+# Name, type and help, as in Prometheus' text format.
+METRICS = """
+    lg_info gauge Version and place of this server; the value is always 1.
+    lg_tool_up gauge Whether a tool is installed and works on loopback: 1 or 0.
+    lg_runs_total counter Commands that have ended, by outcome as in the log.
+    lg_run_seconds_total counter Seconds that these commands took.
+    lg_last_run_ok gauge Whether the last run of a command finished without a fault: 1 or 0.
+    lg_refusals_total counter Requests refused.
+    lg_speedtest_bytes_total counter Bytes of speed tests.
+    lg_speedtest_budget_bytes gauge Bytes that speed tests may move on a day (UTC), if bounded.
+    lg_speedtest_budget_used_bytes gauge Bytes that speed tests have moved today (UTC).
+    lg_slots gauge Commands and speed tests that may run at once.
+    lg_slots_taken gauge Commands and speed tests that run now.
+    lg_connections gauge Open connections.
+"""
 USAGE = """\
 Looking glass: {location}, {facility}
 
@@ -2852,8 +2816,8 @@ def json_response(content: object, status: int = 200, headers: Headers | None = 
     return JSONResponse(content, status, {**NO_STORE, **(headers or {})})
 
 
-def encoded_page(body: bytes, headers: Headers) -> tuple[bytes, Headers]:
-    return body, {**headers, "ETag": f'"{sha256(body).hexdigest()[:32]}"'}
+def entity_tag(body: bytes) -> str:
+    return f'"{sha256(body).hexdigest()[:32]}"'
 
 
 class NetworkInfo(TypedDict):
@@ -2869,7 +2833,7 @@ class NetworkInfo(TypedDict):
 
 
 class Health(TypedDict):
-    """Whether the tools work. `forbidden` ones lack the permission to send, `failing` ones failed on loopback."""
+    """Whether the tools work: `forbidden` ones may not send, `failing` ones failed on loopback."""
 
     status: Literal["ok", "degraded"]
     missing: NotRequired[list[str]]
@@ -2898,12 +2862,10 @@ class Service:
         self.description_json = json.dumps(self.description, separators=(",", ":")).encode()
         page, policy = make_page(settings, self.commands, self.sizes)
         headers = {**PAGE_HEADERS, "Content-Security-Policy": policy}
-        # With the headers, by Content-Encoding.
-        self.page = {
-            "": encoded_page(page.encode(), headers),
-            "gzip": encoded_page(
-                gzip.compress(page.encode(), mtime=0), {**headers, "Content-Encoding": "gzip"}
-            ),
+        plain, compressed = page.encode(), gzip.compress(page.encode(), mtime=0)
+        self.page = {  # by Content-Encoding, with its headers
+            "": (plain, {**headers, "ETag": entity_tag(plain)}),
+            "gzip": (compressed, {**headers, "ETag": entity_tag(compressed), "Content-Encoding": "gzip"}),
         }
         for name in self.commands:
             self.limits.counters.set("lg_runs_total", 0, command=name, outcome="finished")
@@ -2921,26 +2883,27 @@ class Service:
             yield "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: list the origins instead", {}
         limit = self.speedtests.budget.limit
         if limit and (large := [size.name for size in self.sizes.values() if size.length > limit]):
-            message = (
-                "SPEEDTEST_GIB_PER_DAY is smaller than a download that is offered: it always answers 503"
-            )
+            message = "SPEEDTEST_GIB_PER_DAY is smaller than downloads that are offered: they answer 503"
             yield message, {"downloads": " ".join(large)}
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[dict[str, object]]:
         """Log the limits and everything that needs the operator's attention."""
-        slots = {
-            "commands": self.limits.commands if self.commands else None,
-            "speedtests": self.limits.speedtests if self.sizes else None,
-        }
+        slots = {"commands": self.limits.commands} if self.commands else {}
+        slots |= {"speedtests": self.limits.speedtests} if self.sizes else {}
         log(logging.INFO, "limits", rates=self.rate_limits_text(), **slots)
         for message, pairs in self.warnings():
             log(logging.WARNING, message, **pairs)
-        background = asyncio.gather(self.runner.keep_trying_tools(), self.limits.rates.probe())
+        background = asyncio.gather(self.runner.keep_trying_tools(), self.ask_store())
         yield {"connections": self.connections}
         background.cancel()
         with suppress(asyncio.CancelledError):
             await background
+
+    async def ask_store(self) -> None:
+        """Query the shared store, so that its failure is logged before the first request."""
+        with suppress(RequestError):
+            await self.limits.rates.check((limits.parse("1/minute"),), "start", ipaddress.IPv4Address(0))
 
     def stop(self) -> None:
         """Start nothing any more, and stop the commands that run."""
@@ -2957,7 +2920,8 @@ class Service:
         if as_events:  # after an abort, browsers may read on for 5 s to reuse the connection
             headers["Connection"] = "close"
         client = self.proxies.client_address(request)
-        return StreamedResponse(self.runner.stream(command, target, client, as_events), headers)
+        steps = self.runner.measure(command, target, client, as_events)
+        return StreamedResponse(self.runner.unread.run_ahead(steps), headers)
 
     async def download(self, size: Size, request: Request) -> Response:
         headers = {
@@ -2973,21 +2937,20 @@ class Service:
 
     async def upload(self, request: Request) -> Response:
         headers = {"Timing-Allow-Origin": "*"}
-        test = request.query_params.get("test", "")[:UPLOAD_TEST_CHARS]
         if request.method != "POST":
-            return json_response(self.speedtests.upload_so_far(test), headers=headers)
+            return json_response(self.speedtests.upload_so_far(request), headers=headers)
         length = declared_length(request.scope["headers"])
         if length is None:
             raise RequestError(411, {"detail": "Send Content-Length: an upload without it is not accepted"})
         if length > UPLOAD_BYTES:
             raise RequestError(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
         client = self.proxies.client_address(request)
-        async with aclosing(request.stream()) as chunks:
-            try:
-                answer, rate_headers = await self.speedtests.receive_upload(chunks, length, client, test)
-            except TransferAborted:
-                message = "This upload was stopped for a client that had none: try again soon"
-                raise RequestError(503, {"error": message}, RETRY_LATER, "server slots") from None
+        size = Size("upload", length, self.settings.RATE_LIMIT_SPEEDTEST)
+        try:
+            answer, rate_headers = await self.speedtests.receive_upload(request, size, client)
+        except TransferAborted:
+            message = "This upload was stopped for a client that had none: try again soon"
+            raise RequestError(503, {"error": message}, RETRY_LATER, "server slots") from None
         return json_response(answer, headers={**headers, **rate_headers})
 
     # About this server
@@ -3012,27 +2975,22 @@ class Service:
     async def metrics(self, request: Request) -> Response:
         if not is_in(self.proxies.client_address(request), self.settings.METRICS_ALLOW_IPS):
             raise HTTPException(404)
-        samples: dict[str, list[tuple[dict[str, str], float]]] = {name: [] for name in METRICS}
-        for (name, pairs), value in self.limits.counters.values.items():
-            samples[name].append((dict(pairs), value))
+        counters, budget = self.limits.counters, self.speedtests.budget
         place = {"location": self.settings.NETWORK_LOCATION, "facility": self.settings.NETWORK_FACILITY}
-        samples["lg_info"].append(({"version": VERSION, **place}, 1))
+        counters.set("lg_info", 1, version=VERSION, **place)
         faulty = {tool for tools in self.tools.faults().values() for tool in tools}
-        samples["lg_tool_up"] += [({"tool": tool}, tool not in faulty) for tool in self.tools.names]
-        budget = self.speedtests.budget
+        for tool in self.tools.names:
+            counters.set("lg_tool_up", tool not in faulty, tool=tool)
         if budget.limit:
-            samples["lg_speedtest_budget_bytes"].append(({}, budget.limit))
-            samples["lg_speedtest_budget_used_bytes"].append(({}, budget.used_today()))
+            counters.set("lg_speedtest_budget_bytes", budget.limit)
+            counters.set("lg_speedtest_budget_used_bytes", budget.used_today())
         for kind, slots in (("command", self.limits.commands), ("speedtest", self.limits.speedtests)):
-            samples["lg_slots"].append(({"kind": kind}, slots.total))
-            samples["lg_slots_taken"].append(({"kind": kind}, len(slots.taken)))
-        samples["lg_connections"].append(({}, len(self.connections.open)))
+            counters.set("lg_slots", slots.total, kind=kind)
+            counters.set("lg_slots_taken", len(slots.taken), kind=kind)
+        counters.set("lg_connections", len(self.connections.open))
         lines = []
-        for name, (kind, description) in METRICS.items():
-            lines += [f"# HELP {name} {description}", f"# TYPE {name} {kind}"]
-            for labels, value in samples[name]:
-                texts = [f'{key}="{text.translate(LABEL_ESCAPES)}"' for key, text in labels.items()]
-                lines.append(f"{name}{{{','.join(texts)}}} {value:.15g}")
+        for name, kind, description in (row.split(maxsplit=2) for row in METRICS.strip().split("\n")):
+            lines += [f"# HELP {name} {description}", f"# TYPE {name} {kind}", *counters.samples(name)]
         return PlainTextResponse("\n".join([*lines, ""]), 200, NO_STORE, "text/plain; version=0.0.4")
 
     def rate_limits_text(self) -> str:
@@ -3044,10 +3002,8 @@ class Service:
             return self.usage(request)
         encoding = "gzip" if ACCEPTS_GZIP.search(request.headers.get("accept-encoding", "")) else ""
         body, headers = self.page[encoding]
-        known = {
-            each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")
-        }
-        if known & {headers["ETag"], "*"}:
+        tags = request.headers.get("if-none-match", "").split(",")
+        if {tag.strip().removeprefix("W/") for tag in tags} & {headers["ETag"], "*"}:
             return Response(status_code=304, headers=headers)
         return HTMLResponse(body, headers=headers)
 
@@ -3059,20 +3015,18 @@ class Service:
         return f"{self.proxies.scheme(request)}://{host}{self.proxies.prefix(request)}"
 
     def usage(self, request: Request) -> Response:
-        base, commands = self.base_url(request), self.commands
-        lines = "".join(
-            f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in commands
+        base, names = self.base_url(request), list(self.commands)
+        commands = "".join(
+            f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in names
         )
-        example = "mtr" if "mtr" in commands else next(iter(commands), "")
+        example = "mtr" if "mtr" in names else names[0] if names else ""
         text = USAGE.format(
             base=base,
             location=self.settings.NETWORK_LOCATION,
             facility=self.settings.NETWORK_FACILITY,
-            diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=lines, command=example)
-            if commands
-            else "",
+            diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=commands, command=example) * bool(names),
             about="Speed tests, server" if self.sizes else "Server",
-            speedtests=SPEEDTESTS_USAGE.format(base=base) if self.sizes else "",
+            speedtests=SPEEDTESTS_USAGE.format(base=base) * bool(self.sizes),
             limits=self.rate_limits_text(),
         )
         return PlainTextResponse(text, headers={**NO_STORE, "Vary": "Accept"})
@@ -3096,7 +3050,7 @@ class Service:
             return json_response(body, error.status, error.headers)
 
     async def answer_http_exception(self, request: Request, error: Exception) -> Response:
-        """Answers the router's 404 and 405; redirects a path with a trailing slash to the route without it."""
+        """Answers the router's 404 and 405; redirects a path with a slash at its end to the one without."""
         assert isinstance(error, HTTPException)
         path, query = request.scope["path"].rstrip("/"), request.url.query
         paths = {route.path for route in request.app.routes}
@@ -3154,18 +3108,9 @@ class Busy(TypedDict):
     error: str
 
 
-SCHEMAS: list[Any] = [*typing.get_args(Event), *typing.get_args(Result)]
-SCHEMAS += [
-    TargetRequest,
-    Target6Request,
-    Problem,
-    ValidationError,
-    Detail,
-    Busy,
-    Upload,
-    NetworkInfo,
-    Health,
-]
+SCHEMAS: list[Any] = [*typing.get_args(Event), *typing.get_args(Result), Upload, NetworkInfo, Health]
+SCHEMAS += [TargetRequest, Target6Request, Problem, ValidationError, Detail, Busy]
+OBJECT = {"type": "object", "additionalProperties": False}
 SCALARS = {str: "string", int: "integer", float: "number", type(None): "null"}
 EXAMPLES = json.loads("""[
   {"event": "start", "command": "mtr", "target": "target.lg.example", "address": "198.51.100.254",
@@ -3183,27 +3128,37 @@ EXAMPLES = json.loads("""[
    "duration": 60, "result": {"status": "failed", "resolvedAddress": "198.51.100.66",
    "resolvedHostname": null, "hops": [], "rawOutput": ""}}
 ]""")
-ERRORS = {  # status: when, the body's type, its headers
-    408: ("The body did not come in time, or an upload stalled.", Detail, ()),
-    411: ("An upload without Content-Length.", Detail, ()),
-    413: ("The body is too large.", Detail, ()),
-    422: ("No target, or none that can or may be measured.", ValidationError, ()),
-    429: (
-        "Over the rate limit, or all slots of the client are in use.",
-        Busy,
-        ("Retry-After", *RATE_HEADERS),
-    ),
-    503: ("No free slot or budget, or a tool that is not installed or may not run.", Busy, ("Retry-After",)),
+TYPES = {cls.__name__: {JSON_TYPE: cls} for cls in SCHEMAS} | {
+    "json": {JSON_TYPE: object},
+    "html": {HTML_TYPE: str},
+    "front": {TEXT_TYPE: str, HTML_TYPE: str},
+    "stream": {TEXT_TYPE: str, EVENTS_TYPE: Event},
+    "bytes": {"application/octet-stream": object},
 }
+# Method, path, operationId, tag, what is answered, statuses of errors; then the summary.
+OPERATIONS = """
+    post /lookingglass/{name} {name} LookingGlass stream 408,413,422,429,503 {tool} over IPv{version}
+    get  /speedtest/{name} speedtest_{name} SpeedTest bytes 429,503 {length} zero bytes
+    head /speedtest/{name} speedtest_{name}_headers SpeedTest bytes - {length} zero bytes: the headers alone
+    post /speedtest/upload upload SpeedTest Upload 408,411,413,429,503 Measures and discards the body
+    get  /speedtest/upload upload_so_far SpeedTest Upload - What the uploads of a test have brought so far
+    get  /network/info network_info Network NetworkInfo - Where this is, and who you are
+    get  /health health Network Health - Whether the tools work
+    get  / front Network front - How to use it; for browsers, the page
+    get  /openapi.json openapi Network json - This description
+    get  /docs docs Network html - This description in Swagger UI
+    get  /redoc redoc Network html - This description in ReDoc
+"""
+# Status, the body's type, headers; then when.
+ERRORS = """
+    408 Detail - The body did not come in time, or an upload stalled.
+    411 Detail - An upload without Content-Length.
+    413 Detail - The body is too large.
+    422 ValidationError - No target, or none that can or may be measured.
+    429 Busy Retry-After,{limits} Over the rate limit, or all slots of the client are in use.
+    503 Busy Retry-After No free slot or budget, or a tool that is not installed or may not run.
+"""
 HEADER_MEANINGS = {"Retry-After": "Seconds to wait before the next try."} | RATE_HEADERS
-OPERATIONS: list[tuple[str, str, str, str, dict[str, Any]]] = [  # path, operationId, tag, summary, answer
-    ("/network/info", "network_info", "Network", "Where this is, and who you are", {JSON_TYPE: NetworkInfo}),
-    ("/health", "health", "Network", "Whether the tools work", {JSON_TYPE: Health}),
-    ("/", "front", "Network", "How to use it; for browsers, the page", {TEXT_TYPE: str, HTML_TYPE: str}),
-    ("/openapi.json", "openapi", "Network", "This description", {JSON_TYPE: object}),
-    ("/docs", "docs", "Network", "This description in Swagger UI", {HTML_TYPE: str}),
-    ("/redoc", "redoc", "Network", "This description in ReDoc", {HTML_TYPE: str}),
-]
 
 
 def schema_of(hint: Any, inside: bool = True) -> Schema:
@@ -3215,13 +3170,8 @@ def schema_of(hint: Any, inside: bool = True) -> Schema:
         hints = typing.get_type_hints(hint, include_extras=True)
         required = [name for name, each in hints.items() if typing.get_origin(each) is not NotRequired]
         properties = {name: schema_of(each) for name, each in hints.items()}
-        schema = {
-            "type": "object",
-            "properties": properties,
-            "required": required,
-            "additionalProperties": False,
-        }
-        return schema | ({"description": cleandoc(hint.__doc__)} if hint.__doc__ else {})
+        text = {"description": cleandoc(hint.__doc__)} if hint.__doc__ else {}
+        return OBJECT | {"properties": properties, "required": required} | text
     if origin is NotRequired:
         return schema_of(arguments[0])
     if origin is Literal:
@@ -3235,67 +3185,27 @@ def schema_of(hint: Any, inside: bool = True) -> Schema:
     return {"anyOf": [schema_of(each) for each in arguments]}
 
 
-def response(when: str, content: Mapping[str, Any], headers: Iterable[str] = ()) -> Schema:
-    """A response: when it comes, its bodies' types by media type, its headers by name."""
+def response(when: str, kind: str, headers: Iterable[str] = ()) -> Schema:
+    """A response: when it comes, its bodies' schemas by media type, its headers by name."""
+    content = {media_type: {"schema": schema_of(hint)} for media_type, hint in TYPES[kind].items()}
+    meanings = {name: HEADER_MEANINGS[name] for name in headers if name in HEADER_MEANINGS}
     described = {
-        name: {"description": HEADER_MEANINGS[name], "schema": {"type": "integer"}} for name in headers
+        name: {"description": text, "schema": {"type": "integer"}} for name, text in meanings.items()
     }
-    bodies = {media_type: {"schema": schema_of(hint)} for media_type, hint in content.items()}
-    return {"description": when, "content": bodies} | ({"headers": described} if described else {})
+    return {"description": when, "content": content} | ({"headers": described} if described else {})
 
 
-def operation(
-    name: str, tag: str, summary: str, success: Schema, errors: Iterable[int] = (), **more: Any
-) -> Schema:
-    responses = {"200": success}
-    for status in errors:
-        when, body, headers = ERRORS[status]
-        responses[str(status)] = response(when, {JSON_TYPE: body}, headers)
-    return {"operationId": name, "tags": [tag], "summary": summary, "responses": responses, **more}
-
-
-def command_operation(command: Command, settings: Settings) -> Schema:
-    output = "The output of the tool as it comes: text, or with `Accept` one event a line."
-    success = response(output, {TEXT_TYPE: str, EVENTS_TYPE: Event}, RATE_HEADERS)
-    success["content"][EVENTS_TYPE]["examples"] = {
-        cls.__name__: {"summary": cls.__doc__, "value": event}
-        for cls, event in zip(typing.get_args(Event), EXAMPLES, strict=True)
-    }
-    body = TargetRequest if command.version == 4 else Target6Request
-    argv, limit = " ".join(command.argv_for("ADDRESS")), describe_rates(settings.RATE_LIMIT_DIAGNOSTICS)
-    return operation(
-        command.name,
-        "LookingGlass",
-        f"{command.tool} over IPv{command.version}",
-        success,
-        (408, 413, 422, 429, 503),
-        description=f"Runs `{argv}`, at most {settings.DIAGNOSTIC_TIMEOUT} s. Limit: {limit}.",
-        requestBody={"required": True, "content": {JSON_TYPE: {"schema": schema_of(body)}}},
-    )
-
-
-def speedtest_operations(sizes: Mapping[str, Size]) -> Iterator[tuple[str, Schema]]:
-    """The paths of the speed tests, with their operations by method."""
-    for name, size in sizes.items():
-        content = response("The bytes.", {"application/octet-stream": object}, RATE_HEADERS)
-        summary = f"{size.length} zero bytes; the limit is {describe_rates(size.rates)}"
-        get = operation(f"speedtest_{name}", "SpeedTest", summary, content, (429, 503))
-        headers = {"description": "The headers alone."}
-        head = operation(f"speedtest_{name}_headers", "SpeedTest", "The headers of the download", headers)
-        yield f"/speedtest/{name}", {"get": get, "head": head}
-    if sizes:
-        test: dict[str, Any] = {"parameters": [{"name": "test", "in": "query", "schema": {"type": "string"}}]}
-        body: dict[str, Any] = {
-            "requestBody": {"content": {"application/octet-stream": {"schema": {}}}},
-            **test,
-        }
-        success = response("What has come.", {JSON_TYPE: Upload}, RATE_HEADERS)
-        summary, errors = "Receives and discards the body, and measures it", (408, 411, 413, 429, 503)
-        post = operation("speedtest_upload", "SpeedTest", summary, success, errors, **body)
-        success = response("Zeros where none runs.", {JSON_TYPE: Upload})
-        summary = "What the running uploads of a test have brought so far"
-        get = operation("speedtest_upload_so_far", "SpeedTest", summary, success, **test)
-        yield "/speedtest/upload", {"post": post, "get": get}
+def operations(paths: str, errors: Mapping[str, Schema], **values: object) -> dict[str, Schema]:
+    """The operations of the table whose path is `paths`, by method, with `values` put in."""
+    found = {}
+    for row in OPERATIONS.strip().split("\n"):
+        if row.split()[1] == paths:
+            method, _, name, tag, kind, statuses, summary = row.format(**values).split(maxsplit=6)
+            limits = RATE_HEADERS if "429" in statuses else ()
+            responses = {"200": response(summary, kind, limits)}
+            responses |= {status: errors[status] for status in statuses.split(",") if status in errors}
+            found[method] = {"operationId": name, "tags": [tag], "summary": summary, "responses": responses}
+    return found
 
 
 def rate_limits_text(settings: Settings, commands: Iterable[str], sizes: Iterable[str]) -> str:
@@ -3308,26 +3218,45 @@ def rate_limits_text(settings: Settings, commands: Iterable[str], sizes: Iterabl
 
 def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Mapping[str, Size]) -> Schema:
     """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
-    offers = [
-        *dict.fromkeys(each.base_name for each in commands.values()),
-        *(["speed tests"] if sizes else []),
-    ]
-    description = f"{' · '.join(offers)}, from {settings.NETWORK_LOCATION}. "
-    description += f"Limits for each client: {rate_limits_text(settings, commands, sizes)}."
+    errors = {}
+    for line in ERRORS.strip().split("\n"):
+        status, kind, headers, when = line.format(limits=",".join(RATE_HEADERS)).split(maxsplit=3)
+        errors[status] = response(when, kind, headers.split(","))
+    described = partial(operations, errors=errors)
+    paths: dict[str, dict[str, Schema]] = {}
+    examples = zip(typing.get_args(Event), EXAMPLES, strict=True)
+    events = {cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples}
     schemas = {cls.__name__: schema_of(cls, inside=False) for cls in SCHEMAS}
     for cls, version in ((TargetRequest, 4), (Target6Request, 6)):
         forms = [{"format": f"ipv{version}"}, {"pattern": f"^(?:{HOST_NAME.pattern})$"}]
         target = {"type": "string", "anyOf": forms, "examples": ["example.com"]}
         schemas[cls.__name__] |= {"properties": {"target": target}, "additionalProperties": True}
-    paths = {
-        **{
-            f"/lookingglass/{name}": {"post": command_operation(each, settings)}
-            for name, each in commands.items()
-        },
-        **dict(speedtest_operations(sizes)),
-    }
-    for path, name, tag, summary, content in OPERATIONS:
-        paths[path] = {"get": operation(name, tag, summary, response("The answer.", content))}
+    for name, command in commands.items():
+        found = described("/lookingglass/{name}", name=name, tool=command.tool, version=command.version)
+        body = TargetRequest if command.version == 4 else Target6Request
+        argv, limit = " ".join(command.argv_for("ADDRESS")), describe_rates(settings.RATE_LIMIT_DIAGNOSTICS)
+        found["post"] |= {
+            "description": f"Runs `{argv}`, at most {settings.DIAGNOSTIC_TIMEOUT} s. Limit: {limit}.",
+            "requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema_of(body)}}},
+        }
+        found["post"]["responses"]["200"]["content"][EVENTS_TYPE]["examples"] = events
+        paths[f"/lookingglass/{name}"] = found
+    for name, size in sizes.items():
+        paths[f"/speedtest/{name}"] = described("/speedtest/{name}", name=name, length=size.length)
+    if sizes:
+        found = described("/speedtest/upload")
+        for each in found.values():
+            each["parameters"] = [{"name": "test", "in": "query", "schema": {"type": "string"}}]
+        found["post"]["requestBody"] = {"content": {"application/octet-stream": {"schema": {}}}}
+        paths["/speedtest/upload"] = found
+    for path in ("/network/info", "/health", "/", "/openapi.json", "/docs", "/redoc"):
+        paths[path] = described(path)
+    offers = [
+        *dict.fromkeys(each.base_name for each in commands.values()),
+        *(["speed tests"] if sizes else ()),
+    ]
+    description = f"{', '.join(offers)}, from {settings.NETWORK_LOCATION}. "
+    description += f"Limits for each client: {rate_limits_text(settings, commands, sizes)}."
     info = {"title": "Looking glass", "version": VERSION, "description": description}
     return {
         "openapi": "3.1.0",
@@ -3339,27 +3268,16 @@ def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Map
 
 
 CDN = "https://cdn.jsdelivr.net/npm/"
-API_DOCS: dict[str, tuple[str, dict[str, str]]] = {  # the script of each page, and the files it loads
-    "docs": (
-        "SwaggerUIBundle({ url: 'openapi.json', dom_id: '#viewer' })",
-        {
-            "swagger-ui-dist@5.35.0/swagger-ui.css": (
-                "sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I"
-            ),
-            "swagger-ui-dist@5.35.0/swagger-ui-bundle.js": (
-                "sha384-gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9"
-            ),
-        },
-    ),
-    "redoc": (
-        "Redoc.init('openapi.json', {}, document.getElementById('viewer'))",
-        {
-            "redoc@2.5.4/bundles/redoc.standalone.js": (
-                "sha384-w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5"
-            )
-        },
-    ),
+API_DOCS = {  # the script of each page
+    "docs": "SwaggerUIBundle({ url: 'openapi.json', dom_id: '#viewer' })",
+    "redoc": "Redoc.init('openapi.json', {}, document.getElementById('viewer'))",
 }
+# The page, its files, and their hashes.
+API_DOCS_FILES = """
+    docs swagger-ui-dist@5.35.0/swagger-ui.css sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I
+    docs swagger-ui-dist@5.35.0/swagger-ui-bundle.js sha384-gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9
+    redoc redoc@2.5.4/bundles/redoc.standalone.js sha384-w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5
+"""  # noqa: E501
 DOCS_TAGS = {
     "css": '<link rel="stylesheet" href="{}" integrity="{}" crossorigin="anonymous">\n',
     "js": '<script defer src="{}" integrity="{}" crossorigin="anonymous"></script>\n',
@@ -3373,9 +3291,10 @@ def script_hash(script: str) -> str:
 
 async def api_docs(name: str, request: Request) -> Response:
     """A page that shows the description with files from a CDN; its policy allows no other sources."""
-    call, files = API_DOCS[name]
+    rows = [line.split() for line in API_DOCS_FILES.strip().split("\n")]
+    files = {path: digest for page, path, digest in rows if page == name}
     tags = "".join(DOCS_TAGS[path.rpartition(".")[2]].format(CDN + path, files[path]) for path in files)
-    run = f"addEventListener('DOMContentLoaded', () => {call});"
+    run = f"addEventListener('DOMContentLoaded', () => {API_DOCS[name]});"
     sources = " ".join(CDN + path for path in files)
     policy = f"default-src 'none'; script-src {script_hash(run)} {sources}; "
     policy += f"style-src 'unsafe-inline' {sources}; "
@@ -3558,34 +3477,23 @@ class Logfmt(logging.Formatter):
         return f"{line} {logfmt(traceback=traceback)}".rstrip()
 
 
-class LogHandler(logging.Handler):
+class LogHandler(logging.handlers.QueueHandler):
     """Writes the log in a thread of its own: a log that nobody reads does not hold up the service."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.lines: queue.Queue[str] = queue.Queue(LOG_LINES)
+        self.lines: queue.Queue[logging.LogRecord] = queue.Queue(LOG_LINES)
+        super().__init__(self.lines)
         self.dropped = 0
-        threading.Thread(target=self.write, daemon=True).start()
+        logging.handlers.QueueListener(self.lines, logging.StreamHandler()).start()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self.lines.put_nowait(self.format(record) + "\n")
-        except queue.Full:
-            self.dropped += 1
+    def enqueue(self, record: logging.LogRecord) -> None:
+        super().enqueue(record)
+        if dropped := self.dropped:
+            self.dropped = 0
+            log(logging.WARNING, "log lines dropped", lines=dropped)
 
-    def write(self) -> None:
-        while True:
-            line = self.lines.get()
-            if dropped := self.dropped:
-                self.dropped -= dropped
-                message = logfmt(msg="log lines dropped", lines=dropped)
-                record = logging.LogRecord(logger.name, logging.WARNING, "", 0, message, None, None)
-                line += self.format(record) + "\n"
-            data = line.encode(errors="backslashreplace")
-            with suppress(OSError):  # a full disk, a pipe without a reader
-                while data:
-                    data = data[os.write(2, data) :]
-            self.lines.task_done()
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        self.dropped += 1  # the queue is full
 
     def close(self) -> None:
         """Wait a moment for what is still to be written."""
@@ -3598,6 +3506,7 @@ class LogHandler(logging.Handler):
 def configure_logging(settings: Settings) -> None:
     handler = LogHandler()
     handler.setFormatter(Logfmt())
+    logging.raiseExceptions = False  # a full disk, a pipe without a reader
     logging.basicConfig(handlers=[handler], level=settings.LOG_LEVEL.upper())
     if settings.LOG_LEVEL != "debug":  # uvicorn logs what is of no use to an operator
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
