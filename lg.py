@@ -74,7 +74,7 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036
         raise SystemExit("lg.py: Python 3.11 or later is needed: install it and run lg.py with it") from None
     remedy = "install the packages with pip install -r requirements.txt, and run lg.py with that Python"
     raise SystemExit(f"lg.py: {error}: {remedy}") from None
@@ -83,6 +83,7 @@ VERSION = "1.0.0"
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+Target = IPAddress | str  # an address, or a host name in ASCII
 Headers = Mapping[str, str]
 T = TypeVar("T")
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -485,7 +486,7 @@ def parse_body(body: bytes) -> str:
     return target.strip()
 
 
-def parse_target(text: str) -> IPAddress | str:
+def parse_target(text: str) -> Target:
     """The address that `text` is, or the host name in ASCII. Raises RequestError for anything else.
 
     `[2001:db8::1]` and `2001:db8::1` are the same; `bücher.example` becomes `xn--bcher-kva.example` (UTS 46).
@@ -500,9 +501,7 @@ def parse_target(text: str) -> IPAddress | str:
         with suppress(UnicodeError):
             name = idna.encode(text, uts46=True).decode("ascii")
     if not HOST_NAME.fullmatch(name):
-        expected = (
-            "an IPv4 address like 192.0.2.1, an IPv6 address like 2001:db8::1 or a name like example.com"
-        )
+        expected = "an address like 192.0.2.1 or 2001:db8::1, or a name like example.com"
         raise validation_error(f"Not a target: send {expected}", text)
     return name
 
@@ -589,7 +588,7 @@ class Targets:
             return False
         return is_public(address) or is_in(address, self.allow)
 
-    async def resolve(self, target: IPAddress | str, version: int, hint: str) -> IPAddress:
+    async def resolve(self, target: Target, version: int, hint: str) -> IPAddress:
         """The address to measure: of a name, the first of this version that is allowed. Raises RequestError.
 
         `hint` tells the client what to do about a name without such an address.
@@ -938,7 +937,7 @@ def make_commands(settings: Settings) -> dict[str, Command]:
     return commands
 
 
-def check_version(target: IPAddress | str, command: Command) -> None:
+def check_version(target: Target, command: Command) -> None:
     """Raises RequestError for an address of the other IP version, and names the command to use."""
     if not isinstance(target, str) and target.version != command.version:
         hint = f"use {command.twin}" if command.twin else f"{command.name} is for IPv{command.version}"
@@ -1663,26 +1662,23 @@ def parser_for(command: Command) -> type[OutputParser]:
 
 OUTPUT_BYTES = 2**20  # what one command may write
 UNREAD_BYTES = 2**25  # what may wait for all clients to read it
-PIECE_BYTES = (
-    2**16
-)  # a client is sent so much at a time: what its connection buffers is not counted as unread
+PIECE_BYTES = 2**16  # sent at a time: what a connection buffers no longer counts as unread
 READ_BYTES = 2**16  # the capacity of a pipe
 POLL_SECONDS = 0.05  # how often a tool is looked at where the kernel cannot tell that it has ended
 GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT
 TRIAL_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
 TRIAL_REPEAT_SECONDS = 60
-TRIAL_MESSAGES: dict[ToolState, tuple[str, str | None]] = {  # with what to do
-    "ok": ("A tool works again", None),
-    "forbidden": (
-        "A tool lacks the permission to send",
-        "grant NET_RAW (Docker: --cap-add NET_RAW) or widen net.ipv4.ping_group_range",
-    ),
-    "failing": ("A tool fails on loopback", "run its command here: it is in /openapi.json"),
+TRIAL_MESSAGES: dict[ToolState, str] = {
+    "ok": "A tool works again",
+    "forbidden": "A tool lacks the permission to send: grant NET_RAW or widen net.ipv4.ping_group_range",
+    "failing": "A tool fails on loopback",
 }
 # Errors of ping and traceroute, and of mtr, whose mtr-packet does the sending.
 DENIED = re.compile(r"(?i).*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*")
 
-StreamSource = AbstractAsyncContextManager[tuple[Headers, AsyncGenerator[bytes]]]
+Stream = tuple[Headers, AsyncGenerator[bytes]]  # the headers of a rate limit, and a body
+Steps = AsyncGenerator[Headers | bytes]  # the same, one after the other
+StreamSource = AbstractAsyncContextManager[Stream]
 
 
 class TransferAborted(Exception):  # noqa: N818 - not an error of the application's
@@ -1786,7 +1782,8 @@ class Process:
             finally:
                 self.loop.remove_reader(pidfd)
                 os.close(pidfd)
-        while os.waitid(os.P_PID, self.tool.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while os.waitid(os.P_PID, self.tool.pid, flags) is None:  # noqa: ASYNC222 - WNOHANG
             await asyncio.sleep(POLL_SECONDS)
         self.changed.set()
 
@@ -1828,16 +1825,8 @@ class Process:
 class Transcript:
     """What a client reads of a run: text, or one JSON object a line for each event."""
 
-    def __init__(
-        self,
-        command: Command,
-        target: IPAddress | str,
-        address: IPAddress,
-        as_events: bool,
-        asn_database: AsnDatabase | None,
-    ) -> None:
-        self.command, self.target, self.address, self.as_events = command, target, address, as_events
-        self.parser = parser_for(command)(address, asn_database)
+    def __init__(self, command: Command, target: Target, parser: OutputParser, as_events: bool) -> None:
+        self.command, self.target, self.parser, self.as_events = command, target, parser, as_events
         self.started = time.monotonic()
         self.raw_output = bytearray()  # what a text client reads
 
@@ -1848,14 +1837,15 @@ class Transcript:
         return b"".join(json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events)
 
     def start(self) -> bytes:
-        kind = "address" if self.address.version == 4 else "IPv6 address"
-        text = f"{self.target} has {kind} {self.address}\n" if isinstance(self.target, str) else ""
+        address, version = self.parser.address, self.command.version
+        kind = "address" if version == 4 else "IPv6 address"
+        text = f"{self.target} has {kind} {address}\n" if isinstance(self.target, str) else ""
         event: StartEvent = {
             "event": "start",
             "command": self.command.name,
             "target": str(self.target),
-            "address": str(self.address),
-            "family": self.address.version,
+            "address": address,
+            "family": cast(Literal[4, 6], version),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         return self.encode(text.encode(), [event])
@@ -1908,9 +1898,7 @@ class UnreadOutput:
             largest()
 
     @asynccontextmanager
-    async def run_ahead(
-        self, steps: AsyncGenerator[Headers | bytes]
-    ) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
+    async def run_ahead(self, steps: Steps) -> AsyncIterator[Stream]:
         """What `steps` yields, headers first. It runs to its end however slowly the client reads.
 
         So it gives back what it holds as soon as it can.
@@ -1948,10 +1936,9 @@ class UnreadOutput:
                 await asyncio.wait((task,))
 
 
-def has_reply(event: Event) -> bool:
-    if event["event"] == "hop":
-        return bool(event.get("timings")) or bool(event.get("stats", {"rcv": 0})["rcv"])
-    return event["event"] == "reply"
+def has_reply(event: Mapping[str, Any]) -> bool:
+    """Whether an event tells of a reply, or a hop of one."""
+    return event["event"] == "reply" or bool(event.get("timings") or event.get("stats", {}).get("rcv"))
 
 
 class Runner:
@@ -1967,16 +1954,11 @@ class Runner:
         except ValueError as error:
             raise setting_error(str(error), ASN_DATABASE=settings.ASN_DATABASE) from None
 
-    def stream(
-        self, command: Command, target: IPAddress | str, client: IPAddress, as_events: bool
-    ) -> StreamSource:
-        """A run: the headers of its rate limit, and what the client reads. Raises RequestError."""
-        return self.unread.run_ahead(self.measure(command, target, client, as_events))
+    async def measure(self, command: Command, target: Target, client: IPAddress, as_events: bool) -> Steps:
+        """Run a command: yields the headers of its rate limit, then what the client reads.
 
-    async def measure(
-        self, command: Command, target: IPAddress | str, client: IPAddress, as_events: bool
-    ) -> AsyncGenerator[Headers | bytes]:
-        """Run a command: yields the headers of its rate limit, then what the client reads."""
+        Raises RequestError.
+        """
         begun, outcome, address = time.monotonic(), "client gone", None
         allowed, rates = self.settings.RATE_LIMIT_DIAGNOSTICS, self.limits.rates
         with self.limits.commands.take(rate_limit_key(client)):
@@ -1990,7 +1972,8 @@ class Runner:
                     # Charged now, since what starts no tool costs nothing.
                     headers = await rates.check_and_consume(allowed, command.name, client)
                     yield headers
-                    transcript = Transcript(command, target, address, as_events, self.asn_database)
+                    parser = parser_for(command)(address, self.asn_database)
+                    transcript = Transcript(command, target, parser, as_events)
                     yield transcript.start()
                     async with aclosing(process.output()) as chunks:
                         async for chunk in chunks:
@@ -2059,11 +2042,8 @@ class Runner:
         parser = parser_for(command)(loopback, None)
         events, output = [], b""
         try:
-            async with (
-                self.open(command, loopback, TRIAL_SECONDS) as process,
-                aclosing(process.output()) as chunks,
-            ):
-                async for chunk in chunks:
+            async with self.open(command, loopback, TRIAL_SECONDS) as process:
+                async for chunk in process.output():
                     output += chunk
                     events += parser.feed(chunk)[1]
                     if any(map(has_reply, events)):
@@ -2080,9 +2060,8 @@ class Runner:
         before, self.tools.states[tool] = self.tools.states.get(tool), state
         if state == before or (works and not before):
             return
-        message, remedy = TRIAL_MESSAGES[state]
         last = None if works else denied[0] if denied else error.rpartition("\n")[2]
-        log(logging.WARNING, message, tool=tool, remedy=remedy, error=last)
+        log(logging.WARNING, TRIAL_MESSAGES[state], tool=tool, error=last)
 
 
 # ---- connections -------------------------------------------------------------------------------------------
@@ -2604,7 +2583,7 @@ DAY_SECONDS = 86400
 
 
 class Size(NamedTuple):
-    """A download: its name, its bytes and its rates."""
+    """A download, or an upload: its name, its bytes and its rates."""
 
     name: str
     length: int
@@ -2613,12 +2592,13 @@ class Size(NamedTuple):
 
 def make_sizes(settings: Settings) -> dict[str, Size]:
     """The downloads that are offered, by name."""
-    sizes = (
-        Size("100M", 100 * 2**20, settings.RATE_LIMIT_SPEEDTEST),
-        Size("1G", 2**30, settings.RATE_LIMIT_SPEEDTEST),
-        Size("10G", 10 * 2**30, settings.RATE_LIMIT_SPEEDTEST_10G),
-    )
+    sizes = [Size("100M", 100 * 2**20, settings.RATE_LIMIT_SPEEDTEST)]
+    sizes += [Size("1G", 2**30, settings.RATE_LIMIT_SPEEDTEST)]
+    sizes += [Size("10G", 10 * 2**30, settings.RATE_LIMIT_SPEEDTEST_10G)]
     return {size.name: size for size in sizes if settings.MAX_SPEEDTESTS}
+
+
+CountBytes = Callable[[int], None]
 
 
 class Budget:
@@ -2635,16 +2615,15 @@ class Budget:
         return self.used
 
     @contextmanager
-    def reserve(self, length: int) -> Iterator[Callable[[int], None]]:
+    def reserve(self, length: int) -> Iterator[CountBytes]:
         """Yields a function that takes the bytes moved; the rest is given back. Raises RequestError."""
         used, rest = self.used_today(), length
         if self.limit and used + self.reserved + length > self.limit:
-            tomorrow = math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS)
-            may_fit = used + length <= self.limit  # where a running transfer gives back
             message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
-            if may_fit:
+            wait = {"Retry-After": str(math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS))}
+            if used + length <= self.limit:  # a transfer that runs may give back enough
                 message = "The speed tests that run may use up today's budget: try again soon"
-            wait = RETRY_LATER if may_fit else {"Retry-After": str(tomorrow)}
+                wait = RETRY_LATER
             raise RequestError(503, {"error": message}, wait, "budget")
 
         def move(moved: int) -> None:
@@ -2681,11 +2660,16 @@ class UploadTest:
     length: int = 0
 
 
+def test_name(request: Request) -> str:
+    """The name that a client gives the uploads of one speed test, "" without one."""
+    return request.query_params.get("test", "")[:UPLOAD_TEST_CHARS]
+
+
 class SpeedTests:
     """The downloads and uploads of a service."""
 
     def __init__(self, settings: Settings, limits: Limits) -> None:
-        self.settings, self.limits = settings, limits
+        self.limits = limits
         self.budget = Budget(settings.SPEEDTEST_GIB_PER_DAY * 2**30)
         # Those with uploads that run, by the name that the client gave its test.
         self.upload_tests: WeakValueDictionary[str, UploadTest] = WeakValueDictionary()
@@ -2693,17 +2677,19 @@ class SpeedTests:
             limits.counters.set("lg_speedtest_bytes_total", 0, direction=direction)
 
     @asynccontextmanager
-    async def transfer(
-        self, name: str, length: int, rates: Rates, client: IPAddress
-    ) -> AsyncIterator[tuple[Headers, Callable[[int], None]]]:
-        """Hold a slot, and log what was moved: yields the rate limit's headers and a function for the bytes moved.
+    async def transfer(self, size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, CountBytes]]:
+        """Hold a slot, and log what was moved: yields the rate limit's headers, and counts bytes.
 
         Raises RequestError, or TransferAborted where it has given way.
         """
-        direction, slots = "upload" if name == "upload" else "download", self.limits.speedtests
+        slots, direction = self.limits.speedtests, "upload" if size.name == "upload" else "download"
         async with interruptible() as give_way:
-            with slots.take(rate_limit_key(client), give_way) as slot, self.budget.reserve(length) as move:
-                headers = await self.limits.rates.check_and_consume(rates, f"speedtest {name}", client)
+            with (
+                slots.take(rate_limit_key(client), give_way) as slot,
+                self.budget.reserve(size.length) as move,
+            ):
+                name = f"speedtest {size.name}"
+                headers = await self.limits.rates.check_and_consume(size.rates, name, client)
                 begun, total, outcome = time.monotonic(), 0, "broken off"
 
                 def count(moved: int) -> None:
@@ -2717,13 +2703,11 @@ class SpeedTests:
                     outcome = "finished"
                 finally:
                     outcome = "gave way" if slot.gave_way else outcome
-                    pairs = {"size": name, "client": client, "outcome": outcome, "bytes": total}
+                    pairs = {"size": size.name, "client": client, "outcome": outcome, "bytes": total}
                     log(logging.INFO, "speedtest", **pairs, seconds=f"{time.monotonic() - begun:.1f}")
 
     @asynccontextmanager
-    async def download(
-        self, size: Size, client: IPAddress
-    ) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
+    async def download(self, size: Size, client: IPAddress) -> AsyncIterator[Stream]:
         """The headers of the rate limit, and `size.length` zero bytes in blocks. Raises RequestError."""
 
         async def blocks() -> AsyncGenerator[bytes]:
@@ -2733,32 +2717,30 @@ class SpeedTests:
                 rest -= len(block)
                 count(len(block))
 
-        async with self.transfer(size.name, size.length, size.rates, client) as (headers, count):
+        async with self.transfer(size, client) as (headers, count):
             yield headers, blocks()
 
-    def upload_so_far(self, test: str) -> Upload:
+    def upload_so_far(self, request: Request) -> Upload:
         """What the running uploads of a test have brought; zeros where none runs.
 
         The page asks for this because a browser counts the bytes that it has handed to the system, not those
         that have arrived.
         """
         now = asyncio.get_running_loop().time()
-        upload_test = self.upload_tests.get(test) or UploadTest(now)
+        upload_test = self.upload_tests.get(test_name(request)) or UploadTest(now)
         return measured(upload_test.length, now - upload_test.begun)
 
-    async def receive_upload(
-        self, chunks: AsyncIterator[bytes], length: int, client: IPAddress, test: str
-    ) -> tuple[Upload, Headers]:
+    async def receive_upload(self, request: Request, size: Size, client: IPAddress) -> tuple[Upload, Headers]:
         """Receive and discard an upload. Returns its measurement and the headers of the rate limit.
 
-        After UPLOAD_SECONDS it is measured by what has come by then. Raises RequestError, TransferAborted, or
-        ClientDisconnect.
+        After UPLOAD_SECONDS it is measured by what has come by then. Raises RequestError, or ClientDisconnect.
         """
         loop = asyncio.get_running_loop()
         begun = first = last = loop.time()
-        received, rates = 0, self.settings.RATE_LIMIT_SPEEDTEST
-        upload_test = self.upload_tests.setdefault(test, UploadTest(begun)) if test else UploadTest(begun)
-        async with self.transfer("upload", length, rates, client) as (headers, count):
+        received, upload_test = 0, UploadTest(begun)
+        if test := test_name(request):
+            upload_test = self.upload_tests.setdefault(test, upload_test)
+        async with self.transfer(size, client) as (headers, count), aclosing(request.stream()) as chunks:
             try:
                 async with asyncio.timeout(UPLOAD_STALL_SECONDS) as deadline:
                     async for chunk in chunks:
@@ -2782,18 +2764,10 @@ JSON_TYPE, HTML_TYPE = "application/json", "text/html; charset=utf-8"
 # A cache in front must not hand one client's answer to another.
 NO_STORE = {"Cache-Control": "no-store"}
 NO_TRANSFORM = {"Cache-Control": "no-store, no-transform"}
-STREAM_HEADERS = {
-    **NO_TRANSFORM,
-    "X-Accel-Buffering": "no",
-    "X-Content-Type-Options": "nosniff",
-    "Vary": "Accept",
-}
-PAGE_HEADERS = {
-    "Cache-Control": "no-cache",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Vary": "Accept, Accept-Encoding",
-}
+NO_SNIFF = {"X-Content-Type-Options": "nosniff"}
+STREAM_HEADERS = {**NO_TRANSFORM, **NO_SNIFF, "X-Accel-Buffering": "no", "Vary": "Accept"}
+PAGE_HEADERS = {**NO_SNIFF, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+PAGE_HEADERS |= {"Vary": "Accept, Accept-Encoding"}
 HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.IGNORECASE)
 ACCEPTS_GZIP = re.compile(r"(?i)\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
 # Name, type and help, as in Prometheus' text format.
@@ -2842,8 +2816,8 @@ def json_response(content: object, status: int = 200, headers: Headers | None = 
     return JSONResponse(content, status, {**NO_STORE, **(headers or {})})
 
 
-def encoded_page(body: bytes, headers: Headers) -> tuple[bytes, Headers]:
-    return body, {**headers, "ETag": f'"{sha256(body).hexdigest()[:32]}"'}
+def entity_tag(body: bytes) -> str:
+    return f'"{sha256(body).hexdigest()[:32]}"'
 
 
 class NetworkInfo(TypedDict):
@@ -2888,12 +2862,10 @@ class Service:
         self.description_json = json.dumps(self.description, separators=(",", ":")).encode()
         page, policy = make_page(settings, self.commands, self.sizes)
         headers = {**PAGE_HEADERS, "Content-Security-Policy": policy}
-        # With the headers, by Content-Encoding.
-        self.page = {
-            "": encoded_page(page.encode(), headers),
-            "gzip": encoded_page(
-                gzip.compress(page.encode(), mtime=0), {**headers, "Content-Encoding": "gzip"}
-            ),
+        plain, compressed = page.encode(), gzip.compress(page.encode(), mtime=0)
+        self.page = {  # by Content-Encoding, with its headers
+            "": (plain, {**headers, "ETag": entity_tag(plain)}),
+            "gzip": (compressed, {**headers, "ETag": entity_tag(compressed), "Content-Encoding": "gzip"}),
         }
         for name in self.commands:
             self.limits.counters.set("lg_runs_total", 0, command=name, outcome="finished")
@@ -2911,18 +2883,14 @@ class Service:
             yield "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: list the origins instead", {}
         limit = self.speedtests.budget.limit
         if limit and (large := [size.name for size in self.sizes.values() if size.length > limit]):
-            message = (
-                "SPEEDTEST_GIB_PER_DAY is smaller than a download that is offered: it always answers 503"
-            )
+            message = "SPEEDTEST_GIB_PER_DAY is smaller than downloads that are offered: they answer 503"
             yield message, {"downloads": " ".join(large)}
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[dict[str, object]]:
         """Log the limits and everything that needs the operator's attention."""
-        slots = {
-            "commands": self.limits.commands if self.commands else None,
-            "speedtests": self.limits.speedtests if self.sizes else None,
-        }
+        slots = {"commands": self.limits.commands} if self.commands else {}
+        slots |= {"speedtests": self.limits.speedtests} if self.sizes else {}
         log(logging.INFO, "limits", rates=self.rate_limits_text(), **slots)
         for message, pairs in self.warnings():
             log(logging.WARNING, message, **pairs)
@@ -2952,7 +2920,8 @@ class Service:
         if as_events:  # after an abort, browsers may read on for 5 s to reuse the connection
             headers["Connection"] = "close"
         client = self.proxies.client_address(request)
-        return StreamedResponse(self.runner.stream(command, target, client, as_events), headers)
+        steps = self.runner.measure(command, target, client, as_events)
+        return StreamedResponse(self.runner.unread.run_ahead(steps), headers)
 
     async def download(self, size: Size, request: Request) -> Response:
         headers = {
@@ -2968,21 +2937,20 @@ class Service:
 
     async def upload(self, request: Request) -> Response:
         headers = {"Timing-Allow-Origin": "*"}
-        test = request.query_params.get("test", "")[:UPLOAD_TEST_CHARS]
         if request.method != "POST":
-            return json_response(self.speedtests.upload_so_far(test), headers=headers)
+            return json_response(self.speedtests.upload_so_far(request), headers=headers)
         length = declared_length(request.scope["headers"])
         if length is None:
             raise RequestError(411, {"detail": "Send Content-Length: an upload without it is not accepted"})
         if length > UPLOAD_BYTES:
             raise RequestError(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
         client = self.proxies.client_address(request)
-        async with aclosing(request.stream()) as chunks:
-            try:
-                answer, rate_headers = await self.speedtests.receive_upload(chunks, length, client, test)
-            except TransferAborted:
-                message = "This upload was stopped for a client that had none: try again soon"
-                raise RequestError(503, {"error": message}, RETRY_LATER, "server slots") from None
+        size = Size("upload", length, self.settings.RATE_LIMIT_SPEEDTEST)
+        try:
+            answer, rate_headers = await self.speedtests.receive_upload(request, size, client)
+        except TransferAborted:
+            message = "This upload was stopped for a client that had none: try again soon"
+            raise RequestError(503, {"error": message}, RETRY_LATER, "server slots") from None
         return json_response(answer, headers={**headers, **rate_headers})
 
     # About this server
@@ -3034,10 +3002,8 @@ class Service:
             return self.usage(request)
         encoding = "gzip" if ACCEPTS_GZIP.search(request.headers.get("accept-encoding", "")) else ""
         body, headers = self.page[encoding]
-        known = {
-            each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")
-        }
-        if known & {headers["ETag"], "*"}:
+        tags = request.headers.get("if-none-match", "").split(",")
+        if {tag.strip().removeprefix("W/") for tag in tags} & {headers["ETag"], "*"}:
             return Response(status_code=304, headers=headers)
         return HTMLResponse(body, headers=headers)
 
@@ -3049,20 +3015,18 @@ class Service:
         return f"{self.proxies.scheme(request)}://{host}{self.proxies.prefix(request)}"
 
     def usage(self, request: Request) -> Response:
-        base, commands = self.base_url(request), self.commands
-        lines = "".join(
-            f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in commands
+        base, names = self.base_url(request), list(self.commands)
+        commands = "".join(
+            f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in names
         )
-        example = "mtr" if "mtr" in commands else next(iter(commands), "")
+        example = "mtr" if "mtr" in names else names[0] if names else ""
         text = USAGE.format(
             base=base,
             location=self.settings.NETWORK_LOCATION,
             facility=self.settings.NETWORK_FACILITY,
-            diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=lines, command=example)
-            if commands
-            else "",
+            diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=commands, command=example) * bool(names),
             about="Speed tests, server" if self.sizes else "Server",
-            speedtests=SPEEDTESTS_USAGE.format(base=base) if self.sizes else "",
+            speedtests=SPEEDTESTS_USAGE.format(base=base) * bool(self.sizes),
             limits=self.rate_limits_text(),
         )
         return PlainTextResponse(text, headers={**NO_STORE, "Vary": "Accept"})
@@ -3144,18 +3108,9 @@ class Busy(TypedDict):
     error: str
 
 
-SCHEMAS: list[Any] = [*typing.get_args(Event), *typing.get_args(Result)]
-SCHEMAS += [
-    TargetRequest,
-    Target6Request,
-    Problem,
-    ValidationError,
-    Detail,
-    Busy,
-    Upload,
-    NetworkInfo,
-    Health,
-]
+SCHEMAS: list[Any] = [*typing.get_args(Event), *typing.get_args(Result), Upload, NetworkInfo, Health]
+SCHEMAS += [TargetRequest, Target6Request, Problem, ValidationError, Detail, Busy]
+OBJECT = {"type": "object", "additionalProperties": False}
 SCALARS = {str: "string", int: "integer", float: "number", type(None): "null"}
 EXAMPLES = json.loads("""[
   {"event": "start", "command": "mtr", "target": "target.lg.example", "address": "198.51.100.254",
@@ -3185,7 +3140,7 @@ OPERATIONS = """
     post /lookingglass/{name} {name} LookingGlass stream 408,413,422,429,503 {tool} over IPv{version}
     get  /speedtest/{name} speedtest_{name} SpeedTest bytes 429,503 {length} zero bytes
     head /speedtest/{name} speedtest_{name}_headers SpeedTest bytes - {length} zero bytes: the headers alone
-    post /speedtest/upload upload SpeedTest Upload 408,411,413,429,503 Receives, discards and measures the body
+    post /speedtest/upload upload SpeedTest Upload 408,411,413,429,503 Measures and discards the body
     get  /speedtest/upload upload_so_far SpeedTest Upload - What the uploads of a test have brought so far
     get  /network/info network_info Network NetworkInfo - Where this is, and who you are
     get  /health health Network Health - Whether the tools work
@@ -3215,13 +3170,8 @@ def schema_of(hint: Any, inside: bool = True) -> Schema:
         hints = typing.get_type_hints(hint, include_extras=True)
         required = [name for name, each in hints.items() if typing.get_origin(each) is not NotRequired]
         properties = {name: schema_of(each) for name, each in hints.items()}
-        schema = {
-            "type": "object",
-            "properties": properties,
-            "required": required,
-            "additionalProperties": False,
-        }
-        return schema | ({"description": cleandoc(hint.__doc__)} if hint.__doc__ else {})
+        text = {"description": cleandoc(hint.__doc__)} if hint.__doc__ else {}
+        return OBJECT | {"properties": properties, "required": required} | text
     if origin is NotRequired:
         return schema_of(arguments[0])
     if origin is Literal:
