@@ -1711,8 +1711,8 @@ def session_groups(leader: int) -> set[int]:
 def kill_session(leader: int) -> None:
     """Kill the processes of a session that are in other groups than its leader's; blocks.
 
-    The leader is not reaped yet, so no new process can have its number. Whole groups are killed, since a single
-    process may have forked and ended by then. A new group may come too late, so this looks until there is none.
+    The leader is not reaped yet, so no new process can have its number. Whole groups are killed, since a process
+    may have forked and ended by then. A new group may come too late, so this looks until there is none.
     """
     deadline = time.monotonic() + GRACE_SECONDS
     while (groups := session_groups(leader)) and time.monotonic() < deadline:

@@ -5465,7 +5465,7 @@ SCRIPTS = pytest.mark.parametrize(
 # Beside its own group, a child in a group of its own, as a newer mtr's resolver, and one that forks while it is
 # killed.
 SPREADING = """#!/bin/bash
-if [ "$1" = again ]; then "$0" again & exit; fi
+if [ "$1" = again ]; then sleep 0.01; "$0" again & exit; fi
 set -m
 "$0" again &
 sleep 1000 &
