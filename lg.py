@@ -2427,13 +2427,10 @@ class Connection(asyncio.BufferedProtocol):
                 self.closing = True
                 self.unparsed.clear()
             return
-        if not self.searched and self.unparsed.startswith(
-            b"\r\n"
-        ):  # one empty line is ignored (RFC 9112, 2.2)
-            del self.unparsed[:2]
-        if not self.unparsed:
-            return
         if not self.searched:
+            self.unparsed = self.unparsed.lstrip(b"\r\n")  # empty lines are ignored (RFC 9112, 2.2)
+            if not self.unparsed:
+                return
             self.close_in(REQUEST_HEADER_SECONDS)
         end = HEADER_END.search(self.unparsed, max(0, self.searched - 2))
         self.searched = len(self.unparsed)
@@ -2442,7 +2439,7 @@ class Connection(asyncio.BufferedProtocol):
             self.refuse(431, f"A header has at most {HEADER_BYTES // 1024} KiB and {HEADER_LINES} lines")
         elif end:
             self.begin(length)
-        elif self.unparsed[0] <= 0x20 and self.unparsed != b"\r":  # no method: HTTPS, for example
+        elif self.unparsed[0] <= 0x20:  # no method: HTTPS, for example
             self.refuse(400, "Invalid HTTP request received.")
 
     def begin(self, length: int) -> None:
