@@ -35,6 +35,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import tracemalloc
 import zlib
 from base64 import b64encode
 from collections import Counter
@@ -6593,32 +6594,38 @@ def fault(server: Server, name: str) -> Iterator[None]:
     (server.folder / name).unlink()
 
 
-def test_command_is_503_while_no_process_can_be_made(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO})
-    with fault(server, "no-fork"):
-        response = server.run("ping")
+@pytest.fixture(scope="session")
+def faulty(shared: Start) -> Server:
+    """A server in which faults can be made."""
+    constants = {"LOG_REPEAT_SECONDS": 10**6}
+    return shared(constants=constants, tools=every_tool(ECHO), names=NAMES, RATE_LIMIT_DIAGNOSTICS="100/hour")
+
+
+def test_command_is_503_while_no_process_can_be_made(faulty: Server) -> None:
+    with fault(faulty, "no-fork"):
+        response = faulty.run("ping")
     assert (response.status_code, int(response.headers["Retry-After"]) > 0) == (503, True)
     assert response.json() == {"error": "The server cannot start ping now: try again soon"}
 
 
-def test_command_works_once_processes_can_be_made_again(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
-    with fault(server, "no-fork"):
-        server.run("ping")
-    assert server.run("ping").status_code == 200
+def test_command_that_cannot_be_started_costs_nothing(faulty: Server) -> None:
+    before = faulty.run("ping6", "::1").headers["X-RateLimit-Remaining"]
+    with fault(faulty, "no-fork"):
+        faulty.run("ping6", "::1")
+    after = faulty.run("ping6", "::1")
+    assert (after.status_code, after.headers["X-RateLimit-Remaining"]) == (200, str(int(before) - 1))
 
 
-def test_commands_that_cannot_be_started_are_logged_once_a_minute(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, constants={"LOG_REPEAT_SECONDS": 10**9})
-    with fault(server, "no-fork"):
+def test_commands_that_cannot_be_started_are_logged_once_a_minute(faulty: Server) -> None:
+    with fault(faulty, "no-fork"):
         for _ in range(3):
-            server.run("ping")
-    assert server.stop() in (0, -signal.SIGTERM)
-    assert server.log.count("ping cannot be started") == 1
+            faulty.run("traceroute")
+    assert logged(faulty).count('msg="A tool cannot be started" tool=traceroute') == 1
 
 
 def test_command_is_503_while_no_descriptor_is_left(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO})
+    server = serve(spawned=True, tools=every_tool(ECHO))
+    until(server.idle)  # the tools have been tried
     assert server.run("ping").status_code == 200  # on a connection that stays
     _, most = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (server.descriptors(), most))
@@ -6627,63 +6634,106 @@ def test_command_is_503_while_no_descriptor_is_left(serve: Start) -> None:
     assert server.run("ping").status_code == 200
 
 
-def test_command_is_measured_or_503_while_no_thread_can_be_started(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="100/hour")
-    with fault(server, "no-threads"):
-        assert server.run("ping").status_code in (200, 503)
+def test_every_slot_has_the_descriptors_that_it_needs(serve: Start, many_files: int) -> None:
+    """Beside as many connections as there can be."""
+    slots = dict.fromkeys(("MAX_DIAGNOSTICS", "MAX_DIAGNOSTICS_PER_CLIENT"), "40")
+    server = serve(tools={"ping": SILENT, "mtr": ECHO}, descriptors=400, COMMANDS="ping,mtr", **slots)
+    idle = [server.connect() for _ in range(400)]
+    runs = [server.begin("ping", lone_address()) for _ in range(39)]
+    until(lambda: len(running(f"{server.folder}/bin/ping")) == 39)
+    assert server.run("mtr").status_code == 200
+    for connection in idle + runs:
+        connection.close()
 
 
-def test_name_cannot_be_resolved_while_no_thread_can_be_started(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, names=NAMES, RATE_LIMIT_LOOKUPS="off")
+def test_address_is_measured_while_no_thread_can_be_started(serve: Start) -> None:
+    server = serve(spawned=True, tools=every_tool(ECHO))
     with fault(server, "no-threads"):
-        answer = server.run("ping", "here.example")
-    assert (answer.status_code, "try again" in answer.text) == (422, True)
+        assert server.run("ping").text.startswith("argv ")
+
+
+def test_rate_limit_that_needs_a_thread_is_503_while_none_can_be_started(serve: Start) -> None:
+    server = serve(spawned=True, tools=every_tool(ECHO), RATE_LIMIT_DIAGNOSTICS="100/hour")
+    with fault(server, "no-threads"):
+        refused = server.run("ping")
+    assert (refused.status_code, "no thread left" in refused.text) == (503, True)
+    assert server.run("ping").status_code == 200
+
+
+def test_name_cannot_be_resolved_while_no_thread_can_be_started(faulty: Server) -> None:
+    faulty.run("ping")  # the rate limit's thread
+    with fault(faulty, "no-threads"):
+        answer = faulty.run("ping", "here.example")
+    assert (answer.status_code, "cannot look up here.example now" in answer.text) == (422, True)
 
 
 def test_full_disk_under_the_log_does_not_stop_the_service(serve: Start) -> None:
-    server = serve(command=("sh", "-c", f"exec {sys.executable} lg.py 2>/dev/full"), tools={"ping": ECHO})
+    server = serve(command=shell("exec 2>/dev/full"), tools=every_tool(ECHO))
     assert [server.run("ping").status_code for _ in range(3)] == [200, 200, 200]
 
 
 @pytest.fixture
-def unread_log(serve: Start, tmp_path: Path) -> Iterator[Server]:
-    """A server that has written more log into a pipe than it holds, and nobody reads it."""
+def unread_log(serve: Start, tmp_path: Path) -> Iterator[tuple[Server, int]]:
+    """A server that has logged 150 runs into a pipe that holds fewer, and the pipe, which nobody has read."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    pipe = os.open(path, os.O_RDWR)
+    pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
-    command = ("sh", "-c", f"exec {sys.executable} lg.py >{path} 2>&1")
-    server = serve(command=command, tools={"ping": ECHO})
-    assert {server.run("ping").status_code for _ in range(50)} == {200}
-    yield server
+    code = WITH_CONSTANTS.format(constants={"LOG_LINES": 5})
+    line = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} 2>{shlex.quote(str(path))}"
+    server = serve(command=("sh", "-c", line), tools=every_tool(ECHO))
+    assert {server.run("ping").status_code for _ in range(150)} == {200}
+    yield server, pipe
     os.close(pipe)
 
 
-def test_log_that_nobody_reads_does_not_stop_the_service(unread_log: Server) -> None:
-    assert unread_log.run("ping").status_code == 200
+def test_log_that_nobody_reads_does_not_stop_the_service(unread_log: tuple[Server, int]) -> None:
+    server, _ = unread_log
+    assert server.run("ping").status_code == 200
 
 
-def test_sigterm_ends_a_server_whose_log_nobody_reads(unread_log: Server) -> None:
-    assert unread_log.stop() in (0, -signal.SIGTERM)
+def test_sigterm_ends_a_server_whose_log_nobody_reads(unread_log: tuple[Server, int]) -> None:
+    server, _ = unread_log
+    assert server.stop() in (0, -signal.SIGTERM)
+
+
+def test_lines_that_the_log_cannot_take_are_counted(unread_log: tuple[Server, int]) -> None:
+    _, pipe = unread_log
+    text = ""
+
+    def is_read() -> bool:
+        nonlocal text
+        with contextlib.suppress(BlockingIOError):
+            text += os.read(pipe, 65536).decode()
+        lost = sum(int(number) for number in re.findall(r'msg="log lines dropped" lines=(\d+)', text))
+        return bool(lost) and text.count("msg=run ") + lost >= 150
+
+    until(is_read)
 
 
 def test_clients_are_forgotten_when_their_hits_have_expired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the memory that they take."""
     monkeypatch.setattr(lg, "SWEEP_SECONDS", 0)
-    counted, rates = lg.Limits("memory://"), tuple(limits.parse_many("1000/second"))
+    rates = tuple(limits.parse_many("1000/second"))
 
-    def clients() -> int:
-        counted.sweep()
-        lg.count(counted.memory, rates, True, "ping", "127.0.0.1")
-        return len(counted.entries.events)
+    async def run() -> tuple[int, int]:
+        counted = lg.RateLimits(DEFAULTS, lg.Threads(asyncio.Event()))
+        tracemalloc.start()
+        for number in range(3000):
+            await counted.check_and_consume(rates, "ping", ipaddress.ip_address(number))
+        grown, _ = tracemalloc.get_traced_memory()
+        await asyncio.sleep(2.5)  # the storage removes what has expired
+        await counted.check_and_consume(rates, "ping", ipaddress.ip_address("192.0.2.1"))
+        shrunk, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return grown, shrunk
 
-    for number in range(50):
-        lg.count(counted.memory, rates, True, "ping", str(number))
-    assert clients() == 51
-    until(lambda: clients() == 1)
+    grown, shrunk = outcome(run())
+    assert shrunk < grown / 3
 
 
 def test_clock_that_is_set_back_an_hour_locks_nobody_out(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/minute")
+    server = serve(spawned=True, tools=every_tool(ECHO), RATE_LIMIT_DIAGNOSTICS="1/minute")
     assert [server.run("ping").status_code for _ in range(2)] == [200, 429]
     with fault(server, "an-hour-back"):
         answers = [server.run("ping") for _ in range(2)]
@@ -6721,11 +6771,11 @@ def records_so_far(server: Server) -> list[dict[str, str]]:
 
 
 def test_run_is_one_line_in_the_log(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, names={"here.example": ["127.0.0.1"]})
+    server = serve(tools={"ping": ECHO}, names=NAMES)
     server.run("ping", "here.example", headers={"X-Forwarded-For": "192.0.2.9"})
     (line,) = until(lambda: [line for line in server.log.splitlines() if "here.example" in line])
     assert re.fullmatch(
-        r"time=\S+ level=info msg=run command=ping target=here\.example address=127\.0\.0\.1 "
+        r"time=\S+ level=info msg=run command=ping target=here\.example address=127\.0\.0\.2 "
         r"client=192\.0\.2\.9 outcome=finished seconds=\d+\.\d",
         line,
     )
@@ -6751,17 +6801,17 @@ def test_speed_tests_are_one_line_each_in_the_log(serve: Start) -> None:
     assert records_of(server, "speedtest", size="upload", client="127.0.0.1", bytes="1000")
 
 
-def test_time_in_the_log_has_its_zone(serve: Start) -> None:
-    server = serve(TZ="XYZ-05:45")
-    (started,) = records_of(server, "started")
+def test_start_is_logged_with_time_version_place_and_what_it_listens_on(serve: Start) -> None:
+    place = {"NETWORK_LOCATION": "Zürich, Switzerland", "NETWORK_FACILITY": 'The "Cellar"'}
+    server = serve(spawned=True, TZ="XYZ-05:45", **place)
+    (started,) = records_of(server, "started", version=lg.VERSION, listening=f"*:{server.port}")
+    assert (started["location"], started["facility"]) == tuple(place.values())
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+05:45", started["time"])
 
 
-def test_start_is_logged_with_version_place_and_a_url_that_opens(serve: Start) -> None:
-    server = serve(NETWORK_LOCATION="Zürich, Switzerland", NETWORK_FACILITY='The "Cellar"')
-    (started,) = records_of(server, "started", version=lg.VERSION)
-    assert (started["location"], started["facility"]) == ("Zürich, Switzerland", 'The "Cellar"')
-    assert httpx.get(started["url"], trust_env=False).status_code == 200
+def test_address_that_is_listened_on_is_logged_with_its_port(serve: Start) -> None:
+    server = serve(spawned=True, HOST="127.0.0.1")
+    assert records_of(server, "started", listening=f"127.0.0.1:{server.port}")
 
 
 def test_limits_are_logged_at_the_start_in_english(serve: Start) -> None:
@@ -6774,16 +6824,23 @@ def test_limits_are_logged_at_the_start_in_english(serve: Start) -> None:
 
 
 def test_start_and_stop_log_nothing_else(serve: Start) -> None:
-    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), ECHO))
+    server = serve(spawned=True, tools=WORKING)
     server.stop()
     assert [record["msg"] for record in records(server)] == ["started", "limits", "stopping"]
 
 
 def test_every_line_of_the_log_is_logfmt_at_debug_too(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, LOG_LEVEL="debug")
+    server = serve(spawned=True, tools=every_tool(ECHO), LOG_LEVEL="debug")
     server.run("ping")
-    server.http.get('/"quotes"=and\\backslashes')
-    until(lambda: [record for record in records(server) if "backslashes" in record["msg"]])
+    path = '/"quotes"=and\\backslashes%25'
+    server.http.get(path)
+    assert records_of(server, "request", target=httpx.URL(path).raw_path.decode(), status="404")
+
+
+def test_percent_sign_in_a_tool_is_logged_as_it_is(serve: Start) -> None:
+    server = serve(EXTRA_COMMANDS='{"x": "nice%d {address}"}')
+    assert server.run("x").status_code == 503
+    assert records_of(server, "A tool cannot be started", tool="nice%d", level="error")
 
 
 def test_refusal_by_rate_is_logged_once_a_minute_for_each_client(serve: Start) -> None:
@@ -6812,37 +6869,36 @@ def test_refusal_for_want_of_a_slot_is_logged(serve: Start) -> None:
     del held
 
 
-def test_target_that_may_not_be_measured_is_logged_once(echo: Server) -> None:
+@pytest.mark.parametrize(
+    ("target", "reason"), [("10.0.0.1", "target"), ("here6.example", "target"), ("broken.example", "resolver")]
+)
+def test_target_that_is_not_measured_is_logged_once_with_the_reason(
+    echo: Server, target: str, reason: str
+) -> None:
+    client = f"192.0.2.{zlib.crc32(target.encode()) % 256}"
     for _ in range(3):
-        echo.run("ping", "10.0.0.1", headers={"X-Forwarded-For": "192.0.2.77"})
-    refused = [record for record in records_so_far(echo) if record.get("client") == "192.0.2.77"]
-    assert [record["reason"] for record in refused] == ["target"]
+        echo.run("ping", target, headers={"X-Forwarded-For": client})
+    refused = [record for record in records_so_far(echo) if record.get("client") == client]
+    assert [record["reason"] for record in refused] == [reason]
 
 
 def test_invalid_request_is_not_logged(serve: Start) -> None:
-    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), ECHO))
+    server = serve(tools={"ping": ECHO})
     server.run("ping", "no target at all")
     server.http.get("/nothing")
     server.http.post("/lookingglass/ping", content=b"x" * 5000)
-    assert [record["msg"] for record in records_so_far(server)] == ["started", "limits"]
+    assert [record["msg"] for record in records_so_far(server)] == ["limits"]
 
 
-def test_refusals_of_many_clients_are_bounded_in_memory_and_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lg, "MAX_LOGGED_CLIENTS", 3)
-    monkeypatch.setattr(lg, "LOGGED_REFUSALS", {})
-    for number in range(10):
-        lg.count_refusal(ipaddress.ip_address(number), "/", "rate limit")
-    assert len(lg.LOGGED_REFUSALS) == 3
+def test_what_is_logged_seldom_is_bounded_in_memory_and_log() -> None:
+    once = lg.Once()
+    assert sum(once(number, 60) for number in range(3 * lg.LOG_KEYS)) == lg.LOG_KEYS
 
 
-def test_refusals_of_a_client_are_logged_again_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lg, "LOG_REPEAT_SECONDS", 0)
-    monkeypatch.setattr(lg, "LOGGED_REFUSALS", {})
-    lg.count_refusal(ipaddress.ip_address("192.0.2.1"), "/", "rate limit")
-    first = dict(lg.LOGGED_REFUSALS)
-    time.sleep(0.001)
-    lg.count_refusal(ipaddress.ip_address("192.0.2.1"), "/", "rate limit")
-    assert first != lg.LOGGED_REFUSALS
+def test_what_is_logged_seldom_is_logged_again_after_its_time() -> None:
+    once = lg.Once()
+    assert [once("key", 0.01), once("key", 0.01)] == [True, False]
+    until(lambda: once("key", 0.01))
 
 
 def test_shared_store_that_does_not_answer_is_logged_at_the_start(serve: Start) -> None:
@@ -6853,7 +6909,7 @@ def test_shared_store_that_does_not_answer_is_logged_at_the_start(serve: Start) 
 
 
 def test_nothing_that_a_client_sends_forges_a_line_in_the_log(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, LOG_LEVEL="debug", FORWARDED_ALLOW_IPS="127.0.0.1")
+    server = serve(spawned=True, tools=every_tool(ECHO), LOG_LEVEL="debug")
     forged = "127.0.0.1\nFORGED"
     server.run("ping", forged)
     server.run("ping", "127.0.0.1", headers={"X-Forwarded-For": "192.0.2.1 FORGED", "User-Agent": "FORGED"})
@@ -6861,26 +6917,6 @@ def test_nothing_that_a_client_sends_forges_a_line_in_the_log(serve: Start) -> N
     server.http.get("/?x=%0d%0aFORGED")
     assert records_so_far(server)
     assert not [line for line in server.log.splitlines() if line.startswith("FORGED")]
-
-
-def test_lines_that_the_log_cannot_take_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    written, readable = [], threading.Event()
-
-    def write(descriptor: int, line: bytes) -> int:
-        readable.wait(PATIENCE)
-        written.append(line.decode())
-        return len(line)
-
-    monkeypatch.setattr(lg, "LOG_LINES", 5)
-    monkeypatch.setattr(os, "write", write)
-    handler = lg.LogHandler()
-    handler.setFormatter(lg.Logfmt())
-    for _ in range(20):
-        handler.emit(logging.makeLogRecord({"msg": "run", "levelname": "INFO"}))
-    readable.set()
-    until(lambda: not handler.lines.unfinished_tasks)
-    lost = sum(int(number) for number in re.findall(r"lines=(\d+)", "".join(written)))
-    assert "".join(written).count("msg=run") + lost == 20
 
 
 # ---- for the operator --------------------------------------------------------------------------------------
