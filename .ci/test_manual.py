@@ -281,7 +281,8 @@ def test_refused_setting_is_reported_as_the_readme_shows() -> None:
 
 
 def test_readme_lists_every_setting_with_its_default() -> None:
-    rows = re.findall(r"^\| (`[A-Z].*?) \| (.*?) \|", README.read_text(), re.M)
+    section = README.read_text().partition("\n## Settings\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[A-Z].*?) \| (.*?) \|", section, re.M)
     shown = {name: default for names, default in rows for name in re.findall(r"`([A-Z0-9_]+)`", names)}
     defaults = {row.name: row.metadata["default"] for row in fields(lg.Settings) if row.name != "PATH"}
     assert shown == {name: f"`{default}`" if default else "(empty)" for name, default in defaults.items()}
@@ -443,7 +444,7 @@ def message_patterns() -> Iterator[str]:
 def test_messages_in_the_troubleshooting_tables_are_those_of_the_service() -> None:
     symptoms = re.findall(r"^\| (.*?) \|", (MANUAL / "troubleshooting.md").read_text(), re.M)
     quoted = {text for symptom in symptoms for text in re.findall(r"`([^`]+)`", symptom)}
-    shown = {text for text in quoted if re.search(r"[a-z] ", text)} - FOREIGN_MESSAGES
+    shown = {text.removeprefix("lg.py: ") for text in quoted if re.search(r"[a-z] ", text)} - FOREIGN_MESSAGES
     assert len(shown) >= 7
     patterns = "|".join(message_patterns())
     assert [message for message in shown if not re.fullmatch(patterns, message)] == []
@@ -810,10 +811,8 @@ def test_health_check_of_the_manual_tells_ok_from_degraded(
     assert json.loads(snippet("json"))["status"] == "degraded"
     present = tmp_path / "present"
     present.mkdir()
-    for name in {"ping", "traceroute", "mtr"} - set(tools):
-        (present / name).write_text("#!/bin/sh\n")
-        (present / name).chmod(0o755)
-    (present / "python").symlink_to(sys.executable)
+    for name in {"ping", "traceroute", "mtr", "mtr-packet"} - set(tools):
+        (present / name).symlink_to(tool(name))
     server = serve(PATH=str(present), command=(sys.executable, "lg.py"))
     if server.http.get("/health").json().get("missing", []) != list(tools):
         lacking("a machine that has no tools where root looks for them")
