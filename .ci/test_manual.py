@@ -437,7 +437,7 @@ def message_patterns() -> Iterator[str]:
             yield from (
                 re.escape(text[:end]).replace("\0", ".+")
                 for end in ends
-                if len(text[:end].replace("\0", "")) > 15
+                if len(text[:end].replace("\0", "")) >= 15
             )
 
 
