@@ -458,10 +458,14 @@ def validation_error(
     return RequestError(422, {"detail": [error]}, reason=reason)
 
 
+def busy(message: str, reason: str = "unavailable", headers: Headers = RETRY_LATER) -> RequestError:
+    """503 for what this server cannot do now."""
+    return RequestError(503, {"error": message}, headers, reason)
+
+
 def shutdown_error() -> RequestError:
     """The answer to a request that would start something while the server stops."""
-    body = {"error": "The server is shutting down: try again in a moment"}
-    return RequestError(503, body, RETRY_LATER, "unavailable")
+    return busy("The server is shutting down: try again in a moment")
 
 
 def parse_form(text: str) -> dict[str, str | list[str]]:
@@ -750,8 +754,7 @@ class Slots:
         old = [slot for slot in self.taken if slot.give_way and slot.begun <= latest]
         slot = max(old, key=lambda each: (by_client[each.client], -each.begun), default=None)
         if by_client[client] or not slot or not slot.give_way:
-            message = f"All {self.total} slots for {self.what} are taken: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER, "server slots")
+            raise busy(f"All {self.total} slots for {self.what} are taken: try again soon", "server slots")
         self.taken.discard(slot)
         slot.gave_way = True
         slot.give_way()
@@ -818,8 +821,7 @@ class RateLimits:
         try:
             outcome = check_rates(self.local, *arguments) if outcome is None else outcome
         except RuntimeError:  # the storage starts a thread that removes expired entries
-            message = "The server has no thread left: try again soon"
-            outcome = RequestError(503, {"error": message}, RETRY_LATER, "unavailable")
+            outcome = busy("The server has no thread left: try again soon")
         if isinstance(outcome, RequestError):
             raise outcome
         return outcome
@@ -831,10 +833,12 @@ class RateLimits:
         """What the shared store answers, None where it does not. Its failure and recovery are logged."""
         if not (limiter := self.shared) or time.monotonic() < self.retry_at:
             return None
+
+        def query() -> Headers | RequestError:
+            return check_rates(limiter(), rates, consume, *key)
+
         try:
-            outcome = await self.threads.call(
-                lambda: check_rates(limiter(), rates, consume, *key), STORE_SECONDS, STORE_THREADS
-            )
+            outcome = await self.threads.call(query, STORE_SECONDS, STORE_THREADS)
         except RequestError:  # the server stops
             raise
         except Exception as error:  # each client library has its own
@@ -860,16 +864,8 @@ class RateLimits:
         self.swept = now
 
 
-REFUSALS = (
-    "invalid",
-    "target",
-    "resolver",
-    "rate limit",
-    "client slots",
-    "server slots",
-    "budget",
-    "unavailable",
-)
+REFUSALS = ["invalid", "target", "resolver", "rate limit", "budget", "unavailable"]
+REFUSALS += ["client slots", "server slots"]
 
 
 class Limits:
@@ -2013,9 +2009,8 @@ class Runner:
                 log(logging.ERROR, "A tool cannot be started", tool=command.tool, error=error, install=hint)
             if absent or isinstance(error, PermissionError):
                 message = f"{command.tool} is not installed on this server, or may not run"
-                raise RequestError(503, {"error": message}, reason="unavailable") from None
-            message = f"The server cannot start {command.tool} now: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
+                raise busy(message, headers={}) from None
+            raise busy(f"The server cannot start {command.tool} now: try again soon") from None
 
     def open(self, command: Command, address: IPAddress, seconds: float) -> Process:
         return Process(command.argv_for(address), self.tools.environment, seconds, self.processes)
@@ -2285,12 +2280,10 @@ class Exchange:
             self.started = True
             headers = [*self.connection.server_state.default_headers, *message["headers"]]
             # The client's system could throw away an answer that is followed by a reset (RFC 9112, 9.6).
-            close = [] if self.complete else [CLOSE]
-            status = message["status"]
-            self.write(
-                h11.Response(status_code=status, headers=[*headers, *close], reason=HTTPStatus(status).phrase)
-            )
-            log(logging.DEBUG, "request", target=self.request.target.decode(), status=status)
+            headers += [] if self.complete else [CLOSE]
+            status = HTTPStatus(message["status"])
+            self.write(h11.Response(status_code=status, headers=headers, reason=status.phrase))
+            log(logging.DEBUG, "request", target=self.request.target.decode(), status=int(status))
             return
         self.write(h11.Data(data=b"" if self.request.method == b"HEAD" else message.get("body", b"")))
         if not message.get("more_body"):
@@ -2427,9 +2420,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.closing = True
                 self.unparsed.clear()
             return
-        if not self.searched and self.unparsed.startswith(
-            b"\r\n"
-        ):  # one empty line is ignored (RFC 9112, 2.2)
+        if not self.searched and self.unparsed.startswith(b"\r\n"):  # is ignored (RFC 9112, 2.2)
             del self.unparsed[:2]
         if not self.unparsed:
             return
@@ -2619,12 +2610,11 @@ class Budget:
         """Yields a function that takes the bytes moved; the rest is given back. Raises RequestError."""
         used, rest = self.used_today(), length
         if self.limit and used + self.reserved + length > self.limit:
-            message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
-            wait = {"Retry-After": str(math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS))}
             if used + length <= self.limit:  # a transfer that runs may give back enough
-                message = "The speed tests that run may use up today's budget: try again soon"
-                wait = RETRY_LATER
-            raise RequestError(503, {"error": message}, wait, "budget")
+                raise busy("The speed tests that run may use up today's budget: try again soon", "budget")
+            midnight = {"Retry-After": str(math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS))}
+            message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
+            raise busy(message, "budget", midnight)
 
         def move(moved: int) -> None:
             nonlocal rest
@@ -2949,8 +2939,7 @@ class Service:
         try:
             answer, rate_headers = await self.speedtests.receive_upload(request, size, client)
         except TransferAborted:
-            message = "This upload was stopped for a client that had none: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER, "server slots") from None
+            raise busy("This upload was stopped for a client that had none: try again soon") from None
         return json_response(answer, headers={**headers, **rate_headers})
 
     # About this server
@@ -3189,9 +3178,8 @@ def response(when: str, kind: str, headers: Iterable[str] = ()) -> Schema:
     """A response: when it comes, its bodies' schemas by media type, its headers by name."""
     content = {media_type: {"schema": schema_of(hint)} for media_type, hint in TYPES[kind].items()}
     meanings = {name: HEADER_MEANINGS[name] for name in headers if name in HEADER_MEANINGS}
-    described = {
-        name: {"description": text, "schema": {"type": "integer"}} for name, text in meanings.items()
-    }
+    integer_schema = {"schema": {"type": "integer"}}
+    described = {name: {"description": text, **integer_schema} for name, text in meanings.items()}
     return {"description": when, "content": content} | ({"headers": described} if described else {})
 
 
@@ -3251,10 +3239,8 @@ def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Map
         paths["/speedtest/upload"] = found
     for path in ("/network/info", "/health", "/", "/openapi.json", "/docs", "/redoc"):
         paths[path] = described(path)
-    offers = [
-        *dict.fromkeys(each.base_name for each in commands.values()),
-        *(["speed tests"] if sizes else ()),
-    ]
+    offers = list(dict.fromkeys(each.base_name for each in commands.values()))
+    offers += ["speed tests"] if sizes else []
     description = f"{', '.join(offers)}, from {settings.NETWORK_LOCATION}. "
     description += f"Limits for each client: {rate_limits_text(settings, commands, sizes)}."
     info = {"title": "Looking glass", "version": VERSION, "description": description}
@@ -3559,9 +3545,7 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lg.py {VERSION}")
-    parser.add_argument(
-        "command", nargs="?", choices=["check"], help="check the settings and the tools, and end"
-    )
+    parser.add_argument("command", nargs="?", choices=["check"], help="check the settings and the tools")
     action = check if parser.parse_args().command else serve
     try:
         action(load_settings())
