@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The looking glass, tested as it is used: a server process, real sockets, the real tools.
+"""The looking glass, tested as it is used: on real sockets, with the real tools.
 
 `python -m pytest test_lg.py` runs what this machine can; the rest is skipped with the reason, or fails
 where LG_TEST_REQUIRE_ALL is set. Stand-ins for the tools, first on PATH, do what the real ones will not do
@@ -66,12 +66,17 @@ TARGET4, TARGET6 = "198.51.100.254", "2001:db8::254"
 T = TypeVar("T")
 PATIENCE = 30.0  # how long a test waits for what must come; these machines can be slow
 SOON = 5.0  # where what must come would come by itself later
+DEFAULTS = lg.load_settings({})
+COMMANDS, SIZES = lg.make_commands(DEFAULTS), lg.make_sizes(DEFAULTS)
+DESCRIPTION = lg.describe_api(DEFAULTS, COMMANDS, SIZES)
 
 
 def lacking(what: str) -> NoReturn:
+    """Skip a test, or fail it where all shall run."""
+    reason = f"This machine lacks {what}."
     if os.environ.get("LG_TEST_REQUIRE_ALL"):
-        pytest.fail(f"needed here: {what}")
-    pytest.skip(what)
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
@@ -195,7 +200,7 @@ class NamespaceTransport(httpx.HTTPTransport):
 
 
 class Server:
-    """A looking glass on a free port, with these settings and stand-ins (tool → script), as a client sees it."""
+    """A looking glass on a free port, with these settings and stand-ins, as a client sees it."""
 
     process: subprocess.Popen[bytes]  # of a SpawnedServer
     prefix: tuple[str, ...] = ()
@@ -272,36 +277,28 @@ class Server:
         raise NotImplementedError
 
 
-class FailedAnswers(logging.Handler):
-    """Collects what the service logs with a traceback."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info:
-            self.lines.append(logging.Formatter().format(record))
-
-
-FAILED_ANSWERS = FailedAnswers()
-logging.getLogger("lg").addHandler(FAILED_ANSWERS)
-
-
 class LocalServer(Server):
-    """A service in a thread of this process; `names` stands in for the resolver."""
+    """A service in a thread of this process; `names` stands in for the resolver.
 
-    def __init__(self, folder: Path, names: Mapping[str, object] | None = None, **options: Any) -> None:
+    Its tools are not tried at the start, unless `trials` asks for that: stand-ins would fail.
+    """
+
+    def __init__(
+        self, folder: Path, names: Mapping[str, object] | None = None, trials: bool = False, **options: Any
+    ) -> None:
         super().__init__(folder, **options)
         self.names, self.lookups = names or {}, list[str]()
         settings = lg.load_settings(self.environment)
         self.server = lg.make_server(settings, lg.listen(settings.HOST, settings.PORT))
         self.service = self.server.service
         self.service.targets.getaddrinfo = self.getaddrinfo
+        if not trials:
+            self.service.tools.trials = {}
         self.go_on = threading.Event()  # for lookups that wait
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
-        until(lambda: self.server.started)
+        until(lambda: self.server.started or not self.thread.is_alive())
+        assert self.server.started
 
     def getaddrinfo(self, host: bytes, port: None, family: int, kind: int) -> list[Any]:
         """Answers for names with addresses, or as a word says."""
@@ -324,11 +321,10 @@ class LocalServer(Server):
         self.server.should_exit = True
         self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
-        assert not FAILED_ANSWERS.lines, FAILED_ANSWERS.lines
 
 
 class SpawnedServer(Server):
-    """`python lg.py` in a process of its own: for signals, the log, memory, faults and other module constants.
+    """`python lg.py` in a process of its own: for signals, the log, memory, faults, other module constants.
 
     With a `prefix`, a command that starts it in another network namespace, it has the real resolver; clients
     made here connect to it there.
@@ -368,13 +364,16 @@ class SpawnedServer(Server):
             )
         if prefix:
             self.http = self.client(transport=NamespaceTransport(self.process.pid))
-        until(self.is_up)
+        until(self.answers)
 
-    def is_up(self) -> bool:
+    def answers(self) -> bool:
         assert self.process.poll() is None, self.log
-        with contextlib.suppress(httpx.HTTPError):
-            return self.http.get("/health").status_code == 200
-        return False
+        try:
+            health = self.http.get("/health")
+        except httpx.TransportError:
+            return False
+        assert health.status_code == 200, self.log
+        return True
 
     @property
     def log(self) -> str:
@@ -434,11 +433,18 @@ def serve(tmp_path: Path) -> Iterator[Start]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts one server for all tests that want these settings, and that leave it as they found it."""
     servers: dict[str, Server] = {}
+    failures: dict[str, BaseException] = {}  # of servers that cannot start, which is not tried again
 
     def start(**options: Any) -> Server:
         key = json.dumps(options, sort_keys=True)
+        if failure := failures.get(key):
+            raise failure
         if key not in servers:
-            servers[key] = make(tmp_path_factory.mktemp("shared"), **options)
+            try:
+                servers[key] = make(tmp_path_factory.mktemp("shared"), **options)
+            except BaseException as failure:
+                failures[key] = failure
+                raise
         return servers[key]
 
     yield start
@@ -498,6 +504,34 @@ def beside_others(common_folder: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_answer_fails(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Notices what a service in this process logs with a traceback."""
+    yield
+    assert [record.exc_text for record in caplog.get_records("call") if record.exc_info] == []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stand_ins_are_what_runs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Refuses to run where the real tools would run in place of stand-ins, with every address allowed."""
+    folder = tmp_path_factory.mktemp("stand-in")
+    path = folder / "ping"
+    path.write_text(ECHO)
+    path.chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    line = ["/usr/bin/env", "ping", "-V"]
+    printed = subprocess.check_output(line, env=environment, stdin=subprocess.DEVNULL)
+    if not printed.startswith(b"argv -V\n"):
+        pytest.fail(f"A stand-in for a tool is not what runs in {folder}: choose another with --basetemp")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangup_reaches_processes() -> None:
+    """Under nohup it is ignored, and what is ignored would be inherited; a handler is not."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
+
+
 TOOLS = ("ping", "traceroute", "mtr")
 
 
@@ -507,6 +541,7 @@ def every_tool(script: str) -> dict[str, str]:
 
 NAMES = {
     "here.example": ["127.0.0.2", "::1"],
+    "mixed.example": ["10.0.0.1", "127.0.0.9", "127.0.0.10"],
     "example.com": ["127.0.0.1", "::1"],
     "xn--bcher-kva.example": ["127.0.0.1"],
     "v6.example": ["::1"],
@@ -525,7 +560,7 @@ class Gate:
     """What a stand-in waits for until the test opens it; `wait` is a line for its script."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.wait = path, f"while [ ! -e {path} ]; do sleep 0.01; done\n"
+        self.path, self.wait = path, f"while [ ! -e '{path}' ]; do sleep 0.01; done\n"
 
     def open(self) -> None:
         self.path.touch()
@@ -588,13 +623,18 @@ def left(connection: socket.socket) -> bytes:
     return b"".join(chunks)
 
 
-ECHO = f"""#!{sys.executable}
-import os, sys
-print("argv", *sys.argv[1:])
-print("environment", *sorted(os.environ))
-print("locale", os.environ["LC_ALL"])
-print("stdin", len(sys.stdin.read()))
-print("session", os.getsid(0) == os.getpid())
+def python_stand_in(code: str) -> str:
+    """A script that runs Python; a path with a blank cannot stand in a `#!` line."""
+    code = f"import sys; del sys.argv[0]\n{code}"  # then argv[0] is the script
+    return f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(code)} "$0" "$@"\n'
+
+
+ECHO = r"""#!/bin/sh
+echo argv "$@"
+echo environment $(tr '\0' ' ' < /proc/$$/environ)
+echo stdin $(wc -c)
+read -r _ _ _ _ _ session _ < /proc/$$/stat
+echo leads its session: $((session == $$))
 """
 ENDLESS = "#!/bin/sh\necho begun\nwhile :; do echo line; sleep 0.02; done\n"
 SILENT = "#!/bin/sh\nwhile :; do sleep 1000; done\n"
@@ -623,20 +663,14 @@ def test_command_runs_its_tool_with_fixed_arguments_and_the_address(
 
 
 def test_tool_gets_a_minimal_environment(echo: Server) -> None:
-    variables = echo.run("ping").text.partition("environment ")[2].split("\n")[0].split()
-    assert set(variables) - {"LC_CTYPE"} == {"LC_ALL", "PATH"}  # Python, as the stand-in, adds the third
+    path = f"{echo.environment['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
+    line = f"environment LC_ALL=C PATH={path} RES_OPTIONS=timeout:1 attempts:1\n"
+    assert line in echo.run("ping").text
 
 
-def test_tool_runs_in_the_c_locale(echo: Server) -> None:
-    assert "locale C\n" in echo.run("ping").text
-
-
-def test_tool_reads_end_of_file_from_standard_input(echo: Server) -> None:
-    assert "stdin 0\n" in echo.run("ping").text
-
-
-def test_tool_leads_a_session_of_its_own(echo: Server) -> None:
-    assert "session True\n" in echo.run("ping").text
+@pytest.mark.parametrize("line", ["stdin 0", "leads its session: 1"])
+def test_tool_has_no_input_and_a_session_of_its_own(echo: Server, line: str) -> None:
+    assert f"\n{line}\n" in echo.run("ping").text
 
 
 def test_stream_has_headers_against_caching_and_buffering(echo: Server) -> None:
@@ -668,34 +702,46 @@ def test_body_is_json_or_a_form_regardless_of_content_type(
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "start"),
+    ("command", "name", "first", "measured"),
     [
-        ("ping", "Here.Example.", "Here.Example. has address 127.0.0.2\nargv -4 "),
-        ("mtr6", "here.example", "here.example has IPv6 address ::1\nStart: "),
+        ("ping", "Here.Example.", "Here.Example. has address", "127.0.0.2"),
+        ("ping6", "here.example", "here.example has IPv6 address", "::1"),
+        ("ping", "mixed.example", "mixed.example has address", "127.0.0.9"),  # the first that is allowed
+        ("ping", "Bücher.example", "xn--bcher-kva.example has address", "127.0.0.1"),
     ],
 )
-def test_output_starts_with_the_address_of_a_name(echo: Server, command: str, name: str, start: str) -> None:
-    assert echo.run(command, name).text.startswith(start)
+def test_address_of_a_name_is_printed_and_measured(
+    echo: Server, command: str, name: str, first: str, measured: str
+) -> None:
+    pattern = rf"{first} {measured}\nargv -\d -n -O -c 15 -W 2 -s 56 {measured}\n"
+    assert re.match(pattern, echo.run(command, name).text)
 
 
-def test_tool_measures_the_address_that_was_checked(echo: Server) -> None:
-    assert "-s 56 127.0.0.2\n" in echo.run("ping", "here.example").text
+def test_mtr_starts_with_the_address_of_a_name(echo: Server) -> None:
+    assert echo.run("mtr6", "here.example").text.startswith("here.example has IPv6 address ::1\nStart: ")
 
 
-def test_name_is_looked_up_once(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, names=NAMES)
-    server.run("ping", "here.example")
-    assert server.lookups == ["here.example"]
+def test_name_is_looked_up_once(echo: Server) -> None:
+    echo.lookups.clear()
+    echo.run("ping", "here.example")
+    assert echo.lookups == ["here.example"]
 
 
-def test_first_allowed_address_of_a_name_is_measured(serve: Start) -> None:
-    names = {"mixed.example": ["10.0.0.1", "127.0.0.9", "127.0.0.10"]}
-    server = serve(tools={"ping": ECHO}, names=names, TARGET_DENY="127.0.0.9")
-    assert server.run("ping", "mixed.example").text.startswith("mixed.example has address 127.0.0.10\n")
+Scripted = Callable[..., httpx.Response]
 
 
-def test_international_name_is_looked_up_in_its_ascii_form(echo: Server) -> None:
-    assert echo.run("ping", "Bücher.example").text.startswith("xn--bcher-kva.example has address 127.0.0.1\n")
+@pytest.fixture
+def scripted(shared: Start) -> Scripted:
+    """Runs a command whose tool is this shell script."""
+    server = shared(tools=every_tool('#!/bin/sh\n. "$0.sh"\n'))
+
+    def run(command: str, script: str, **options: Any) -> httpx.Response:
+        (server.folder / "bin" / f"{command.removesuffix('6')}.sh").write_text(script)
+        return cast(
+            httpx.Response, server.run(command, "::1" if command.endswith("6") else "127.0.0.1", **options)
+        )
+
+    return run
 
 
 def test_output_is_streamed_as_written_before_its_line_is_complete(serve: Start, gate: Gate) -> None:
@@ -708,29 +754,27 @@ def test_output_is_streamed_as_written_before_its_line_is_complete(serve: Start,
 
 
 @pytest.mark.parametrize(
-    ("script", "text"),
+    ("command", "script", "text"),
     [
-        ("exit 0", ""),
-        ("echo '1 packets transmitted, 0 received'; exit 1", "1 packets transmitted, 0 received\n"),
-        ("echo gone; exit 1", "gone\n--- ping: exit status 1 ---\n"),  # without having sent anything
-        ("echo bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
-        ("printf bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
-        ("exit 3", "--- ping: exit status 3 ---\n"),
-        ("echo bad >&2; kill -9 $$", "bad\n--- ping: killed by signal 9 ---\n"),
+        ("ping", "exit 0", ""),
+        ("ping", "echo '1 packets transmitted, 0 received'; exit 1", "1 packets transmitted, 0 received\n"),
+        ("ping", "echo gone; exit 1", "gone\n--- ping: exit status 1 ---\n"),  # without having sent anything
+        ("ping", "echo bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
+        ("ping", "printf bad; exit 2", "bad\n--- ping: exit status 2 ---\n"),
+        ("ping", "exit 3", "--- ping: exit status 3 ---\n"),
+        ("ping", "echo bad >&2; kill -9 $$", "bad\n--- ping: killed by signal 9 ---\n"),
+        ("traceroute6", "exit 1", "--- traceroute6: exit status 1 ---\n"),
     ],
 )
-def test_closing_line_is_printed_only_for_a_fault(serve: Start, script: str, text: str) -> None:
-    assert serve(tools={"ping": f"#!/bin/sh\n{script}\n"}).run("ping").text == text
+def test_closing_line_is_printed_only_for_a_fault(
+    scripted: Scripted, command: str, script: str, text: str
+) -> None:
+    assert scripted(command, script).text == text
 
 
-def test_exit_status_1_is_a_fault_of_traceroute(serve: Start) -> None:
-    server = serve(tools={"traceroute": "#!/bin/sh\nexit 1\n"})
-    assert server.run("traceroute6", "::1").text == "--- traceroute6: exit status 1 ---\n"
-
-
-def test_error_of_mtr_is_printed_as_it_is(serve: Start) -> None:
-    server = serve(tools={"mtr": "#!/bin/sh\necho mtr: no\nexit 1\n"})
-    assert re.fullmatch(r"Start: \S+\nmtr: no\n--- mtr: exit status 1 ---\n", server.run("mtr").text)
+def test_error_of_mtr_is_printed_as_it_is(scripted: Scripted) -> None:
+    text = scripted("mtr", "echo mtr: no; exit 1").text
+    assert re.fullmatch(r"Start: \S+\nmtr: no\n--- mtr: exit status 1 ---\n", text)
 
 
 # The same in the small internet of .ci/hops, with the real tools.
@@ -745,10 +789,9 @@ def hops() -> Iterator[tuple[str, ...]]:
         if not shutil.which(tool):
             lacking(f"the command {tool}")
     prefix = ("env", f"HOPS={HOPS_NAME}", str(HOPS))
-    made = subprocess.run([*prefix, "up"], capture_output=True, text=True, check=False)
-    if made.returncode:
+    if subprocess.run([*prefix, "up"], check=False).returncode:
         subprocess.run([*prefix, "down"], check=False)
-        lacking(f"the right to make network namespaces: {made.stderr}")
+        lacking("permission to make network namespaces")
     yield (*prefix, "exec")
     subprocess.run([*prefix, "down"], check=True)
 
@@ -770,7 +813,7 @@ Transcripts = Mapping[str, Mapping[str, str]]  # host → command → text
 @pytest.fixture(scope="session")
 def transcripts(in_hops: Server, once: Once) -> Transcripts:
     """The output of each command for each host, all run at once."""
-    runs = [(host, command) for host in ("target", "hole") for command in lg.COMMANDS]
+    runs = [(host, command) for host in ("target", "hole") for command in COMMANDS]
 
     def run(host: str, command: str) -> str:
         return in_hops.run(command, f"{host}.lg.example", timeout=99).text
@@ -778,7 +821,7 @@ def transcripts(in_hops: Server, once: Once) -> Transcripts:
     def run_all() -> Transcripts:
         with ThreadPoolExecutor(len(runs)) as pool:
             texts = dict(zip(runs, pool.map(lambda each: run(*each), runs), strict=True))
-        return {host: {name: texts[host, name] for name in lg.COMMANDS} for host in ("target", "hole")}
+        return {host: {name: texts[host, name] for name in COMMANDS} for host in ("target", "hole")}
 
     return cast(Transcripts, once("transcripts", run_all))
 
@@ -788,7 +831,7 @@ def targets(command: str) -> tuple[str, str]:
     return (TARGET6, "IPv6 address") if command.endswith("6") else (TARGET4, "address")
 
 
-@pytest.mark.parametrize("command", lg.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_output_starts_with_the_resolved_address(transcripts: Transcripts, command: str) -> None:
     address, kind = targets(command)
     text = transcripts["target"][command]
@@ -815,15 +858,15 @@ def test_ping_without_a_reply_is_a_result(transcripts: Transcripts, command: str
 
 
 @pytest.mark.parametrize("command", ["traceroute", "traceroute6"])
-def test_traceroute_prints_five_hops_of_which_one_is_silent(transcripts: Transcripts, command: str) -> None:
+def test_traceroute_prints_each_hop_and_one_that_is_silent(transcripts: Transcripts, command: str) -> None:
     lines = transcripts["target"][command].splitlines()[2:]
-    assert [re.findall(r"^ *\d+|[a-z0-9.]+\.example", line) for line in lines] == [
+    assert [re.findall(r"^ *\d+|[a-z0-9.]+\.example", line) for line in lines[:4]] == [
         [" 1", "gw.pop.lg.example"],
         [" 2", "core1.ams.lg.example"],
         [" 3"],
         [" 4", "core2.fra.lg.example"],
-        [" 5", "target.lg.example"],
     ]
+    assert " target.lg.example " in lines[-1]
 
 
 @pytest.mark.parametrize("command", ["traceroute", "traceroute6"])
@@ -1110,7 +1153,7 @@ def parse(name: str, complete: bool = True) -> tuple[Any, bytes, list[dict[str, 
     command = name.partition(",")[0]
     target = re.search(r"(?:PING|to) ([0-9a-f.:]+)", RECORDED[name])
     address = target[1] if target else TARGET6 if command.endswith("6") else TARGET4
-    parser = lg.parser_for(lg.COMMANDS[command])(ipaddress.ip_address(address))
+    parser = lg.parser_for(COMMANDS[command])(ipaddress.ip_address(address))
     output = RECORDED[name].encode()
     pieces = [parser.feed(output[at : at + 7]) for at in range(0, len(output), 7)]
     pieces.append(parser.finish(complete))
@@ -1514,7 +1557,7 @@ def in_pieces(output: bytes, cuts: list[int]) -> list[bytes]:
 
 
 @given(
-    command=st.sampled_from([*lg.COMMANDS, "other"]),
+    command=st.sampled_from([*COMMANDS, "other"]),
     output=OUTPUT,
     cuts=st.lists(st.integers(0, 10_000), max_size=20),
     complete=st.booleans(),
@@ -1524,7 +1567,7 @@ def test_the_parsers_accept_any_bytes_and_produce_json(
     command: str, output: bytes, cuts: list[int], complete: bool
 ) -> None:
     other = lg.Command("other", ("dig", "{address}"), 4)
-    parser = lg.parser_for(lg.COMMANDS.get(command, other))(ipaddress.ip_address("198.51.100.254"))
+    parser = lg.parser_for(COMMANDS.get(command, other))(ipaddress.ip_address("198.51.100.254"))
     pieces = [*map(parser.feed, in_pieces(output, cuts)), parser.finish(complete)]
     events = [event for _, events in pieces for event in events]
     json.dumps([events, parser.result()], allow_nan=False)
@@ -1547,7 +1590,7 @@ CARRIED = {  # the lines that need no note, since other events carry them or the
 )
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_each_line_is_carried_by_an_event_or_is_a_note(tool: str, lines: list[bytes]) -> None:
-    parser = lg.parser_for(lg.COMMANDS[tool])(ipaddress.ip_address("198.51.100.254"))
+    parser = lg.parser_for(COMMANDS[tool])(ipaddress.ip_address("198.51.100.254"))
     output = b"".join(line + b"\n" for line in lines)
     events = [*parser.feed(output)[1], *parser.finish(complete=True)[1]]
     written = Counter(event["text"] for event in events if event["event"] == "note")
@@ -1796,7 +1839,7 @@ def test_an_event_is_sent_as_soon_as_its_line_is_written(serve: Start, tmp_path:
 
 
 REAL_RUNS = [
-    *((command, "target") for command in lg.COMMANDS),
+    *((command, "target") for command in COMMANDS),
     *((command, "closed") for command in ("ping", "traceroute", "traceroute6", "mtr", "mtr6")),
     *((command, "pair") for command in ("traceroute", "mtr", "mtr6")),
     *((command, "twice") for command in ("ping", "ping6")),
@@ -1823,9 +1866,9 @@ def real_runs(in_hops: Server) -> dict[tuple[str, str], list[dict[str, Any]]]:
 Runs = Mapping[tuple[str, str], list[dict[str, Any]]]
 
 
-@pytest.mark.parametrize("command", lg.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_events_of_real_runs_are_what_openapi_says(real_runs: Runs, command: str) -> None:
-    document = lg.openapi()
+    document = DESCRIPTION
     schema = document["paths"][f"/lookingglass/{command}"]["post"]["responses"]["200"]["content"]
     schema = schema[lg.EVENTS_TYPE]["schema"] | {"components": document["components"]}
     for event in [event for (name, _), events in real_runs.items() if name == command for event in events]:
@@ -1910,7 +1953,7 @@ def test_a_resolver_that_hangs_holds_up_neither_a_probe_nor_the_end(
     mounts = "".join(
         f"mount --bind {tmp_path}/{name} /etc/{name}; " for name in ("resolv.conf", "nsswitch.conf")
     )
-    argv = [{"10": "2"}.get(word, word) for word in lg.COMMANDS["mtr"].argv_for(TARGET4)]
+    argv = [{"10": "2"}.get(word, word) for word in COMMANDS["mtr"].argv_for(TARGET4)]
     begun = time.monotonic()
     with (tmp_path / "raw").open("w") as raw:
         line = [*hops, "sh", "-c", f'{mounts}exec "$@"', "sh", *argv]
@@ -1971,7 +2014,7 @@ def validate_for_globalping(tool: str, result: dict[str, Any]) -> None:
 
 def run_transcript(name: str, fault: str = "", status: int | None = 0) -> dict[str, Any]:
     """The end event of a run that printed what is recorded."""
-    command = lg.COMMANDS[name.partition(",")[0]]
+    command = COMMANDS[name.partition(",")[0]]
     transcript = lg.Transcript(command, "a.example", ipaddress.ip_address(targets(command.name)[0]), True)
     events = (
         transcript.start()
@@ -2207,13 +2250,13 @@ def test_the_description_is_valid_openapi_3_1(echo: Server) -> None:
 
 
 def test_the_description_is_made_once() -> None:
-    assert json.loads(lg.openapi_json()) == lg.openapi()
+    assert json.loads(lg.openapi_json()) == DESCRIPTION
     assert lg.openapi_json() is lg.openapi_json()
 
 
 @pytest.mark.parametrize(("cls", "event"), list(zip(get_args(lg.Event), lg.EXAMPLES, strict=True)))
 def test_each_example_of_an_event_is_valid_for_its_schema(cls: type, event: object) -> None:
-    schema = {"$ref": f"#/components/schemas/{cls.__name__}", "components": lg.openapi()["components"]}
+    schema = {"$ref": f"#/components/schemas/{cls.__name__}", "components": DESCRIPTION["components"]}
     jsonschema.validate(event, schema)
 
 
@@ -2249,7 +2292,7 @@ def test_the_schema_of_a_type(hint: object, schema: dict[str, Any]) -> None:
 def test_openapi_describes_every_route_and_no_other() -> None:
     routes = {(route.path, method.lower()) for route in lg.app.routes for method in route.methods}  # type: ignore[attr-defined]
     routes = {(path, method) for path, method in routes if path != "/metrics"}  # for the operator alone
-    described = {(path, method) for path, item in lg.openapi()["paths"].items() for method in item}
+    described = {(path, method) for path, item in DESCRIPTION["paths"].items() for method in item}
     assert described <= routes
     assert {(path, method) for path, method in routes if method != "head"} <= described
 
@@ -2257,7 +2300,7 @@ def test_openapi_describes_every_route_and_no_other() -> None:
 def described_responses() -> list[tuple[str, str, str]]:
     return [
         (path, method, status)
-        for path, item in lg.openapi()["paths"].items()
+        for path, item in DESCRIPTION["paths"].items()
         for method, operation in item.items()
         for status in operation["responses"]
     ]
@@ -2310,7 +2353,7 @@ def test_every_described_response_can_be_provoked(
             stack.enter_context(server.http.stream(method, path, **request))
         answer = stack.enter_context(server.http.stream(method, path, **request))
         assert str(answer.status_code) == status
-        response = lg.openapi()["paths"][path][method]["responses"][status]
+        response = DESCRIPTION["paths"][path][method]["responses"][status]
         assert [header for header in response.get("headers", {}) if header not in answer.headers] == []
         types = response.get("content", {answer.headers.get("Content-Type"): None})
         assert answer.headers.get("Content-Type") in types
@@ -2838,7 +2881,7 @@ def usage_lines(text: str) -> list[str]:
 
 def test_usage_has_a_line_for_each_command(usage_server: Server) -> None:
     lines = usage_lines(usage_server.http.get("/").text)
-    assert [name for name in lg.COMMANDS if not any(line.endswith(f"/{name}") for line in lines)] == []
+    assert [name for name in COMMANDS if not any(line.endswith(f"/{name}") for line in lines)] == []
 
 
 def test_lines_of_the_usage_work_when_pasted(usage_server: Server) -> None:
@@ -3183,12 +3226,12 @@ def test_operator_sets_title_logo_colour_and_links(
     assert page.evaluate("document.querySelector('header img').naturalWidth > 0")
     assert page.title() == "Example & Sons · Amsterdam"
     color = page.evaluate("getComputedStyle(document.querySelector('header a')).color")
-    light = lg.readable("#ffee00", lg.BACKGROUNDS[0])
+    light = lg.readable("#ffee00", getattr(lg, "BACKGROUNDS", ("",))[0])
     assert color == f"rgb({', '.join(str(int(light[i : i + 2], 16)) for i in (1, 3, 5))})"
 
 
 @pytest.mark.parametrize("color", ["#ffee00", "#000033", "#808080", "#0a58c2", "#a096c1"])
-@pytest.mark.parametrize("background", lg.BACKGROUNDS)
+@pytest.mark.parametrize("background", getattr(lg, "BACKGROUNDS", ("",)))
 def test_accent_of_an_operator_is_readable_in_both_themes(color: str, background: str) -> None:
     def luminance(text: str) -> float:
         return lg.luminance([int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)])
@@ -3759,7 +3802,7 @@ def test_speed_test_beyond_the_limit_counts_down(visit: Visit, serve_in_hops: St
     limits = dict.fromkeys(("RATE_LIMIT_SPEEDTEST", "RATE_LIMIT_SPEEDTEST_10G"), "1/hour")
     server = serve_in_hops(**limits)
     page = visit(server, "?command=speedtest")
-    for size in lg.SIZES:
+    for size in SIZES:
         page.evaluate("async (size) => (await fetch(`speedtest/${size}`)).body.cancel()", size)
     page.click("#run")
     until(lambda: page.inner_text("#hint").startswith("Ready again in "))
@@ -4996,7 +5039,7 @@ def test_incomplete_body_is_408_and_closes(serve: Start) -> None:
 LITERALS = st.one_of(
     st.ip_addresses().map(str),
     st.sampled_from([*HOSTILE, *SPECIAL_PURPOSE, "127.0.0.1", "::1", "here.example", "inside.example"]),
-    st.from_regex(lg.NAME, fullmatch=True),
+    st.from_regex(lg.HOST_NAME, fullmatch=True),
     st.text(),
 )
 BODIES = st.one_of(
@@ -5019,7 +5062,7 @@ def recorder(shared: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[S
     return shared(names=names, tools=every_tool(script), RATE_LIMIT_LOOKUPS="off"), started
 
 
-@given(command=st.sampled_from(list(lg.COMMANDS)), body=BODIES)
+@given(command=st.sampled_from(list(COMMANDS)), body=BODIES)
 @example("ping", b"target=here.example")
 @example("ping6", b"target=[::1]")
 @example("ping", b"target=inside.example")
@@ -5035,7 +5078,7 @@ def test_any_body_starts_a_tool_with_an_allowed_address_or_is_a_client_error(
     assert len(lines) == (response.status_code == 200)
     for line in lines:
         address = ipaddress.ip_address(line)
-        assert (str(address), address.version) == (line, lg.COMMANDS[command].version)
+        assert (str(address), address.version) == (line, COMMANDS[command].version)
         assert lg.is_public(address) or address.is_loopback
 
 
@@ -7672,7 +7715,7 @@ def bench_stalled(server: Server) -> Iterator[Row]:
 
 
 def bench_first_byte(server: Server) -> Iterator[Row]:
-    argv = lg.COMMANDS["ping"].argv_for("127.0.0.1")
+    argv = COMMANDS["ping"].argv_for("127.0.0.1")
     ours, bare = [], []
     for _ in range(20):
         begun = time.monotonic()
@@ -7864,7 +7907,7 @@ def soak(minutes: float) -> None:
         def visit(number: int) -> str:
             chance = random.Random(number)  # noqa: S311
             client = {"X-Forwarded-For": f"192.0.2.{chance.randrange(20)}"}
-            command, host = chance.choice(list(lg.COMMANDS)), chance.choice(list(hosts))
+            command, host = chance.choice(list(COMMANDS)), chance.choice(list(hosts))
             accept = {"Accept": chance.choice(["*/*", "application/x-ndjson"])}
             post = f"/lookingglass/{command}"
             match chance.randrange(8):
