@@ -384,7 +384,6 @@ def unknown_settings(names: Iterable[str]) -> Iterator[str]:
 # ---- targets -----------------------------------------------------------------------------------------------
 
 RESOLVE_SECONDS = 5
-RESOLVE_SECONDS = 5
 RETRY_LATER = {"Retry-After": "5"}  # where no slot is free: commands end at different times, after about 15 s
 # Limits on a service's threads, abandoned ones included: a resolver may take minutes to give up.
 # Lookups stop first, which leaves threads for the shared store.
@@ -2810,6 +2809,9 @@ def entity_tag(body: bytes) -> str:
     return f'"{sha256(body).hexdigest()[:32]}"'
 
 
+ANSWERED: tuple[type[Exception], ...] = (RequestError, HTTPException, ClientDisconnect, Exception)
+
+
 class NetworkInfo(TypedDict):
     """Where this server is, and who asks."""
 
@@ -3027,8 +3029,15 @@ class Service:
 
     # Errors
 
-    async def answer_request_error(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestError)
+    async def answer_error(self, request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            return self.answer_unrouted(request, error)
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=400)  # it reads nothing
+        if not isinstance(error, RequestError):
+            return json_response(
+                {"detail": "Internal Server Error"}, 500
+            )  # the connection logs the traceback
         client = self.proxies.client_address(request)
         self.limits.count_refusal(client, request.scope["path"], error.reason)
         try:
@@ -3038,21 +3047,14 @@ class Service:
             body = {"detail": [{**each, "input": None} for each in detail]}
             return json_response(body, error.status, error.headers)
 
-    async def answer_http_exception(self, request: Request, error: Exception) -> Response:
-        """Answers the router's 404 and 405; redirects a path with a slash at its end to the one without."""
-        assert isinstance(error, HTTPException)
+    def answer_unrouted(self, request: Request, error: HTTPException) -> Response:
+        """The router's 404 and 405; redirects a path with a slash at its end to the one without."""
         path, query = request.scope["path"].rstrip("/"), request.url.query
         paths = {route.path for route in request.app.routes}
         if error.status_code == 404 and path != request.scope["path"] and path in paths:
             location = f"../{path.rpartition('/')[2]}" + (f"?{query}" if query else "")
             return Response(status_code=307, headers={**NO_STORE, "Location": location})
         return json_response({"detail": error.detail}, error.status_code, error.headers)
-
-    async def answer_disconnected(self, request: Request, error: Exception) -> Response:
-        return Response(status_code=400)  # the client is gone, and reads nothing
-
-    async def answer_internal_error(self, request: Request, error: Exception) -> Response:
-        return json_response({"detail": "Internal Server Error"}, 500)  # the connection logs the traceback
 
 
 # ---- OpenAPI -----------------------------------------------------------------------------------------------
@@ -3204,6 +3206,19 @@ def rate_limits_text(settings: Settings, commands: Iterable[str], sizes: Iterabl
     return ", ".join(parts)
 
 
+def describe_command(command: Command, settings: Settings, errors: Mapping[str, Schema]) -> Schema:
+    values = {"name": command.name, "tool": command.tool, "version": command.version}
+    post: Schema = operations("/lookingglass/{name}", errors, **values)["post"]
+    argv, limit = " ".join(command.argv_for("ADDRESS")), describe_rates(settings.RATE_LIMIT_DIAGNOSTICS)
+    post["description"] = f"Runs `{argv}`, at most {settings.DIAGNOSTIC_TIMEOUT} s. Limit: {limit}."
+    body = {"schema": schema_of(TargetRequest if command.version == 4 else Target6Request)}
+    post["requestBody"] = {"required": True, "content": {JSON_TYPE: body}}
+    examples = zip(typing.get_args(Event), EXAMPLES, strict=True)
+    events = {cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples}
+    post["responses"]["200"]["content"][EVENTS_TYPE]["examples"] = events
+    return post
+
+
 def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Mapping[str, Size]) -> Schema:
     """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
     errors = {}
@@ -3212,23 +3227,13 @@ def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Map
         errors[status] = response(when, kind, headers.split(","))
     described = partial(operations, errors=errors)
     paths: dict[str, dict[str, Schema]] = {}
-    examples = zip(typing.get_args(Event), EXAMPLES, strict=True)
-    events = {cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples}
     schemas = {cls.__name__: schema_of(cls, inside=False) for cls in SCHEMAS}
     for cls, version in ((TargetRequest, 4), (Target6Request, 6)):
         forms = [{"format": f"ipv{version}"}, {"pattern": f"^(?:{HOST_NAME.pattern})$"}]
         target = {"type": "string", "anyOf": forms, "examples": ["example.com"]}
         schemas[cls.__name__] |= {"properties": {"target": target}, "additionalProperties": True}
     for name, command in commands.items():
-        found = described("/lookingglass/{name}", name=name, tool=command.tool, version=command.version)
-        body = TargetRequest if command.version == 4 else Target6Request
-        argv, limit = " ".join(command.argv_for("ADDRESS")), describe_rates(settings.RATE_LIMIT_DIAGNOSTICS)
-        found["post"] |= {
-            "description": f"Runs `{argv}`, at most {settings.DIAGNOSTIC_TIMEOUT} s. Limit: {limit}.",
-            "requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema_of(body)}}},
-        }
-        found["post"]["responses"]["200"]["content"][EVENTS_TYPE]["examples"] = events
-        paths[f"/lookingglass/{name}"] = found
+        paths[f"/lookingglass/{name}"] = {"post": describe_command(command, settings, errors)}
     for name, size in sizes.items():
         paths[f"/speedtest/{name}"] = described("/speedtest/{name}", name=name, length=size.length)
     if sizes:
@@ -3304,10 +3309,8 @@ async def api_docs(name: str, request: Request) -> Response:
 # ---- routes and app ----------------------------------------------------------------------------------------
 
 
-def create_app(settings: Settings | None = None) -> Starlette:
-    """The application, with these settings or those of `.env` and the environment. Raises SettingsError."""
-    settings = settings or load_settings()
-    service = Service(settings)
+def make_routes(service: Service) -> list[Route]:
+    """The Route table; what is not offered has no route."""
 
     def command(path: str) -> Iterator[Route]:
         if offered := service.commands.get(path.rpartition("/")[2]):
@@ -3317,48 +3320,47 @@ def create_app(settings: Settings | None = None) -> Starlette:
         if offered := service.sizes.get(path.rpartition("/")[2]):
             yield Route(path, partial(service.download, offered))
 
-    app = Starlette(
-        routes=[
-            Route("/", service.front),
-            Route("/health", service.health),
-            Route("/network/info", service.network_info),
-            *command("/lookingglass/ping"),
-            *command("/lookingglass/ping6"),
-            *command("/lookingglass/traceroute"),
-            *command("/lookingglass/traceroute6"),
-            *command("/lookingglass/mtr"),
-            *command("/lookingglass/mtr6"),
-            *(route for name in settings.EXTRA_COMMANDS for route in command(f"/lookingglass/{name}")),
-            *(route for name in settings.EXTRA_COMMANDS for route in command(f"/lookingglass/{name}6")),
-            *download("/speedtest/100M"),
-            *download("/speedtest/1G"),
-            *download("/speedtest/10G"),
-            *([Route("/speedtest/upload", service.upload, methods=["GET", "POST"])] if service.sizes else []),
-            Route("/metrics", service.metrics),
-            Route("/openapi.json", service.openapi),
-            Route("/docs", partial(api_docs, "docs")),
-            Route("/redoc", partial(api_docs, "redoc")),
-        ],
-        middleware=[
-            Middleware(
-                CORSMiddleware,
-                allow_origins=settings.CORS_ORIGINS,
-                allow_methods=settings.CORS_METHODS,
-                allow_headers=settings.CORS_HEADERS,
-                allow_credentials=settings.CORS_CREDENTIALS and "*" not in settings.CORS_ORIGINS,
-                allow_private_network=True,
-                expose_headers=["Retry-After", *RATE_HEADERS],
-            )
-        ],
-        exception_handlers={
-            RequestError: service.answer_request_error,
-            HTTPException: service.answer_http_exception,
-            ClientDisconnect: service.answer_disconnected,
-            Exception: service.answer_internal_error,
-        },
-        lifespan=service.lifespan,
+    extra = [
+        f"/lookingglass/{name}{suffix}" for name in service.settings.EXTRA_COMMANDS for suffix in ("", "6")
+    ]
+    return [
+        Route("/", service.front),
+        Route("/health", service.health),
+        Route("/network/info", service.network_info),
+        *command("/lookingglass/ping"),
+        *command("/lookingglass/ping6"),
+        *command("/lookingglass/traceroute"),
+        *command("/lookingglass/traceroute6"),
+        *command("/lookingglass/mtr"),
+        *command("/lookingglass/mtr6"),
+        *(route for path in extra for route in command(path)),
+        *download("/speedtest/100M"),
+        *download("/speedtest/1G"),
+        *download("/speedtest/10G"),
+        *([Route("/speedtest/upload", service.upload, methods=["GET", "POST"])] if service.sizes else []),
+        Route("/metrics", service.metrics),
+        Route("/openapi.json", service.openapi),
+        Route("/docs", partial(api_docs, "docs")),
+        Route("/redoc", partial(api_docs, "redoc")),
+    ]
+
+
+def create_app(settings: Settings | None = None) -> Starlette:
+    """The application, with these settings or those of `.env` and the environment. Raises SettingsError."""
+    settings = settings or load_settings()
+    service = Service(settings)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.CORS_ORIGINS,
+        allow_methods=settings.CORS_METHODS,
+        allow_headers=settings.CORS_HEADERS,
+        allow_credentials=settings.CORS_CREDENTIALS and "*" not in settings.CORS_ORIGINS,
+        allow_private_network=True,
+        expose_headers=["Retry-After", *RATE_HEADERS],
     )
-    app.router.redirect_slashes = False  # the client's Host would be in Location: see answer_http_exception
+    handlers = dict.fromkeys(ANSWERED, service.answer_error)
+    app = Starlette(False, make_routes(service), [cors], handlers, lifespan=service.lifespan)
+    app.router.redirect_slashes = False  # the client's Host would be in Location: see answer_unrouted
     app.state.service = service
     return app
 
