@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A looking glass: streamed ping, traceroute and mtr from this server, and speed tests.
 
-`python lg.py` starts the server; `python lg.py health` prints the health of the running one.
-Each chapter uses only what is above it.
+`python lg.py` starts the server, `python lg.py check` checks its settings. Importing does nothing.
+It reads from top to bottom: settings, limits, commands, connections, answers, the server, the page's texts.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
-import http.client
+import gzip
 import ipaddress
 import json
 import logging
+import logging.handlers
 import math
 import os
 import queue
@@ -40,45 +41,51 @@ from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from html import escape
+from http import HTTPStatus
 from importlib.util import find_spec
 from inspect import cleandoc
 from io import StringIO
 from itertools import islice, pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Literal, NamedTuple, NotRequired, TypedDict, TypeVar, cast
-from urllib.parse import parse_qs
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, TypeVar, cast
+from urllib.parse import parse_qs, unquote
 from weakref import WeakValueDictionary
 
-import h11
-import idna
-import limits
-import uvicorn
-from dotenv import dotenv_values
-from dotenv.parser import parse_stream
-from limits.storage import MemoryStorage, storage_from_string
-from limits.strategies import MovingWindowRateLimiter
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.gzip import GZipMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+try:
+    from typing import NotRequired  # Python 3.11
+
+    import h11
+    import idna
+    import limits
+    import uvicorn
+    from dotenv import dotenv_values
+    from dotenv.parser import parse_stream
+    from limits.storage import MemoryStorage, storage_from_string
+    from limits.strategies import MovingWindowRateLimiter
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+    from starlette.types import Message, Receive, Scope, Send
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    if sys.version_info < (3, 11):  # noqa: UP036
+        raise SystemExit("lg.py: Python 3.11 or later is needed: install it and run lg.py with it") from None
+    remedy = "install the packages with pip install -r requirements.txt, and run lg.py with that Python"
+    raise SystemExit(f"lg.py: {error}: {remedy}") from None
 
 VERSION = "1.0.0"
 
-log = logging.getLogger("lg")
-
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+Target = IPAddress | str  # an address, or a host name in ASCII
 Headers = Mapping[str, str]
 T = TypeVar("T")
-
-
 # ---- settings ----------------------------------------------------------------------------------------------
 
 # In the notation of EXTRA_COMMANDS: NAME is the command for IPv4, NAME6 the one for IPv6.
@@ -87,15 +94,17 @@ BUILT_IN = {
     "traceroute": "traceroute -{version} -q 3 -w 3,3,10 -m 30 {address}",
     "mtr": "mtr -{version} --raw -e -c 10 -i 1 -G 1 -Z 2 -m 30 {address}",
 }
-BUILT_IN_COMMANDS = [name + suffix for name in BUILT_IN for suffix in ("", "6")]
-LOGO_BYTES = 2**16  # the logo is embedded in every page
+LOGO_BYTES = 2**16  # the logo is embedded in the page
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
 BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
+# What no line of the log, of the page or of an argv can hold: control characters and lone surrogates.
+UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # As a content security policy writes it: without a syntax for IPv6 addresses.
-ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
-LOCATION_URL = re.compile(rf"({ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
+HTTP_ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
+LOCATION_URL = re.compile(rf"({HTTP_ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
 LINK_URL = re.compile(r"((?:https?://|mailto:)[^\s<>\"]+)")
-CORS_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
+CORS_ORIGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#@\s:*]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?/?")
+DEFAULT_PORTS = {"http": "80", "https": "443"}
 NODES = r"(?:.*@)?[^,@/]+:\d{1,5}(?:,[^,@/]+:\d{1,5})*/?"
 # memcached has no moving window.
 STORE = re.compile(rf"(memory|redis|valkey|mongodb)(?:\+cluster://{NODES}|s?(?:\+(?!cluster)[a-z]+)?://.*)")
@@ -103,8 +112,26 @@ STORE_PACKAGES = {"memory": "limits", "redis": "redis", "valkey": "valkey", "mon
 SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)\b", re.DOTALL)
 
 Rates = tuple[limits.RateLimitItem, ...]
-Link = dict[str, str]  # with the keys name and url
+NamedURL = dict[str, str]  # with the keys name and url
 Parser = Callable[[str], T]  # raises ValueError("expected …") for a text that cannot be used
+
+
+class SettingsError(Exception):
+    """What stops the start, in one line; passwords in URIs are not shown."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(re.sub(r"(?<=://)\S*@", "***@", line))
+
+
+def setting_error(reason: str, **values: object) -> SettingsError:
+    named = ", ".join(f"{name}={str(value)!r}" for name, value in values.items())
+    return SettingsError(f"{named} cannot be used: {reason}")
+
+
+def plain_text(value: str) -> str:
+    if UNUSABLE.search(value):
+        raise ValueError("expected text without control characters")
+    return value
 
 
 def boolean(value: str) -> bool:
@@ -118,15 +145,6 @@ def integer(low: int, high: int) -> Parser[int]:
         if not re.fullmatch("[0-9]{1,9}", value) or not low <= int(value) <= high:
             raise ValueError(f"expected an integer from {low} to {high}")
         return int(value)
-
-    return parse
-
-
-def choice(*options: str) -> Parser[str]:
-    def parse(value: str) -> str:
-        if value.lower() not in options:
-            raise ValueError(f"expected {', '.join(options[:-1])} or {options[-1]}, not {value!r}")
-        return value.lower()
 
     return parse
 
@@ -147,7 +165,7 @@ def comma_separated(parse_entry: Parser[T]) -> Parser[tuple[T, ...]]:
     return parse
 
 
-def network(value: str) -> IPNetwork:
+def ip_network(value: str) -> IPNetwork:
     with suppress(ValueError):
         return ipaddress.ip_network("" if "%" in value else value)  # a zone matches no client and no target
     hint = ""
@@ -157,9 +175,24 @@ def network(value: str) -> IPNetwork:
 
 
 def proxy(value: str) -> IPNetwork:
-    if value == "*" or not (parsed := network(value)).prefixlen:
+    if value == "*" or not (parsed := ip_network(value)).prefixlen:
         raise ValueError(f"expected proxies' addresses, not {value!r}: any client could forge its address")
     return parsed
+
+
+def cors_origin(value: str) -> str:
+    """An origin as browsers send it. The error has the right spelling of one that they never send."""
+    if value in ("*", "null"):
+        return value
+    if not (match := CORS_ORIGIN.fullmatch(value)):
+        raise ValueError(f"expected * or whole origins like https://www.example.com, not {value!r}")
+    scheme, host, port = match[1].lower(), match[2].lower(), match[3]
+    with suppress(UnicodeError):
+        host = host if host.isascii() else idna.encode(host, uts46=True).decode()
+    spelled = f"{scheme}://{host}" + (f":{port}" if port and port != DEFAULT_PORTS.get(scheme) else "")
+    if value != spelled:
+        raise ValueError(f"expected {spelled}, as browsers send it, not {value!r}")
+    return value
 
 
 def rates(value: str) -> Rates:
@@ -178,19 +211,19 @@ def storage_uri(value: str) -> str:
     return value
 
 
-def json_links(url_pattern: re.Pattern[str], example: str) -> Parser[tuple[Link, ...]]:
+def json_list(url_pattern: re.Pattern[str], example: str) -> Parser[tuple[NamedURL, ...]]:
     """A JSON list of objects with `name` and `url`; other keys are ignored.
 
     `url_pattern` matches a whole URL, of which its group 1 is kept.
     """
 
-    def parse_entry(entry: Any) -> Link:
+    def parse_entry(entry: Any) -> NamedURL:
         with suppress(LookupError, TypeError, ValueError, AttributeError):
-            if entry["name"].strip().encode() and (url := url_pattern.fullmatch(entry["url"])):
+            if plain_text(entry["name"]).strip() and (url := url_pattern.fullmatch(plain_text(entry["url"]))):
                 return {"name": entry["name"], "url": url[1]}
         raise ValueError(f"expected entries like {example}, not {json.dumps(entry)}")
 
-    def parse(value: str) -> tuple[Link, ...]:
+    def parse(value: str) -> tuple[NamedURL, ...]:
         with suppress(json.JSONDecodeError, RecursionError):
             if isinstance(entries := json.loads(value or "[]"), list):
                 return tuple(map(parse_entry, entries))
@@ -207,14 +240,14 @@ def extra_commands(value: str) -> Mapping[str, tuple[str, ...]]:
     if not isinstance(pairs, tuple):
         raise ValueError('expected JSON like {"bgp": "birdc -r show route for {address} all"}')
     commands: dict[str, tuple[str, ...]] = {}
-    taken = {*BUILT_IN_COMMANDS, "speedtest"}  # speedtest is a tab of the page
+    taken = {"speedtest", *(f"{name}6" for name in BUILT_IN)}  # speedtest is a tab of the page
     for name, line in pairs:
         if not re.fullmatch("[a-z0-9-]+", name):
             raise ValueError(f"expected names of the characters a-z, 0-9 and -, not {name!r}")
-        if taken & {name, f"{name}6"}:
+        if name in taken or (f"{name}6" in taken and name not in BUILT_IN):
             raise ValueError(f"expected another name than {name!r}: it or {name}6 is taken")
-        with suppress(AttributeError, ValueError):
-            commands[name] = tuple(shlex.split(line))
+        with suppress(AttributeError, TypeError, ValueError):
+            commands[name] = tuple(shlex.split(plain_text(line)))
         if not any("{address}" in word for word in commands.get(name, ())[1:]):
             raise ValueError(f"expected a command line with {{address}} among its arguments for {name!r}")
         taken |= {name, f"{name}6"}
@@ -228,8 +261,8 @@ def logo(path: str) -> str:
     try:
         with Path(path).open("rb") as file:
             image = file.read(LOGO_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"expected a file that can be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a file that can be read ({error})") from None
     kind = "png" if image.startswith(b"\x89PNG\r\n\x1a\n") else "svg+xml" if SVG.match(image) else ""
     if not kind or len(image) > LOGO_BYTES:
         raise ValueError(f"expected an SVG or PNG file of at most {LOGO_BYTES // 1024} KiB")
@@ -242,69 +275,86 @@ def setting(default: str, parse: Parser[T]) -> T:
     return row
 
 
-words = comma_separated(str)
-networks = comma_separated(network)
-origins = comma_separated(matching(ORIGIN, "origins like https://www.example.com"))
-cors_origins = comma_separated(matching(CORS_ORIGIN, "* or origins like https://www.example.com"))
-built_in_commands = comma_separated(choice(*BUILT_IN_COMMANDS))
-links = json_links(LINK_URL, '{"name": "Terms", "url": "https://www.example.com/terms"}')
-locations = json_links(LOCATION_URL, '{"name": "Amsterdam", "url": "https://ams-lg.example.com"}')
+log_level = matching("(?i)critical|error|warning|info|debug", "critical, error, warning, info or debug")
+texts = comma_separated(plain_text)
+ip_networks = comma_separated(ip_network)
+http_origins = comma_separated(matching(HTTP_ORIGIN, "origins like https://www.example.com"))
+command_names = comma_separated(matching(r"\*|[A-Za-z0-9-]+", "names of commands, or *"))
+named_links = json_list(LINK_URL, '{"name": "Terms", "url": "https://www.example.com/terms"}')
+locations = json_list(LOCATION_URL, '{"name": "Amsterdam", "url": "https://ams-lg.example.com"}')
 
 
 @dataclass(frozen=True)
 class Settings:
     """What an operator chooses, with its default; .env.example says what each does."""
 
-    HOST: str = setting("", str)
+    HOST: str = setting("", plain_text)
     PORT: int = setting("8000", integer(1, 65535))
-    LOG_LEVEL: str = setting("info", choice("critical", "error", "warning", "info", "debug"))
+    LOG_LEVEL: str = setting("info", log_level)
     FORWARDED_ALLOW_IPS: tuple[IPNetwork, ...] = setting("127.0.0.1,::1", comma_separated(proxy))
-    NETWORK_LOCATION: str = setting("Unknown Location", str)
-    NETWORK_FACILITY: str = setting("Unknown Facility", str)
-    NETWORK_MAP_URL: str = setting("", str)
-    NETWORK_FACILITY_URL: str = setting("", str)
-    NETWORK_IPV4: str = setting("", str)
-    NETWORK_IPV6: str = setting("", str)
-    CORS_ORIGINS: tuple[str, ...] = setting("*", cors_origins)
-    CORS_METHODS: tuple[str, ...] = setting("*", words)
-    CORS_HEADERS: tuple[str, ...] = setting("*", words)
+    NETWORK_LOCATION: str = setting("Unknown Location", plain_text)
+    NETWORK_FACILITY: str = setting("Unknown Facility", plain_text)
+    NETWORK_MAP_URL: str = setting("", plain_text)
+    NETWORK_FACILITY_URL: str = setting("", plain_text)
+    NETWORK_IPV4: str = setting("", plain_text)
+    NETWORK_IPV6: str = setting("", plain_text)
+    CORS_ORIGINS: tuple[str, ...] = setting("*", comma_separated(cors_origin))
+    CORS_METHODS: tuple[str, ...] = setting("*", texts)
+    CORS_HEADERS: tuple[str, ...] = setting("*", texts)
     CORS_CREDENTIALS: bool = setting("false", boolean)
     RATE_LIMIT_DIAGNOSTICS: Rates = setting("2/minute", rates)
     RATE_LIMIT_SPEEDTEST: Rates = setting("2/minute", rates)
     RATE_LIMIT_SPEEDTEST_10G: Rates = setting("1/minute", rates)
     RATE_LIMIT_LOOKUPS: Rates = setting("20/minute", rates)
-    RATE_LIMIT_EXEMPT: tuple[IPNetwork, ...] = setting("", networks)
+    RATE_LIMIT_EXEMPT: tuple[IPNetwork, ...] = setting("", ip_networks)
     RATE_LIMIT_STORAGE_URI: str = setting("memory://", storage_uri)
     MAX_DIAGNOSTICS: int = setting("20", integer(1, 10000))
     MAX_DIAGNOSTICS_PER_CLIENT: int = setting("4", integer(1, 10000))
     MAX_SPEEDTESTS: int = setting("20", integer(0, 10000))
     MAX_SPEEDTESTS_PER_CLIENT: int = setting("4", integer(1, 10000))
+    SPEEDTEST_GIB_PER_DAY: int = setting("0", integer(0, 10**8))
     DIAGNOSTIC_TIMEOUT: int = setting("60", integer(1, 3600))
-    TARGET_ALLOW: tuple[IPNetwork, ...] = setting("127.0.0.0/8,::1/128", networks)
-    TARGET_DENY: tuple[IPNetwork, ...] = setting("", networks)
-    COMMANDS: tuple[str, ...] = setting(",".join(BUILT_IN_COMMANDS), built_in_commands)
+    TARGET_ALLOW: tuple[IPNetwork, ...] = setting("127.0.0.0/8,::1/128", ip_networks)
+    TARGET_DENY: tuple[IPNetwork, ...] = setting("", ip_networks)
+    COMMANDS: tuple[str, ...] = setting("*", command_names)
     EXTRA_COMMANDS: Mapping[str, tuple[str, ...]] = setting("{}", extra_commands)
-    ASN_DATABASE: str = setting("", str)
-    METRICS_ALLOW_IPS: tuple[IPNetwork, ...] = setting("127.0.0.1,::1", networks)
-    PAGE_TITLE: str = setting("", str)
+    ASN_DATABASE: str = setting("", plain_text)
+    METRICS_ALLOW_IPS: tuple[IPNetwork, ...] = setting("127.0.0.1,::1", ip_networks)
+    PAGE_TITLE: str = setting("", plain_text)
     PAGE_LOGO: str = setting("", logo)
     PAGE_COLOR: str = setting("", matching("(?:#[0-9A-Fa-f]{6})?", "a colour like #0a7cff"))
-    PAGE_LINKS: tuple[Link, ...] = setting("", links)
-    LOCATIONS: tuple[Link, ...] = setting("[]", locations)
-    FRAME_ANCESTORS: tuple[str, ...] = setting("", origins)
+    PAGE_LINKS: tuple[NamedURL, ...] = setting("", named_links)
+    LOCATIONS: tuple[NamedURL, ...] = setting("[]", locations)
+    FRAME_ANCESTORS: tuple[str, ...] = setting("", http_origins)
+    PATH: str = setting(os.defpath, plain_text)  # where the tools are, as for every program
 
 
 SETTING_NAMES = [row.name for row in fields(Settings)]
 
 
-def settings_error(reason: str, **values: object) -> SystemExit:
-    """The one line that is printed when these settings stop the start."""
-    named = ", ".join(f"{name}={str(value)!r}" for name, value in values.items())
-    return SystemExit(f"lg.py: {named} cannot be used: {reason}")
+def read_env_file() -> Mapping[str, str | None]:
+    """The settings in the `.env` file beside this module, if there is one. Raises SettingsError."""
+    path = Path(__file__).with_name(".env")
+    try:
+        content = path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"{path} cannot be used: expected a text file ({error})") from None
+    for binding in parse_stream(StringIO(content)):
+        if binding.error or (binding.key and binding.value is None):
+            line = f"{path}, line {binding.original.line}"
+            raise SettingsError(f"{line}: expected NAME=value, not {binding.original.string.strip()!r}")
+    return dotenv_values(stream=StringIO(content))
 
 
-def load_settings(environment: Mapping[str, str | None]) -> Settings:
-    """Settings from the texts in `environment`. Raises SystemExit for the first that cannot be used."""
+def load_settings(environment: Mapping[str, str | None] | None = None) -> Settings:
+    """Settings from the texts in `environment`, or from `.env` and the process's environment.
+
+    Raises SettingsError for the first that cannot be used.
+    """
+    if environment is None:
+        environment = {**read_env_file(), **os.environ}
     values = {}
     for row in fields(Settings):
         default, parse = row.metadata["default"], row.metadata["parse"]
@@ -315,61 +365,27 @@ def load_settings(environment: Mapping[str, str | None]) -> Settings:
             value.encode()  # raises for bytes that are not UTF-8
             values[row.name] = parse(value)
         except UnicodeEncodeError:
-            raise settings_error("expected UTF-8", **{row.name: value}) from None
+            raise setting_error("expected UTF-8", **{row.name: value}) from None
         except ValueError as error:
             if value:
-                raise settings_error(str(error), **{row.name: value}) from None
+                raise setting_error(str(error), **{row.name: value}) from None
             values[row.name] = parse(default)
     return Settings(**values)
-
-
-def read_env_file(path: Path) -> Mapping[str, str | None]:
-    """The settings in a `.env` file, if there is one. Raises SystemExit where it cannot be used."""
-    try:
-        content = path.read_text("utf-8-sig")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeError) as error:
-        raise SystemExit(f"lg.py: {path} cannot be used: expected a text file ({error})") from None
-    for binding in parse_stream(StringIO(content)):
-        if binding.error or (binding.key and binding.value is None):
-            line = f"{path}, line {binding.original.line}"
-            raise SystemExit(f"lg.py: {line}: expected NAME=value, not {binding.original.string.strip()!r}")
-    return dotenv_values(stream=StringIO(content))
 
 
 def unknown_settings(names: Iterable[str]) -> Iterator[str]:
     """A line for each name that is no setting, with the setting nearest to it."""
     for name in names:
         if name not in SETTING_NAMES:
-            nearest = get_close_matches(name.upper(), SETTING_NAMES, 1, 0.5)
-            yield f"{name} in .env is not a setting" + "".join(f": did you mean {word}?" for word in nearest)
-
-
-def parse_command_line(arguments: Sequence[str]) -> str:
-    """What to do: "serve" or "health". --help, --version and mistakes end the program here."""
-    parser = argparse.ArgumentParser(
-        "lg.py",
-        description="Serve a looking glass: ping, traceroute, mtr and speed tests over HTTP.",
-        epilog="Settings come from the environment and from .env beside lg.py: see .env.example.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"lg.py {VERSION}")
-    parser.add_argument("command", nargs="?", choices=["health"], help="health asks the running server")
-    return parser.parse_args(arguments).command or "serve"
-
-
-# Before the settings are read, so that --help works whatever they are.
-ACTION = parse_command_line(sys.argv[1:]) if __name__ == "__main__" else ""
-ENV_FILE = read_env_file(Path(__file__).with_name(".env"))
-SETTINGS = load_settings({**ENV_FILE, **os.environ})
+            nearest = get_close_matches(name.upper(), SETTING_NAMES, 1, 0.8)
+            yield f"{name} in .env is not a setting" + "".join(f": did you mean {each}?" for each in nearest)
 
 
 # ---- targets -----------------------------------------------------------------------------------------------
 
 RESOLVE_SECONDS = 5
 RETRY_LATER = {"Retry-After": "5"}  # where no slot is free: commands end at different times, after about 15 s
-# Limits on the threads of the whole process, abandoned ones included: a resolver may take minutes to give up.
+# Limits on a service's threads, abandoned ones included: a resolver may take minutes to give up.
 # Lookups stop first, which leaves threads for the shared store.
 LOOKUP_THREADS, STORE_THREADS = 100, 200
 
@@ -378,47 +394,47 @@ IPV6 = re.compile(r"\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Fa-f:.]{2,45}")
 LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 # A last label that makes resolvers read a name as an IPv4 address.
 NUMERIC = r"(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?$"
-NAME = re.compile(rf"(?=.{{1,253}}\.?$)(?!(?:.*\.)?{NUMERIC}){LABEL}(?:\.{LABEL})*\.?")
+HOST_NAME = re.compile(rf"(?=.{{1,253}}\.?$)(?!(?:.*\.)?{NUMERIC}){LABEL}(?:\.{LABEL})*\.?")
 
-# Longest prefix wins, as in a routing table. From the IANA Special-Purpose Address Registries (RFC 6890)
-# with multicast, the IPv6 global unicast space (RFC 4291) and the former 6to4 relays (RFC 7526) added.
-PUBLIC = {
-    "0.0.0.0/0": True,
-    "0.0.0.0/8": False,  # this network
-    "10.0.0.0/8": False,  # private
-    "100.64.0.0/10": False,  # carrier-grade NAT
-    "127.0.0.0/8": False,  # loopback
-    "169.254.0.0/16": False,  # link-local
-    "172.16.0.0/12": False,  # private
-    "192.0.0.0/24": False,  # protocol assignments, of which
-    "192.0.0.9/32": True,  # Port Control Protocol anycast
-    "192.0.0.10/32": True,  # TURN anycast
-    "192.0.2.0/24": False,  # documentation
-    "192.88.99.0/24": False,  # 6to4 relays
-    "192.168.0.0/16": False,  # private
-    "198.18.0.0/15": False,  # benchmarking
-    "198.51.100.0/24": False,  # documentation
-    "203.0.113.0/24": False,  # documentation
-    "224.0.0.0/4": False,  # multicast
-    "240.0.0.0/4": False,  # reserved, broadcast
-    "::/0": False,
-    "2000::/3": True,  # global unicast, of which
-    "2001::/23": False,  # protocol assignments (Teredo, benchmarking, ORCHID), of which
-    "2001:1::1/128": True,  # Port Control Protocol anycast
-    "2001:1::2/128": True,  # TURN anycast
-    "2001:1::3/128": True,  # DNS-SD service registration anycast
-    "2001:3::/32": True,  # AMT
-    "2001:4:112::/48": True,  # AS112
-    "2001:20::/28": True,  # ORCHIDv2
-    "2001:30::/28": True,  # drone remote identification
-    "2001:db8::/32": False,  # documentation
-    "2002::/16": False,  # 6to4
-    "3fff::/20": False,  # documentation
-}
-ROUTES = sorted(
-    ((ipaddress.ip_network(prefix), public) for prefix, public in PUBLIC.items()),
-    key=lambda route: -route[0].prefixlen,
-)
+# Which addresses are public; the longest prefix wins, as in a routing table. From the IANA Special-Purpose
+# Address Registries (RFC 6890) with multicast, the IPv6 global unicast space (RFC 4291) and the former 6to4
+# relays (RFC 7526).
+PREFIXES = """
+    0.0.0.0/0        public
+    0.0.0.0/8        this network
+    10.0.0.0/8       private
+    100.64.0.0/10    carrier-grade NAT
+    127.0.0.0/8      loopback
+    169.254.0.0/16   link-local
+    172.16.0.0/12    private
+    192.0.0.0/24     protocol assignments, of which
+    192.0.0.9/32     public: Port Control Protocol anycast
+    192.0.0.10/32    public: TURN anycast
+    192.0.2.0/24     documentation
+    192.88.99.0/24   6to4 relays
+    192.168.0.0/16   private
+    198.18.0.0/15    benchmarking
+    198.51.100.0/24  documentation
+    203.0.113.0/24   documentation
+    224.0.0.0/4      multicast
+    240.0.0.0/4      reserved, broadcast
+    ::/0             not assigned
+    2000::/3         public: global unicast, of which
+    2001::/23        protocol assignments (Teredo, benchmarking, ORCHID), of which
+    2001:1::1/128    public: Port Control Protocol anycast
+    2001:1::2/128    public: TURN anycast
+    2001:1::3/128    public: DNS-SD service registration anycast
+    2001:3::/32      public: AMT
+    2001:4:112::/48  public: AS112
+    2001:20::/28     public: ORCHIDv2
+    2001:30::/28     public: drone remote identification
+    2001:db8::/32    documentation
+    2002::/16        6to4
+    3fff::/20        documentation
+"""
+ROWS = [line.split(maxsplit=1) for line in PREFIXES.strip().split("\n")]
+ROUTES = [(ipaddress.ip_network(prefix), purpose.startswith("public")) for prefix, purpose in ROWS]
+ROUTES.sort(key=lambda route: -route[0].prefixlen)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, deprecated
 
@@ -441,6 +457,16 @@ def validation_error(
     return RequestError(422, {"detail": [error]}, reason=reason)
 
 
+def busy(message: str, reason: str = "unavailable", headers: Headers = RETRY_LATER) -> RequestError:
+    """503 for what this server cannot do now."""
+    return RequestError(503, {"error": message}, headers, reason)
+
+
+def shutdown_error() -> RequestError:
+    """The answer to a request that would start something while the server stops."""
+    return busy("The server is shutting down: try again in a moment")
+
+
 def parse_form(text: str) -> dict[str, str | list[str]]:
     """The fields of a URL-encoded form; a field that is sent several times is a list."""
     form = parse_qs(text, keep_blank_values=True)
@@ -460,10 +486,10 @@ def parse_body(body: bytes) -> str:
     target = values["target"]
     if not isinstance(target, str):
         raise validation_error("The target must be one string: an address or a name", target, "string_type")
-    return target
+    return target.strip()
 
 
-def parse_target(text: str) -> IPAddress | str:
+def parse_target(text: str) -> Target:
     """The address that `text` is, or the host name in ASCII. Raises RequestError for anything else.
 
     `[2001:db8::1]` and `2001:db8::1` are the same; `bücher.example` becomes `xn--bcher-kva.example` (UTS 46).
@@ -477,10 +503,8 @@ def parse_target(text: str) -> IPAddress | str:
     if not text.isascii() and len(text) <= 253:
         with suppress(UnicodeError):
             name = idna.encode(text, uts46=True).decode("ascii")
-    if not NAME.fullmatch(name):
-        expected = (
-            "an IPv4 address like 192.0.2.1, an IPv6 address like 2001:db8::1 or a name like example.com"
-        )
+    if not HOST_NAME.fullmatch(name):
+        expected = "an address like 192.0.2.1 or 2001:db8::1, or a name like example.com"
         raise validation_error(f"Not a target: send {expected}", text)
     return name
 
@@ -489,7 +513,7 @@ def is_public(address: IPAddress) -> bool:
     """Whether this is a public unicast address, or the NAT64 form of one."""
     if address in NAT64:
         return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    return next(public for network, public in ROUTES if address in network)
+    return next(public for prefix, public in ROUTES if address in prefix)
 
 
 def embedded_ipv4(address: IPAddress) -> list[IPAddress]:
@@ -498,79 +522,104 @@ def embedded_ipv4(address: IPAddress) -> list[IPAddress]:
         return []
     low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     embedded = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    embedded += [low for network in (NAT64, COMPATIBLE) if address in network and int(address) > 1]
+    embedded += [low for prefix in (NAT64, COMPATIBLE) if address in prefix and int(address) > 1]
     return [each for each in embedded if each]
 
 
-def is_allowed(address: IPAddress) -> bool:
-    """Whether this address may be measured: public or in TARGET_ALLOW, and not in TARGET_DENY."""
-    candidates = (address, *embedded_ipv4(address))
-    if any(each in network for each in candidates for network in SETTINGS.TARGET_DENY):
-        return False
-    return is_public(address) or any(address in network for network in SETTINGS.TARGET_ALLOW)
+def is_in(address: IPAddress | None, prefixes: Iterable[IPNetwork]) -> bool:
+    return address is not None and any(address in prefix for prefix in prefixes)
 
 
-SHUTTING_DOWN = asyncio.Event()  # set when the server begins to stop: nothing is started any more
+class Threads:
+    """Calls blocking functions in threads of their own, until the server stops.
 
-
-def shutting_down() -> RequestError:
-    """The answer to a request that would start something while the server stops."""
-    body = {"error": "The server is shutting down: try again in a moment"}
-    return RequestError(503, body, RETRY_LATER, "unavailable")
-
-
-async def run_in_thread(function: Callable[[], T], seconds: float, threads: int) -> T:
-    """What a blocking function returns, called in a thread of its own.
-
-    Raises TimeoutError after `seconds`, RuntimeError beyond `threads`, RequestError when the server stops.
     asyncio's pool has few threads, which slow names or a dead store would all occupy, and the loop waits for
-    them when it closes. A thread that is late here is abandoned.
+    them when it closes.
     """
-    if threading.active_count() > threads:
-        raise RuntimeError("too many threads")
-    outcome: Future[T] = Future()
-    outcome.set_running_or_notify_cancel()  # so that nothing but the thread completes it
 
-    def call() -> None:
+    def __init__(self, stopping: asyncio.Event) -> None:
+        self.stopping = stopping
+        self.running: set[threading.Thread] = set()
+
+    async def call(self, function: Callable[[], T], seconds: float, limit: int) -> T:
+        """What `function` returns. A thread that is late is abandoned.
+
+        Raises TimeoutError after `seconds`, RuntimeError beyond `limit` threads, RequestError when the server
+        stops.
+        """
+        if len(self.running) >= limit:
+            raise RuntimeError("too many threads")
+        outcome: Future[T] = Future()
+        outcome.set_running_or_notify_cancel()  # so that nothing but the thread completes it
+
+        def work() -> None:
+            try:
+                outcome.set_result(function())
+            except Exception as error:
+                outcome.set_exception(error)
+            finally:
+                self.running.discard(thread)
+
+        thread = threading.Thread(target=work, daemon=True)
+        self.running.add(thread)
         try:
-            outcome.set_result(function())
-        except Exception as error:
-            outcome.set_exception(error)
+            thread.start()
+        except RuntimeError:
+            self.running.discard(thread)
+            raise
+        result, stop = asyncio.wrap_future(outcome), asyncio.create_task(self.stopping.wait())
+        try:
+            await asyncio.wait((result, stop), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if result.done():
+                return result.result()
+            raise shutdown_error() if stop.done() else TimeoutError()
+        finally:
+            result.cancel()
+            stop.cancel()
 
-    threading.Thread(target=call, daemon=True).start()
-    result, stop = asyncio.wrap_future(outcome), asyncio.create_task(SHUTTING_DOWN.wait())
-    try:
-        await asyncio.wait((result, stop), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if result.done():
-            return result.result()
-        raise shutting_down() if stop.done() else TimeoutError()
-    finally:
-        result.cancel()
-        stop.cancel()
 
+class Targets:
+    """Which addresses may be measured, and which of them a name has."""
 
-async def resolve(target: IPAddress | str, version: int) -> IPAddress:
-    """The address to measure: of a name, the first of this version that is allowed. Raises RequestError."""
-    if not isinstance(target, str):
-        if not is_allowed(target):
+    def __init__(self, settings: Settings, threads: Threads) -> None:
+        self.allow, self.deny, self.threads = settings.TARGET_ALLOW, settings.TARGET_DENY, threads
+        self.getaddrinfo: Callable[..., list[Any]] = socket.getaddrinfo
+
+    def is_allowed(self, address: IPAddress) -> bool:
+        """Whether this address is public or in TARGET_ALLOW, and not in TARGET_DENY."""
+        if any(is_in(each, self.deny) for each in (address, *embedded_ipv4(address))):
+            return False
+        return is_public(address) or is_in(address, self.allow)
+
+    async def resolve(self, target: Target, version: int, hint: str) -> IPAddress:
+        """The address to measure: of a name, the first of this version that is allowed. Raises RequestError.
+
+        `hint` tells the client what to do about a name without such an address.
+        """
+        if not isinstance(target, str):
+            if self.is_allowed(target):
+                return target
             message = f"{target} may not be measured here: send a different, public address"
             raise validation_error(message, str(target), reason="target")
-        return target
-    family = socket.AF_INET if version == 4 else socket.AF_INET6
-    lookup = partial(socket.getaddrinfo, target.encode("ascii"), None, family, socket.SOCK_STREAM)
-    # The same whether there is no address or none is allowed: otherwise anybody could list internal names.
-    message = f"{target} has no IPv{version} address that may be measured here: check the name"
-    try:
-        for *_, sockaddr in await run_in_thread(lookup, RESOLVE_SECONDS, LOOKUP_THREADS):
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        lookup = partial(self.getaddrinfo, target.encode("ascii"), None, family, socket.SOCK_STREAM)
+        message, found = "", []
+        try:
+            found = await self.threads.call(lookup, RESOLVE_SECONDS, LOOKUP_THREADS)
+        except TimeoutError:
+            message = f"This server's resolver gave no answer for {target} within {RESOLVE_SECONDS} s"
+        except (OSError, RuntimeError) as error:
+            if getattr(error, "errno", None) not in (socket.EAI_NONAME, socket.EAI_NODATA):
+                message = f"This server cannot look up {target} now"
+        if message:
+            raise validation_error(f"{message}: try again, or send an address", target, reason="resolver")
+        for *_, sockaddr in found:
             address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
-            if is_allowed(address):
+            if self.is_allowed(address):
                 return address
-    except TimeoutError:
-        message = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or send an address"
-    except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) not in (socket.EAI_NONAME, socket.EAI_NODATA):
-            message = f"{target} cannot be resolved now: try again, or send an address"
-    raise validation_error(message, target, reason="target")
+        # The same whether there is no address or none is allowed: else anybody could list internal names.
+        message = f"{target} has no IPv{version} address that may be measured here: {hint}"
+        raise validation_error(message, target, reason="target")
 
 
 # ---- limits ------------------------------------------------------------------------------------------------
@@ -579,14 +628,76 @@ STORE_SECONDS = 2  # time limit of a query to the shared store
 STORE_RETRY_SECONDS = 30  # pause before a store that has failed is queried again
 SWEEP_SECONDS = 60  # how often clients without a recent request are removed from memory
 LOG_REPEAT_SECONDS = 60  # one refusal of each client, and one failure of each tool, is logged in this time
-MAX_LOGGED_CLIENTS = 1000  # clients whose refusals are logged in this time
+LOG_KEYS = 1000  # what is logged seldom is remembered for so many clients and tools
+GIVE_WAY_SECONDS = 60  # a speed test that has run so long has measured what there is to measure
 RATE_HEADERS = {  # with what they mean
     "X-RateLimit-Limit": "Requests allowed.",
     "X-RateLimit-Remaining": "Requests left.",
     "X-RateLimit-Reset": "When one more is allowed, in epoch seconds.",
 }
 
+logger = logging.getLogger("lg")
 
+
+def logfmt(**pairs: object) -> str:
+    """key=value pairs on one line; None is left out."""
+
+    def quote(text: str) -> str:
+        if text.isprintable() and re.fullmatch(r'[^\s"=\\]+', text):
+            return text
+        return json.dumps(text, ensure_ascii=not text.isprintable())
+
+    return " ".join(f"{key}={quote(str(value))}" for key, value in pairs.items() if value is not None)
+
+
+def log(level: int, message: str, /, **pairs: object) -> None:
+    """Log a constant message, with what varies as pairs: no text from outside is a template."""
+    if logger.isEnabledFor(level):
+        logger.log(level, logfmt(msg=message, **pairs))
+
+
+class Once:
+    """Limits how often something is logged; it holds at most LOG_KEYS keys."""
+
+    def __init__(self) -> None:
+        self.until: dict[object, float] = {}
+
+    def __call__(self, key: object, seconds: float) -> bool:
+        """Whether this is the first call with `key` in so many seconds."""
+        now = time.monotonic()
+        if len(self.until) >= LOG_KEYS:
+            self.until = {each: until for each, until in self.until.items() if until > now}
+        if self.until.get(key, 0) > now or len(self.until) >= LOG_KEYS:
+            return False
+        self.until[key] = now + seconds
+        return True
+
+
+# Prometheus' text format knows these three escapes alone, and rejects the others of JSON.
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+class Counters:
+    """Values for Prometheus, by name and labels. No client chooses the value of a label."""
+
+    def __init__(self) -> None:
+        self.values: defaultdict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
+
+    def add(self, name: str, amount: float, /, **labels: str) -> None:
+        self.values[name, tuple(labels.items())] += amount
+
+    def set(self, name: str, value: float, /, **labels: str) -> None:
+        self.values[name, tuple(labels.items())] = value
+
+    def samples(self, name: str) -> Iterator[str]:
+        """The lines of a metric in Prometheus' text format."""
+        for (each, labels), value in self.values.items():
+            if each == name:
+                texts = [f'{label}="{text.translate(LABEL_ESCAPES)}"' for label, text in labels]
+                yield f"{name}{{{','.join(texts)}}} {value:.15g}"
+
+
+@lru_cache(1000)
 def rate_limit_key(client: IPAddress) -> str:
     """The key under which a client is limited: its IPv4 address, or the /64 of its IPv6 address."""
     return str(client) if client.version == 4 else str(ipaddress.IPv6Network((client, 64), strict=False))
@@ -598,42 +709,62 @@ def describe_rates(rates: Rates) -> str:
     return " and ".join(texts) or "none"
 
 
+@dataclass(eq=False)
+class Slot:
+    """Room for one command or transfer of a client; `give_way` ends what runs in it, if that may be ended."""
+
+    client: str
+    give_way: Callable[[], None] | None
+    begun: float = field(default_factory=time.monotonic)
+    gave_way: bool = False
+
+
 class Slots:
     """Limits how many run at once, in all and for each client; `what` names them in errors."""
 
-    def __init__(self, what: str, total: int, per_client: int) -> None:
-        self.what, self.total, self.per_client = what, total, per_client
-        self.taken: Counter[str] = Counter()
+    def __init__(self, what: str, total: int, per_client: int, stopping: asyncio.Event) -> None:
+        self.what, self.total, self.per_client, self.stopping = what, total, per_client, stopping
+        self.taken: set[Slot] = set()
 
     def __str__(self) -> str:
         return f"{self.total} at once, {self.per_client} per client"
 
     @contextmanager
-    def take(self, client: str) -> Iterator[None]:
+    def take(self, client: str, give_way: Callable[[], None] | None = None) -> Iterator[Slot]:
         """Hold a slot. Raises RequestError where none is free."""
-        if SHUTTING_DOWN.is_set():
-            raise shutting_down()
-        if self.taken[client] >= self.per_client:
+        if self.stopping.is_set():
+            raise shutdown_error()
+        by_client = Counter(slot.client for slot in self.taken)
+        if by_client[client] >= self.per_client:
             message = f"You may run {self.per_client} {self.what} at once: wait until one has ended"
             raise RequestError(429, {"error": message}, RETRY_LATER, "client slots")
-        if self.taken.total() >= self.total:
-            message = f"All {self.total} slots for {self.what} are taken: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER, "server slots")
-        self.taken[client] += 1
+        if len(self.taken) >= self.total:
+            self.make_room(client, by_client)
+        slot = Slot(client, give_way)
+        self.taken.add(slot)
         try:
-            yield
+            yield slot
         finally:
-            self.taken -= Counter((client,))  # which also removes the key of a client that has none left
+            self.taken.discard(slot)
+
+    def make_room(self, client: str, by_client: Counter[str]) -> None:
+        """End the longest run of the client with most, for a client that has none. Raises RequestError."""
+        latest = time.monotonic() - GIVE_WAY_SECONDS
+        old = [slot for slot in self.taken if slot.give_way and slot.begun <= latest]
+        slot = max(old, key=lambda each: (by_client[each.client], -each.begun), default=None)
+        if by_client[client] or not slot or not slot.give_way:
+            raise busy(f"All {self.total} slots for {self.what} are taken: try again soon", "server slots")
+        self.taken.discard(slot)
+        slot.gave_way = True
+        slot.give_way()
 
 
-DIAGNOSTICS = Slots("commands", SETTINGS.MAX_DIAGNOSTICS, SETTINGS.MAX_DIAGNOSTICS_PER_CLIENT)
-SPEEDTESTS = Slots("speed tests", SETTINGS.MAX_SPEEDTESTS, SETTINGS.MAX_SPEEDTESTS_PER_CLIENT)
+def check_rates(
+    limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *key: str
+) -> Headers | RequestError:
+    """Test each rate, and consume one of each if `consume`: the headers of the tightest.
 
-
-def count(limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *key: str) -> Headers:
-    """Consume one of each rate, or only test them; returns the headers of the tightest.
-
-    Raises RequestError (429), and consumes nothing, where a rate is exhausted.
+    Where a rate is exhausted, nothing is consumed, and the outcome is an error (429).
     """
     exhausted = [rate for rate in rates if not limiter.test(rate, *key)]
     if consume and not exhausted:  # each hit succeeds, unless another server with the same store was faster
@@ -644,119 +775,119 @@ def count(limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *key: s
     reset = max(now, stats.reset_time)  # that of a window without hits may be in the past
     values = (rate.amount, max(0, stats.remaining), math.ceil(reset))
     headers = dict(zip(RATE_HEADERS, map(str, values), strict=True))
-    if exhausted:
-        headers["Retry-After"] = str(max(1, math.ceil(reset - now)))
-        raise RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers, "rate limit")
-    return headers
+    if not exhausted:
+        return headers
+    headers["Retry-After"] = str(max(1, math.ceil(reset - now)))
+    return RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers, "rate limit")
 
 
-class Limits:
+def shared_limiter(uri: str) -> Callable[[], MovingWindowRateLimiter]:
+    """The limiter of a network store, made on first use where that connects. Raises SettingsError."""
+    names = ("socket_timeout", "socket_connect_timeout") if uri.startswith(("redis", "valkey")) else ()
+    open_store = partial(storage_from_string, uri, **dict.fromkeys(names, STORE_SECONDS))
+    limiter = cache(lambda: MovingWindowRateLimiter(open_store()))
+    try:
+        if "+cluster:" not in uri:  # its client connects at once, and fails while the cluster is down
+            limiter()
+    except Exception as error:  # each client library has its own
+        raise setting_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
+    return limiter
+
+
+class RateLimits:
     """Counts requests in moving windows: in a shared store or, without one or while it fails, in memory.
 
     The storages are the synchronous ones of `limits`: every URI works there, and memory takes microseconds.
     """
 
-    def __init__(self, uri: str) -> None:
-        """Raises SystemExit for a URI that cannot be used."""
-        self.entries = MemoryStorage()
-        self.memory = MovingWindowRateLimiter(self.entries)
-        self.shared: Callable[[], MovingWindowRateLimiter] | None = None
+    def __init__(self, settings: Settings, threads: Threads) -> None:
+        """Raises SettingsError for a URI that cannot be used."""
+        self.exempt, self.threads = settings.RATE_LIMIT_EXEMPT, threads
+        self.local_storage = MemoryStorage()
+        self.local = MovingWindowRateLimiter(self.local_storage)
+        uri = settings.RATE_LIMIT_STORAGE_URI
+        self.shared = None if uri.startswith("memory:") else shared_limiter(uri)
         self.retry_at = 0.0  # when a store that failed is queried again; 0 while it answers
         self.swept = 0.0
-        if uri.startswith("memory:"):
-            return
-        names = ("socket_timeout", "socket_connect_timeout") if uri.startswith(("redis", "valkey")) else ()
-        open_store = partial(storage_from_string, uri, **dict.fromkeys(names, STORE_SECONDS))
-        self.shared = cache(lambda: MovingWindowRateLimiter(open_store()))
-        try:
-            if "+cluster:" not in uri:  # whose client connects at once, and fails while the cluster is down
-                self.shared()
-        except Exception as error:  # each client library has its own
-            raise settings_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
 
-    async def count(self, rates: Rates, name: str, client: IPAddress, consume: bool = True) -> Headers:
+    async def check(self, rates: Rates, name: str, client: IPAddress, consume: bool = False) -> Headers:
         """The headers for a request of this client, which is counted if `consume`. Raises RequestError."""
-        if not rates or any(client in network for network in SETTINGS.RATE_LIMIT_EXEMPT):
+        if not rates or is_in(client, self.exempt):
             return {}
         self.sweep()
         arguments = (rates, consume, name, rate_limit_key(client))
-        if (shared := self.shared) and time.monotonic() >= self.retry_at:
-            with suppress(ConnectionError):
-                return await self.ask_shared(lambda: count(shared(), *arguments))
+        outcome = await self.ask_shared(*arguments)
         try:
-            return count(self.memory, *arguments)
+            outcome = check_rates(self.local, *arguments) if outcome is None else outcome
         except RuntimeError:  # the storage starts a thread that removes expired entries
-            message = "The server has no thread left: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
+            outcome = busy("The server has no thread left: try again soon")
+        if isinstance(outcome, RequestError):
+            raise outcome
+        return outcome
 
-    async def ask_shared(self, operation: Callable[[], Headers]) -> Headers:
-        """Raises RequestError, or ConnectionError when the store fails. Failure and recovery are logged."""
+    async def check_and_consume(self, rates: Rates, name: str, client: IPAddress) -> Headers:
+        return await self.check(rates, name, client, consume=True)
+
+    async def ask_shared(self, rates: Rates, consume: bool, *key: str) -> Headers | RequestError | None:
+        """What the shared store answers, None where it does not. Its failure and recovery are logged."""
+        if not (limiter := self.shared) or time.monotonic() < self.retry_at:
+            return None
+
+        def query() -> Headers | RequestError:
+            return check_rates(limiter(), rates, consume, *key)
+
         try:
-            headers = await run_in_thread(operation, STORE_SECONDS, STORE_THREADS)
-        except RequestError:
-            self.note_recovery()
+            outcome = await self.threads.call(query, STORE_SECONDS, STORE_THREADS)
+        except RequestError:  # the server stops
             raise
         except Exception as error:  # each client library has its own
             if not self.retry_at:
-                store = "The rate-limit store fails: limits are kept in memory until it answers"
-                log.warning(store, {"error": repr(error)})
+                message = "The rate-limit store fails: limits are kept in memory until it answers"
+                log(logging.WARNING, message, error=repr(error))
             self.retry_at = time.monotonic() + STORE_RETRY_SECONDS
-            raise ConnectionError from error
-        self.note_recovery()
-        return headers
-
-    async def probe(self) -> None:
-        """Query the shared store at the start, so that a failure is logged before the first request."""
-        if shared := self.shared:
-            with suppress(ConnectionError, RequestError):
-                await self.ask_shared(lambda: count(shared(), (limits.parse("1/minute"),), False, "start"))
-
-    def note_recovery(self) -> None:
+            return None
         if self.retry_at:
-            log.warning("The rate-limit store answers again")
+            log(logging.WARNING, "The rate-limit store answers again")
         self.retry_at = 0.0
+        return outcome
 
     def sweep(self) -> None:
         """Once a minute, remove the clients whose hits have expired: `limits` keeps their empty lists."""
         now = time.time()
         if now < self.swept:  # the clock was set back: hits of the future would count for long
-            self.entries.reset()
+            self.local_storage.reset()
         elif now <= self.swept + SWEEP_SECONDS:
             return
-        for key in [key for key, hits in self.entries.events.items() if not hits]:
-            self.entries.clear(key)
+        for key in [key for key, hits in self.local_storage.events.items() if not hits]:
+            self.local_storage.clear(key)
         self.swept = now
 
 
-LIMITS = Limits(SETTINGS.RATE_LIMIT_STORAGE_URI)
+REFUSALS = ["invalid", "target", "resolver", "rate limit", "budget", "unavailable"]
+REFUSALS += ["client slots", "server slots"]
 
 
-# Prometheus' text format knows these three escapes alone, and rejects the others of JSON.
-LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+class Limits:
+    """What a service limits and counts."""
 
+    def __init__(self, settings: Settings, threads: Threads) -> None:
+        """Raises SettingsError."""
+        self.threads, self.stopping = threads, threads.stopping
+        self.once, self.counters = Once(), Counters()
+        total, per_client = settings.MAX_DIAGNOSTICS, settings.MAX_DIAGNOSTICS_PER_CLIENT
+        self.commands = Slots("commands", total, per_client, self.stopping)
+        total, per_client = settings.MAX_SPEEDTESTS, settings.MAX_SPEEDTESTS_PER_CLIENT
+        self.speedtests = Slots("speed tests", total, per_client, self.stopping)
+        self.rates = RateLimits(settings, threads)
+        for reason in REFUSALS:  # known samples start at 0, so that Prometheus sees their first increase
+            self.counters.set("lg_refusals_total", 0, reason=reason)
 
-def sample(name: str, **labels: str) -> str:
-    """A time series in Prometheus' text format. No client chooses the value of a label."""
-    pairs = ",".join(f'{label}="{value.translate(LABEL_ESCAPES)}"' for label, value in labels.items())
-    return f"{name}{{{pairs}}}"
-
-
-REFUSAL_REASONS = ("invalid", "target", "rate limit", "client slots", "server slots", "unavailable")
-# Counters by sample. Those that are known start at 0, so that Prometheus sees their first increase.
-COUNTERS: defaultdict[str, float] = defaultdict(float)
-COUNTERS |= dict.fromkeys((sample("lg_refusals_total", reason=reason) for reason in REFUSAL_REASONS), 0.0)
-LOGGED_REFUSALS: dict[str, float] = {}  # when a refusal of each client was last logged
-
-
-def count_refusal(client: IPAddress, path: str, reason: str) -> None:
-    """Count a refused request, and log it, at most once a minute for each client."""
-    COUNTERS[sample("lg_refusals_total", reason=reason)] += 1
-    now, key = time.monotonic(), rate_limit_key(client)
-    while LOGGED_REFUSALS and (oldest := next(iter(LOGGED_REFUSALS.items())))[1] + LOG_REPEAT_SECONDS < now:
-        del LOGGED_REFUSALS[oldest[0]]
-    if reason != "invalid" and key not in LOGGED_REFUSALS and len(LOGGED_REFUSALS) < MAX_LOGGED_CLIENTS:
-        LOGGED_REFUSALS[key] = now
-        log.info("refused", {"path": path, "client": client, "reason": reason})
+    def count_refusal(self, client: IPAddress, path: str, reason: str) -> None:
+        """Count a refused request, and log it, at most once a minute for each client."""
+        self.counters.add("lg_refusals_total", 1, reason=reason)
+        key = ("refusal", rate_limit_key(client))
+        if reason != "invalid" and self.once(key, LOG_REPEAT_SECONDS):
+            log(logging.INFO, "refused", path=path, client=client, reason=reason)
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
@@ -768,78 +899,89 @@ class Command(NamedTuple):
     name: str
     argv: tuple[str, ...]  # {address} stands for the target's
     version: int  # of IP
+    twin: str  # the same command for the other IP version, "" where that is not offered
 
     @property
     def tool(self) -> str:
         return Path(self.argv[0]).name
 
     @property
-    def ok_statuses(self) -> tuple[int, ...]:
-        """Exit statuses that are results rather than faults: ping's 1 means that no reply came."""
-        return (0, 1) if self.tool == "ping" else (0,)
+    def base_name(self) -> str:
+        """The name that it shares with its twin."""
+        return self.name.removesuffix("6") if self.version == 6 else self.name
 
     def argv_for(self, address: IPAddress | str) -> list[str]:
         return [word.replace("{address}", str(address)) for word in self.argv]
 
 
-def make_command(name: str, argv: Sequence[str], version: int) -> Command:
-    words = tuple(word.replace("{version}", str(version)) for word in argv)
-    return Command(f"{name}6" if version == 6 else name, words, version)
+def make_commands(settings: Settings) -> dict[str, Command]:
+    """The commands that are offered, by name. Raises SettingsError."""
+    lines = {name: tuple(line.split()) for name, line in BUILT_IN.items()} | dict(settings.EXTRA_COMMANDS)
+    known = {f"{name}{suffix}" for name in lines for suffix in ("", "6")}
+    offered = {name.lower() for name in settings.COMMANDS}
+    for name in offered - known - {"*"}:
+        expected = f"expected names of {', '.join(sorted(known))}, or *, not {name!r}"
+        raise setting_error(expected, COMMANDS=",".join(settings.COMMANDS))
+    offered = known if "*" in offered else offered
+    commands = {}
+    for base, line in lines.items():
+        for name, other, version in ((base, f"{base}6", 4), (f"{base}6", base, 6)):
+            if name in offered:
+                argv = tuple(word.replace("{version}", str(version)) for word in line)
+                commands[name] = Command(name, argv, version, other if other in offered else "")
+    return commands
 
 
-ARGVS = {name: tuple(line.split()) for name, line in BUILT_IN.items()} | dict(SETTINGS.EXTRA_COMMANDS)
-COMMANDS = {
-    command.name: command
-    for name, argv in ARGVS.items()
-    for command in (make_command(name, argv, 4), make_command(name, argv, 6))
-    if name not in BUILT_IN or command.name in SETTINGS.COMMANDS
-}
-COUNTERS |= {sample("lg_runs_total", command=name, outcome="finished"): 0 for name in COMMANDS}
-NEEDED_TOOLS = tuple(dict.fromkeys(command.argv[0] for command in COMMANDS.values()))
-# Debian's packages.
-PACKAGES = {
-    "ping": "iputils-ping",
-    "traceroute": "traceroute",
-    "mtr": "mtr-tiny",
-    "birdc": "bird2",
-    "vtysh": "frr",
-}
-
-# Debian keeps some tools in directories that are on root's PATH only.
-ENVIRONMENT = {"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"}
-
-
-def check_version(target: IPAddress | str, command: Command) -> None:
+def check_version(target: Target, command: Command) -> None:
     """Raises RequestError for an address of the other IP version, and names the command to use."""
     if not isinstance(target, str) and target.version != command.version:
-        other = f"{command.name}6" if command.version == 4 else command.name.removesuffix("6")
-        hint = f"use {other}" if other in COMMANDS else f"{command.name} is for IPv{command.version}"
+        hint = f"use {command.twin}" if command.twin else f"{command.name} is for IPv{command.version}"
         raise validation_error(f"{target} is an IPv{target.version} address: {hint}", str(target))
 
 
-FORBIDDEN: set[str] = set()  # tools that were found to lack the permission to send
-UNSUITABLE: set[tuple[str, float] | None] = set()  # tools that reject our options, such as BusyBox's
+# Debian's packages.
+PACKAGES = {"ping": "iputils-ping", "traceroute": "traceroute", "mtr": "mtr-tiny"}
+PACKAGES |= {"birdc": "bird2", "vtysh": "frr"}
 
 
-def find_program(tool: str) -> tuple[str, float] | None:
-    """The file of a tool, and when it was changed."""
-    path = shutil.which(tool, path=ENVIRONMENT["PATH"])
-    return (path, Path(path).stat().st_mtime) if path else None
-
-
-def missing_tools() -> list[str]:
-    """The tools that are not installed, not executable or unsuitable; looked for at most once a second."""
-    return find_missing_tools(int(time.monotonic()))
-
-
-@lru_cache(1)
-def find_missing_tools(second: int) -> list[str]:
-    return [tool for tool in NEEDED_TOOLS if find_program(tool) in {None, *UNSUITABLE}]
-
-
-def install_hint(tools: Sequence[str]) -> str | None:
+def install_hint(tools: Iterable[str]) -> str | None:
     packages = [PACKAGES[tool] for tool in tools if tool in PACKAGES]
     return f"apt-get install {' '.join(packages)}" if packages else None
+
+
+ToolState = Literal["ok", "forbidden", "failing"]
+
+
+class Tools:
+    """The programs that the commands run, and what is known of their state."""
+
+    def __init__(self, commands: Mapping[str, Command], settings: Settings) -> None:
+        # Debian keeps some tools in directories that are on root's PATH only. traceroute looks up names
+        # itself and would wait 20 s for resolvers that are silent.
+        path = f"{settings.PATH}:/usr/local/sbin:/usr/sbin:/sbin"
+        self.environment = {"LC_ALL": "C", "PATH": path, "RES_OPTIONS": "timeout:1 attempts:1"}
+        self.names = tuple(dict.fromkeys(command.argv[0] for command in commands.values()))
+        extra = settings.EXTRA_COMMANDS
+        tried = [each for each in commands.values() if each.base_name in BUILT_IN.keys() - extra.keys()]
+        self.trials = {command.tool: command for command in reversed(tried)}
+        # What the last trial of a tool on loopback found, once it has ended; an operator's command has none.
+        self.states: dict[str, ToolState] = {}
+        self.looked: tuple[float, list[str]] = (-math.inf, [])
+
+    def missing(self) -> list[str]:
+        """The tools that are not installed or not executable; looked for at most once a second."""
+        if (now := time.monotonic()) > self.looked[0] + 1:
+            path = self.environment["PATH"]
+            self.looked = now, [tool for tool in self.names if not shutil.which(tool, path=path)]
+        return self.looked[1]
+
+    def faults(self) -> dict[str, list[str]]:
+        """The tools with a fault, by its kind."""
+        missing = self.missing()
+        found = {"missing": missing}
+        for kind in ("forbidden", "failing"):
+            found[kind] = sorted(tool for tool in self.states.keys() - missing if self.states[tool] == kind)
+        return {kind: tools for kind, tools in found.items() if tools}
 
 
 # ---- parsing what the tools print --------------------------------------------------------------------------
@@ -1025,36 +1167,36 @@ def autonomous_system(record: object) -> AutonomousSystem:
     return AutonomousSystem(int(match[1]), next((str(name) for name in names if name), None))
 
 
-def open_asn_database(path: str) -> Callable[[str], object]:
-    """The lookup function of a database, which is mapped into memory. Raises SystemExit if unusable."""
-    try:
-        import maxminddb
-    except ImportError:
-        raise settings_error("install the package maxminddb", ASN_DATABASE=path) from None
-    try:
-        reader = maxminddb.open_database(path)
-        if not any(autonomous_system(record).asn for _, record in islice(reader, 1000)):
-            raise ValueError("no AS numbers in it")
-    except (OSError, ValueError, maxminddb.InvalidDatabaseError) as error:
-        expected = "expected a database of AS numbers in MaxMind's format (.mmdb), such as GeoLite2-ASN"
-        raise settings_error(f"{expected}: {error}", ASN_DATABASE=path) from None
-    return reader.get
+class AsnDatabase:
+    """AS numbers and names by address, from a file in MaxMind's format, which is mapped into memory."""
+
+    def __init__(self, path: str) -> None:
+        """Raises ValueError for a file that cannot be used."""
+        try:
+            import maxminddb
+        except ImportError:
+            raise ValueError("install the package maxminddb") from None
+        try:
+            reader = maxminddb.open_database(path)
+            if not any(autonomous_system(record).asn for _, record in islice(reader, 1000)):
+                raise ValueError("no AS numbers in it")
+        except (OSError, ValueError, maxminddb.InvalidDatabaseError) as error:
+            expected = "expected a database of AS numbers in MaxMind's format (.mmdb), such as GeoLite2-ASN"
+            raise ValueError(f"{expected}: {error}") from None
+        self.find = lru_cache(1000)(partial(self.look_up, reader.get))
+
+    def look_up(self, get: Callable[[str], object], address: str | None) -> AutonomousSystem:
+        with suppress(ValueError, RuntimeError):  # IPv6 in a database of IPv4; a damaged record
+            if address:
+                return autonomous_system(get(address))
+        return AutonomousSystem()
 
 
-ASN_LOOKUP = open_asn_database(SETTINGS.ASN_DATABASE) if SETTINGS.ASN_DATABASE else None
-
-
-@lru_cache(1000)
-def find_as(address: str | None) -> AutonomousSystem:
-    with suppress(ValueError, RuntimeError):  # IPv6 in a database of IPv4; a damaged record
-        if ASN_LOOKUP and address:
-            return autonomous_system(ASN_LOOKUP(address))
-    return AutonomousSystem()
-
-
-def hop_event(hop: int, addresses: Sequence[str], address: str | None, hostname: str | None) -> HopEvent:
+def hop_event(
+    db: AsnDatabase | None, hop: int, addresses: Sequence[str], address: str | None, hostname: str | None
+) -> HopEvent:
     """What the hop events of traceroute and mtr have in common."""
-    asn, network = find_as(address)
+    asn, network = db.find(address) if db else AutonomousSystem()
     asns = [] if asn is None else [asn]
     event = HopEvent(event="hop", hop=hop, address=address, hostname=hostname, asn=asns, network=network)
     if len(addresses) > 1:
@@ -1084,10 +1226,11 @@ class OutputParser:
     This one is for tools without a parser of their own: each line is a note.
     """
 
-    def __init__(self, address: IPAddress) -> None:
+    def __init__(self, address: IPAddress, asn_database: AsnDatabase | None) -> None:
         """`address` is the target's."""
         self.address = str(address)
         self.buffer = b""
+        self.asn_database = asn_database
 
     def feed(self, chunk: bytes) -> tuple[bytes, list[Event]]:
         """The text and the events that this piece of output completes."""
@@ -1139,8 +1282,8 @@ class PingParser(OutputParser):
     TIMES = re.compile(rf"(?:rtt|round-trip) min/avg/max\S* = {TIME}/{TIME}/{TIME}(?:/[\d.]+)? ms.*")
     BANNER = re.compile(r"|PING .+|--- .+ ping statistics ---")
 
-    def __init__(self, address: IPAddress) -> None:
-        super().__init__(address)
+    def __init__(self, address: IPAddress, asn_database: AsnDatabase | None) -> None:
+        super().__init__(address, asn_database)
         self.hostname: str | None = None
         self.timings: list[PingTiming] = []
         self.first, self.sent = 1, 0  # the first sequence number; requests known to have been sent
@@ -1227,8 +1370,8 @@ class TracerouteParser(OutputParser):
     )
     BANNER = re.compile(r"|traceroute to .+ hops max, .+ byte packets")
 
-    def __init__(self, address: IPAddress) -> None:
-        super().__init__(address)
+    def __init__(self, address: IPAddress, asn_database: AsnDatabase | None) -> None:
+        super().__init__(address, asn_database)
         self.hops: list[ResultHop] = []
 
     def parse_line(self, line: str) -> Iterator[Event]:
@@ -1242,7 +1385,7 @@ class TracerouteParser(OutputParser):
         address = next(iter(names), None)
         hostname = names[address] if address else None
         timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
-        event = hop_event(int(match[1]), list(names), address, hostname)
+        event = hop_event(self.asn_database, int(match[1]), list(names), address, hostname)
         yield {**event, "timings": timings, "probes": probes}
         self.hops.append(result_hop(event, timings))
         if not complete:
@@ -1350,8 +1493,8 @@ class MtrParser(OutputParser):
     TITLES = " Loss%   Snt   Last   Avg  Best  Wrst StDev"
     MAX_HOPS = 30  # -m of the built-in commands
 
-    def __init__(self, address: IPAddress) -> None:
-        super().__init__(address)
+    def __init__(self, address: IPAddress, asn_database: AsnDatabase | None) -> None:
+        super().__init__(address, asn_database)
         self.hops: defaultdict[int, MtrHop] = defaultdict(MtrHop)
         self.names: dict[str, str] = {}
         self.changed: set[int] = set()  # positions to send an event for
@@ -1429,7 +1572,9 @@ class MtrParser(OutputParser):
 
     def hop_event(self, position: int) -> HopEvent:
         hop = self.hops[position]
-        return hop_event(position + 1, hop.addresses, hop.address, self.names.get(hop.address or ""))
+        return hop_event(
+            self.asn_database, position + 1, hop.addresses, hop.address, self.names.get(hop.address or "")
+        )
 
     def last_events(self, complete: bool) -> Iterator[Event]:
         for position, hop in self.hops.items():
@@ -1465,7 +1610,7 @@ class MtrParser(OutputParser):
         hop's only router are not printed.
         """
         hops = [self.hops[position] for position in range(self.path_length())]
-        host, asn_width = socket.gethostname(), 9 if ASN_LOOKUP else 0
+        host, asn_width = socket.gethostname(), 9 if self.asn_database else 0
         width = max(map(len, [host, *(self.host(hop.address) for hop in hops)]))
         if hops:
             yield f"HOST: {host:{width + asn_width}}{self.TITLES}"
@@ -1485,7 +1630,7 @@ class MtrParser(OutputParser):
                 yield from (f"       {label}" for label in hop.labels)
 
     def as_column(self, address: str | None) -> str:
-        asn = find_as(address).asn
+        asn = self.asn_database.find(address).asn if self.asn_database else None
         return f"AS{'???' if asn is None else asn:<7}"
 
     def result(self, status: Status = "finished", raw_output: str = "") -> MtrResult:
@@ -1508,14 +1653,175 @@ def parser_for(command: Command) -> type[OutputParser]:
     return PARSERS.get(command.tool, OutputParser)
 
 
+# ---- running a command -------------------------------------------------------------------------------------
+
+OUTPUT_BYTES = 2**20  # what one command may write
+UNREAD_BYTES = 2**25  # what may wait for all clients to read it
+PIECE_BYTES = 2**16  # sent at a time: what a connection buffers no longer counts as unread
+READ_BYTES = 2**16  # the capacity of a pipe
+POLL_SECONDS = 0.05  # how often a tool is looked at where the kernel cannot tell that it has ended
+GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT
+TRIAL_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
+TRIAL_REPEAT_SECONDS = 60
+TRIAL_MESSAGES: dict[ToolState, str] = {
+    "ok": "A tool works again",
+    "forbidden": "A tool lacks the permission to send: grant NET_RAW or widen net.ipv4.ping_group_range",
+    "failing": "A tool fails on loopback",
+}
+# Errors of ping and traceroute, and of mtr, whose mtr-packet does the sending.
+DENIED = re.compile(r"(?i).*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*")
+
+Stream = tuple[Headers, AsyncGenerator[bytes]]  # the headers of a rate limit, and a body
+Steps = AsyncGenerator[Headers | bytes]  # the same, one after the other
+StreamSource = AbstractAsyncContextManager[Stream]
+
+
+class TransferAborted(Exception):  # noqa: N818 - not an error of the application's
+    """Raised to break off an answer that has begun: its connection is reset."""
+
+
+@asynccontextmanager
+async def interruptible() -> AsyncIterator[Callable[[], None]]:
+    """Yields a function that breaks off the answer in this context, which then raises TransferAborted."""
+    try:
+        async with asyncio.timeout(None) as deadline:
+            yield lambda: deadline.reschedule(0)
+    except TimeoutError:
+        if deadline.expired():
+            raise TransferAborted from None
+        raise
+
+
+def session_members(leader: int) -> list[int]:
+    """The processes of a session, its leader and zombies excepted."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            state, _, _, session, *_ = path.read_text(errors="replace").rpartition(") ")[2].split()
+            if int(session) == leader != int(path.parent.name) and state not in "ZX":
+                members.append(int(path.parent.name))
+    return members
+
+
+def kill_session(leader: int) -> None:
+    """Kill the processes of a session that are in other groups than its leader's; blocks.
+
+    The leader is not reaped yet, so no new process can have its number. A process may fork before its signal
+    comes, so this looks until there is none.
+    """
+    deadline = time.monotonic() + GRACE_SECONDS
+    while (members := session_members(leader)) and time.monotonic() < deadline:
+        for member in members:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(member, signal.SIGKILL)
+        time.sleep(0.001)
+
+
+class Process:
+    """A tool that runs in a session of its own until the context is left."""
+
+    def __init__(
+        self, argv: Sequence[str], environment: Mapping[str, str], seconds: float, running: set[Process]
+    ) -> None:
+        """Start it for at most `seconds`; `running` holds it until it has ended. Raises OSError."""
+        self.stopped = ""  # why it was stopped, if it was
+        self.status = 0  # when it has been reaped; negative is a signal
+        self.loop = asyncio.get_running_loop()
+        self.changed = asyncio.Event()  # output has come, or the tool has ended
+        self.tool = subprocess.Popen(
+            argv,
+            bufsize=0,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        assert self.tool.stdout
+        self.pipe = self.tool.stdout
+        os.set_blocking(self.pipe.fileno(), False)
+        self.loop.add_reader(self.pipe.fileno(), self.changed.set)
+        self.waiter = self.loop.create_task(self.wait())
+        self.timer = self.loop.call_later(seconds, self.stop, f"stopped after {seconds} s")
+        self.running = running
+        running.add(self)
+
+    async def __aenter__(self) -> Process:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.timer.cancel()
+        self.loop.remove_reader(self.pipe.fileno())
+        self.pipe.close()
+        await asyncio.shield(asyncio.create_task(self.end()))  # a cancelled run leaves no process either
+
+    async def end(self) -> None:
+        """Kill every process of the session, and reap the tool."""
+        self.signal(signal.SIGKILL)
+        await self.waiter
+        try:
+            await asyncio.to_thread(kill_session, self.tool.pid)
+        except RuntimeError:  # no thread can be started
+            kill_session(self.tool.pid)
+        self.status = self.tool.wait()
+        self.running.discard(self)
+
+    async def wait(self) -> None:
+        """Wait until the tool has ended. Not reaped yet, it keeps the number of its group and session."""
+        with suppress(OSError, AttributeError):  # an old kernel, a filter, no descriptor left; not on Linux
+            pidfd = os.pidfd_open(self.tool.pid)
+            ended = asyncio.Event()
+            self.loop.add_reader(pidfd, ended.set)
+            try:
+                await ended.wait()
+            finally:
+                self.loop.remove_reader(pidfd)
+                os.close(pidfd)
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while os.waitid(os.P_PID, self.tool.pid, flags) is None:  # noqa: ASYNC222 - WNOHANG
+            await asyncio.sleep(POLL_SECONDS)
+        self.changed.set()
+
+    def stop(self, reason: str) -> None:
+        """Send SIGINT, and SIGKILL after GRACE_SECONDS: ping prints its summary in between."""
+        self.stopped = self.stopped or reason
+        self.signal(signal.SIGINT)
+        self.timer.cancel()
+        self.timer = self.loop.call_later(GRACE_SECONDS, self.signal, signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        """Signal the whole group: mtr has children, which would live on and keep the pipe open."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.tool.pid, number)
+
+    async def output(self) -> AsyncGenerator[bytes]:
+        """Chunks of output as they are written, until the tool has ended or has written too much."""
+        remaining = OUTPUT_BYTES
+        while True:
+            self.changed.clear()
+            if ended := self.waiter.done():
+                self.signal(signal.SIGKILL)  # remaining children
+            chunk = self.pipe.read(READ_BYTES)
+            if chunk is None and not ended:
+                await self.changed.wait()
+                continue
+            if not chunk:  # closed; or held open by a child that has left the group
+                break
+            if len(chunk) > remaining:
+                self.stopped = self.stopped or f"output cut at {OUTPUT_BYTES // 2**20} MiB"
+                yield chunk[:remaining]
+                return
+            remaining -= len(chunk)
+            yield chunk
+        self.loop.remove_reader(self.pipe.fileno())
+        await asyncio.wait((self.waiter,))
+
+
 class Transcript:
     """What a client reads of a run: text, or one JSON object a line for each event."""
 
-    def __init__(
-        self, command: Command, target: IPAddress | str, address: IPAddress, as_events: bool
-    ) -> None:
-        self.command, self.target, self.address, self.as_events = command, target, address, as_events
-        self.parser = parser_for(command)(address)
+    def __init__(self, command: Command, target: Target, parser: OutputParser, as_events: bool) -> None:
+        self.command, self.target, self.parser, self.as_events = command, target, parser, as_events
         self.started = time.monotonic()
         self.raw_output = bytearray()  # what a text client reads
 
@@ -1526,14 +1832,15 @@ class Transcript:
         return b"".join(json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events)
 
     def start(self) -> bytes:
-        kind = "address" if self.address.version == 4 else "IPv6 address"
-        text = f"{self.target} has {kind} {self.address}\n" if isinstance(self.target, str) else ""
+        address, version = self.parser.address, self.command.version
+        kind = "address" if version == 4 else "IPv6 address"
+        text = f"{self.target} has {kind} {address}\n" if isinstance(self.target, str) else ""
         event: StartEvent = {
             "event": "start",
             "command": self.command.name,
             "target": str(self.target),
-            "address": str(self.address),
-            "family": self.address.version,
+            "address": address,
+            "family": cast(Literal[4, 6], version),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         return self.encode(text.encode(), [event])
@@ -1541,12 +1848,18 @@ class Transcript:
     def output(self, chunk: bytes) -> bytes:
         return self.encode(*self.parser.feed(chunk))
 
-    def status_fault(self, status: int) -> str:
-        """The fault where nothing was sent: BusyBox' ping exits with 1 for a bad option too."""
-        return f"exit status {status}" if status and not self.parser.has_sent() else ""
+    def fault(self, process: Process) -> str:
+        """What went wrong in a run that has ended, "" where it has a result."""
+        if process.stopped:
+            return process.stopped
+        if process.status < 0:
+            return f"killed by signal {-process.status}"
+        # ping's 1 means that no reply came, but it exits with 1 before it has sent anything too.
+        no_reply = self.command.tool == "ping" and process.status == 1 and self.parser.has_sent()
+        return f"exit status {process.status}" if process.status and not no_reply else ""
 
-    def end(self, fault: str, status: int | None) -> bytes:
-        """The last bytes. `fault` is what went wrong, if anything; `status` is the tool's exit status."""
+    def end(self, fault: str, status: int) -> bytes:
+        """The last bytes. `status` is the tool's exit status."""
         last = self.encode(*self.parser.finish(complete=not fault))
         if fault:
             newline = "" if self.raw_output.endswith(b"\n") or not self.raw_output else "\n"
@@ -1555,7 +1868,7 @@ class Transcript:
         event: EndEvent = {
             "event": "end",
             "status": outcome,
-            "exit_status": status,
+            "exit_status": status if status >= 0 else None,
             "duration": round(time.monotonic() - self.started, 3),
             "result": self.parser.result(outcome, self.raw_output.decode("utf-8", "replace")),
         }
@@ -1564,260 +1877,217 @@ class Transcript:
         return last + self.encode(b"", [event])
 
 
-# ---- running a command -------------------------------------------------------------------------------------
+class UnreadOutput:
+    """What runs have written and clients have not read yet. Where it is too much, the largest gives way."""
 
-OUTPUT_BYTES = 2**20  # what one command may write
-READ_BYTES = 2**16  # the capacity of a pipe
-POLL_SECONDS = 0.1  # how often a silent command is checked
-GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT
-PROBE_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
-# Errors of ping (iputils, BusyBox, GNU inetutils) and of mtr, whose mtr-packet does the sending.
-DENIED = re.compile(r"(?i).*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*")
-# Errors of BusyBox and GNU inetutils for options that only the expected programs have.
-REFUSED = re.compile(r"(?i).*(?:(?:invalid|unrecognized|unknown) option|invalid number).*")
+    def __init__(self) -> None:
+        self.sizes: dict[Callable[[], None], int] = {}  # by the function that breaks off the answer
 
+    def add(self, give_way: Callable[[], None], size: int) -> None:
+        if give_way not in self.sizes:  # it has given way
+            return
+        self.sizes[give_way] += size
+        if sum(self.sizes.values()) > UNREAD_BYTES:
+            largest = max(self.sizes, key=lambda each: self.sizes[each])
+            del self.sizes[largest]
+            largest()
 
-class Process:
-    """A tool that runs in a session of its own until the context is left."""
+    @asynccontextmanager
+    async def run_ahead(self, steps: Steps) -> AsyncIterator[Stream]:
+        """What `steps` yields, headers first. It runs to its end however slowly the client reads.
 
-    running: ClassVar[set[Process]] = set()
+        So it gives back what it holds as soon as it can.
+        """
+        waiting: asyncio.Queue[Any] = asyncio.Queue()
 
-    def __init__(self, command: Command, address: IPAddress, seconds: float) -> None:
-        """Start it towards `address`, for at most `seconds`. Raises OSError."""
-        self.command = command
-        self.fault = ""  # why the run failed, if it did
-        self.loop = asyncio.get_running_loop()
-        self.readable = asyncio.Event()
-        self.tool = subprocess.Popen(
-            command.argv_for(address),
-            bufsize=0,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=ENVIRONMENT,
-            start_new_session=True,
-        )
-        assert self.tool.stdout
-        self.pipe = self.tool.stdout
-        os.set_blocking(self.pipe.fileno(), False)
-        self.loop.add_reader(self.pipe.fileno(), self.readable.set)
-        self.timer = self.loop.call_later(seconds, self.stop, f"stopped after {seconds} s")
-        self.running.add(self)
+        async def run() -> None:
+            try:
+                async with aclosing(steps):
+                    async for step in steps:
+                        waiting.put_nowait(step)
+                        if isinstance(step, bytes):
+                            self.add(give_way, len(step))
+                        await asyncio.sleep(0)  # other requests go on although the tool writes fast
+            finally:
+                waiting.put_nowait(None)
 
-    def stop(self, reason: str) -> None:
-        """Send SIGINT, and SIGKILL after GRACE_SECONDS: ping prints its summary in between."""
-        self.fault = self.fault or reason
-        self.signal(signal.SIGINT)
-        self.timer.cancel()
-        self.timer = self.loop.call_later(GRACE_SECONDS, self.signal, signal.SIGKILL)
+        async def pieces() -> AsyncGenerator[bytes]:
+            while (chunk := await waiting.get()) is not None:
+                for start in range(0, len(chunk), PIECE_BYTES):
+                    yield chunk[start : start + PIECE_BYTES]
+                self.add(give_way, -len(chunk))
 
-    def signal(self, number: int) -> None:
-        """Signal the whole group: mtr has children, which would live on and keep the pipe open."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.tool.pid, number)
-
-    def has_ended(self) -> bool:
-        """Whether the tool has exited. Not reaped yet, it keeps the number of its group for `__aexit__`."""
-        return os.waitid(os.P_PID, self.tool.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    async def output(self) -> AsyncGenerator[bytes]:
-        """Chunks of output as they are written, until the tool has ended or has written too much."""
-        remaining = OUTPUT_BYTES
-        while True:
-            if ended := self.has_ended():
-                self.signal(signal.SIGKILL)  # remaining children
-            chunk = self.pipe.read(READ_BYTES)
-            if chunk is None and not ended:  # nothing to read yet
-                self.readable.clear()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_SECONDS):
-                        await self.readable.wait()
-                continue
-            if not chunk:  # closed; or held open by a child that has left the group
-                break
-            if len(chunk) > remaining:
-                self.fault = self.fault or f"output cut at {OUTPUT_BYTES // 2**20} MiB"
-                yield chunk[:remaining]
-                return
-            remaining -= len(chunk)
-            yield chunk
-        self.loop.remove_reader(self.pipe.fileno())
-        while not self.has_ended():
-            await asyncio.sleep(POLL_SECONDS / 10)
-
-    async def __aenter__(self) -> Process:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        """Kill the group, reap the tool and close the pipe."""
-        self.running.discard(self)
-        self.timer.cancel()
-        self.loop.remove_reader(self.pipe.fileno())
-        self.pipe.close()
-        self.signal(signal.SIGKILL)
-        await asyncio.shield(asyncio.create_task(self.reap()))  # a cancelled run leaves no zombie either
-        status = self.tool.returncode
-        if not self.fault and status not in self.command.ok_statuses:
-            self.fault = f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
-
-    async def reap(self) -> None:
-        while self.tool.poll() is None:
-            await asyncio.sleep(0.001)
+        async with interruptible() as give_way:
+            self.sizes[give_way] = 0
+            task = asyncio.create_task(run())
+            try:
+                if (headers := await waiting.get()) is None:
+                    await task
+                yield headers, pieces()
+                await task
+            finally:
+                self.sizes.pop(give_way, None)
+                task.cancel()
+                await asyncio.wait((task,))
 
 
-@lru_cache(100)
-def log_start_failure(tool: str, error: str, hint: str | None, minute: int) -> None:
-    """Log it once a minute: no rate limit counts the requests that repeat it."""
-    log.error(f"{tool} cannot be started", {"error": error, "install": hint})
+def has_reply(event: Mapping[str, Any]) -> bool:
+    """Whether an event tells of a reply, or a hop of one."""
+    return event["event"] == "reply" or bool(event.get("timings") or event.get("stats", {}).get("rcv"))
 
 
-def start(command: Command, address: IPAddress) -> Process:
-    """The command's tool, started towards an address. Raises RequestError."""
-    if SHUTTING_DOWN.is_set():
-        raise shutting_down()
-    try:
-        return Process(command, address, SETTINGS.DIAGNOSTIC_TIMEOUT)
-    except OSError as error:
-        hint = install_hint([command.tool]) if isinstance(error, FileNotFoundError) else None
-        log_start_failure(command.tool, str(error), hint, int(time.monotonic() / LOG_REPEAT_SECONDS))
-        if isinstance(error, (FileNotFoundError, PermissionError)):
-            message = f"{command.tool} is not installed on this server, or may not run"
-            raise RequestError(503, {"error": message}, reason="unavailable") from None
-        message = f"The server cannot start {command.tool} now: try again soon"
-        raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
+class Runner:
+    """Runs the commands of a service."""
 
+    def __init__(self, settings: Settings, limits: Limits, targets: Targets, tools: Tools) -> None:
+        """Raises SettingsError."""
+        self.settings, self.limits, self.targets, self.tools = settings, limits, targets, tools
+        self.processes: set[Process] = set()
+        self.unread = UnreadOutput()
+        try:
+            self.asn_database = AsnDatabase(settings.ASN_DATABASE) if settings.ASN_DATABASE else None
+        except ValueError as error:
+            raise setting_error(str(error), ASN_DATABASE=settings.ASN_DATABASE) from None
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """A run of a command: what was asked for, and what becomes known as it goes on."""
+    async def measure(self, command: Command, target: Target, client: IPAddress, as_events: bool) -> Steps:
+        """Run a command: yields the headers of its rate limit, then what the client reads.
 
-    command: Command
-    target: IPAddress | str
-    client: IPAddress
-    as_events: bool
-    headers: asyncio.Future[Headers]  # of the rate limit, once the tool runs
-    output: asyncio.Queue[bytes | None]  # what the client reads; None is the end
-
-    async def run(self) -> None:
-        """Take a slot, resolve the target, run the tool, log the run. Raises RequestError."""
-        command, target, client = self.command, self.target, self.client
-        with DIAGNOSTICS.take(rate_limit_key(client)):
-            begun, address = time.monotonic(), None
-            headers = await LIMITS.count(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client, consume=False)
+        Raises RequestError.
+        """
+        begun, outcome, address = time.monotonic(), "client gone", None
+        allowed, rates = self.settings.RATE_LIMIT_DIAGNOSTICS, self.limits.rates
+        with self.limits.commands.take(rate_limit_key(client)):
+            headers = await rates.check(allowed, command.name, client)
             try:
                 if isinstance(target, str):
-                    await LIMITS.count(SETTINGS.RATE_LIMIT_LOOKUPS, "lookup", client)
-                address = await resolve(target, command.version)
-                async with start(command, address) as process:
+                    await rates.check_and_consume(self.settings.RATE_LIMIT_LOOKUPS, "lookup", client)
+                hint = f"check the name, or use {command.twin}" if command.twin else "check the name"
+                address = await self.targets.resolve(target, command.version, hint)
+                async with self.start(command, address) as process:
                     # Charged now, since what starts no tool costs nothing.
-                    headers = await LIMITS.count(SETTINGS.RATE_LIMIT_DIAGNOSTICS, command.name, client)
-                    self.headers.set_result(headers)
-                    transcript = Transcript(command, target, address, self.as_events)
-                    self.output.put_nowait(transcript.start())
+                    headers = await rates.check_and_consume(allowed, command.name, client)
+                    yield headers
+                    parser = parser_for(command)(address, self.asn_database)
+                    transcript = Transcript(command, target, parser, as_events)
+                    yield transcript.start()
                     async with aclosing(process.output()) as chunks:
                         async for chunk in chunks:
-                            self.output.put_nowait(transcript.output(chunk))
-                            await asyncio.sleep(0)  # other requests go on although the tool writes fast
+                            yield transcript.output(chunk)
+                fault = transcript.fault(process)
+                outcome = fault or "finished"
             except RequestError as error:
                 error.headers = {**headers, **error.headers}
+                outcome = ""
                 raise
-            except asyncio.CancelledError:
-                self.record(address, "client gone", time.monotonic() - begun)
-                raise
-            status = process.tool.returncode
-            fault = process.fault or transcript.status_fault(status)
-            self.record(address, fault or "finished", time.monotonic() - begun)
-        self.output.put_nowait(transcript.end(fault, status if status >= 0 else None))
+            finally:
+                if outcome:
+                    pairs = {"target": target, "address": address, "client": client}
+                    self.record(command, pairs, outcome, time.monotonic() - begun)
+        yield transcript.end(fault, process.status)
 
-    def record(self, address: IPAddress | None, outcome: str, seconds: float) -> None:
+    def record(self, command: Command, pairs: Mapping[str, object], outcome: str, seconds: float) -> None:
         """Count a run that has ended, and log it."""
-        labels = {"command": self.command.name, "outcome": outcome}
-        COUNTERS[sample("lg_runs_total", **labels)] += 1
-        COUNTERS[sample("lg_run_seconds_total", **labels)] += seconds
+        counters = self.limits.counters
+        counters.add("lg_runs_total", 1, command=command.name, outcome=outcome)
+        counters.add("lg_run_seconds_total", seconds, command=command.name, outcome=outcome)
+        if outcome != "client gone":
+            counters.set("lg_last_run_ok", outcome == "finished", command=command.name)
         level = logging.INFO if outcome in ("finished", "client gone") else logging.WARNING
-        pairs = {"command": self.command.name, "target": self.target, "address": address}
-        pairs |= {"client": self.client, "outcome": outcome, "seconds": f"{seconds:.1f}"}
-        log.log(level, "run", pairs)
+        log(level, "run", command=command.name, **pairs, outcome=outcome, seconds=f"{seconds:.1f}")
 
-    async def chunks(self) -> AsyncGenerator[bytes]:
-        while (chunk := await self.output.get()) is not None:
-            yield chunk
+    def start(self, command: Command, address: IPAddress) -> Process:
+        """The command's tool, started towards an address. Raises RequestError."""
+        if self.limits.stopping.is_set():
+            raise shutdown_error()
+        try:
+            return self.open(command, address, self.settings.DIAGNOSTIC_TIMEOUT)
+        except OSError as error:
+            absent = isinstance(error, FileNotFoundError)
+            if self.limits.once(("start", command.tool), LOG_REPEAT_SECONDS):
+                hint = install_hint([command.tool]) if absent else None
+                log(logging.ERROR, "A tool cannot be started", tool=command.tool, error=error, install=hint)
+            if absent or isinstance(error, PermissionError):
+                message = f"{command.tool} is not installed on this server, or may not run"
+                raise busy(message, headers={}) from None
+            raise busy(f"The server cannot start {command.tool} now: try again soon") from None
 
+    def open(self, command: Command, address: IPAddress, seconds: float) -> Process:
+        return Process(command.argv_for(address), self.tools.environment, seconds, self.processes)
 
-@asynccontextmanager
-async def diagnosis(
-    command: Command, target: IPAddress | str, client: IPAddress, as_events: bool
-) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
-    """Run a command: the headers of its rate limit, and what the client reads. Raises RequestError.
+    def stop(self) -> None:
+        """Stop the commands that run: the server is about to end."""
+        for process in self.processes:
+            process.stop("stopped, the server is shutting down")
 
-    It runs in a task of its own, which frees the slot and the process when the tool has ended, however slowly
-    the client reads. Text that waits to be read is bounded by OUTPUT_BYTES, events by a multiple of it.
-    """
-    headers: asyncio.Future[Headers] = asyncio.get_running_loop().create_future()
-    diagnosis = Diagnosis(command, target, client, as_events, headers, asyncio.Queue())
-    run = asyncio.create_task(diagnosis.run())
-    run.add_done_callback(lambda _: diagnosis.output.put_nowait(None))
-    try:
-        await asyncio.wait((run, headers), return_when=asyncio.FIRST_COMPLETED)
-        if not headers.done():
-            await run
-        yield headers.result(), diagnosis.chunks()
-        await run
-    finally:
-        run.cancel()
-        await asyncio.wait((run,))
+    async def keep_trying_tools(self) -> None:
+        """Try the tools of the built-in commands; each minute those that have not measured loopback yet."""
+        while True:
+            await self.try_tools()
+            await asyncio.sleep(TRIAL_REPEAT_SECONDS)
 
+    async def try_tools(self) -> None:
+        states = self.tools.states
+        trials = [trial for tool, trial in self.tools.trials.items() if states.get(tool) != "ok"]
+        await asyncio.gather(*map(self.try_tool, trials))
 
-async def probe_tool(command: Command) -> None:
-    """Run a command on loopback, and log and keep what is wrong with its tool."""
-    tool, loopback = command.tool, ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
-    try:
-        async with Process(command, loopback, PROBE_SECONDS) as process, aclosing(process.output()) as chunks:
-            output = b"".join([chunk async for chunk in chunks]).decode(errors="replace")
-    except OSError as error:  # its file has capabilities that this process may not have
-        output = str(error) if find_program(tool) else ""
-    if line := DENIED.search(output):
-        FORBIDDEN.add(tool)
-        hint = "grant NET_RAW (Docker: --cap-add NET_RAW) or widen net.ipv4.ping_group_range"
-        log.warning(f"{tool} lacks the permission to send: {hint}", {"error": line[0]})
-    elif line := REFUSED.search(output):
-        UNSUITABLE.add(find_program(tool))
-        pairs = {"install": install_hint([tool]), "error": line[0]}
-        log.warning(f"{tool} is not the program that is expected here", pairs)
-
-
-async def probe_tools() -> None:
-    """Probe each tool of the built-in commands once."""
-    built_in = [command for command in COMMANDS.values() if command.name in BUILT_IN_COMMANDS]
-    commands = {command.tool: command for command in reversed(built_in)}
-    await asyncio.gather(*map(probe_tool, commands.values()))
+    async def try_tool(self, command: Command) -> None:
+        """Let a tool measure loopback, and keep and log what is wrong with it."""
+        tool, loopback = command.tool, ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
+        parser = parser_for(command)(loopback, None)
+        events, output = [], b""
+        try:
+            async with self.open(command, loopback, TRIAL_SECONDS) as process:
+                async for chunk in process.output():
+                    output += chunk
+                    events += parser.feed(chunk)[1]
+                    if any(map(has_reply, events)):
+                        break
+            error = output.decode(errors="replace").strip() or process.stopped
+            error = error or f"exit status {process.status}, and no reply from {loopback}"
+        except FileNotFoundError:
+            return  # missing is not failing
+        except OSError as failure:  # its file has capabilities that this process may not have
+            error = str(failure)
+        denied = DENIED.search(error)
+        works = any(map(has_reply, events))
+        state: ToolState = "ok" if works else "forbidden" if denied else "failing"
+        before, self.tools.states[tool] = self.tools.states.get(tool), state
+        if state == before or (works and not before):
+            return
+        last = None if works else denied[0] if denied else error.rpartition("\n")[2]
+        log(logging.WARNING, TRIAL_MESSAGES[state], tool=tool, error=last)
 
 
 # ---- connections -------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 4000  # of all clients: about 40 MiB, and the kernel's buffers
 MAX_CONNECTIONS_PER_CLIENT = 100  # proxies excepted; a browser opens 6 to a server
-RESERVED_FILES = 200  # descriptors for commands, lookups, the store and the log
+RESERVED_FILES = 200  # descriptors for lookups, the store, the log and what the tools' start needs
+FILES_PER_COMMAND = 3  # of a running command: its pipe, its pidfd, and /proc when it ends
 REQUEST_HEADER_SECONDS = 10  # within which the header of a request must be complete
-PARSED_BYTES = 2**16  # parsed of one request: h11 needs 60 ms for as much in one-byte chunks
+IDLE_SECONDS = 75  # a connection is kept for its next request; proxies keep theirs for 60 s
+# Bounds of what is parsed for a request. h11's cost is per line: together these take it 0.3 ms.
+HEADER_BYTES, HEADER_LINES = 2**14, 100
+CHUNKED_BYTES, CHUNKED_LINES, CHUNKS = 2**13, 100, 32
+PIPELINED_BYTES = 4096  # kept of further requests while one is answered
 BODY_BYTES = 4096  # of a body that is read
 BODY_SECONDS = 10  # within which it must be complete
 LINGER_SECONDS = 5  # for the rest of a body after its answer
-STALL_SECONDS = 30  # after which a peer that takes or sends nothing is dropped
+STALL_SECONDS = 120  # after which the kernel drops a peer that takes nothing: a slow reader pauses for 30 s
 STOP_SECONDS = 3  # uvicorn's time limit for requests to end at the shutdown; ours end earlier
 ADDRESS_CHARS = 64  # the longest text that is parsed, and cached, as an address: one with its zone is shorter
-FRAMING = {b"content-length", b"transfer-encoding"}  # the headers that give the length of a body
 CLOSE = (b"connection", b"close")
+HEADER_END = re.compile(rb"\n\r?\n")
+ABSOLUTE_FORM = re.compile(rb"(?i)\Ahttps?://[^/?#]*")  # of a request target; its path follows
 ADDRESS_WITH_PORT = re.compile(r"\[(?P<bracketed>[^\]]*)\](?::\d+)?|(?P<ipv4>[^:]*):\d+")
+PREFIX = re.compile(r"(?:/[A-Za-z0-9._~-]+)+", re.ASCII)  # of paths; people paste it into shells
+UNTRUSTED_PROXY = (
+    "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it is your "
+    "proxy, add its address there, or all its clients share one rate limit"
+)
 NO_LINGER = struct.pack("ii", 1, 0)  # for SO_LINGER: closing discards unsent data and sends RST
-# The receive buffer of all connections: its contents are used before another connection is read.
-RECEIVE_BUFFER = memoryview(bytearray(2**18))
 # The application receives this in place of a large body, whose bytes are counted and not kept.
 ZEROS = memoryview(bytes(2**20))
-
-
-class TransferAborted(Exception):  # noqa: N818 - not an error of the application's
-    """Raised to break off an answer that has begun: its connection is reset."""
 
 
 @lru_cache(1000)
@@ -1838,61 +2108,52 @@ def parse_forwarded(text: str) -> IPAddress | None:
     return parse_address(text)
 
 
-@lru_cache(1000)
-def is_trusted_proxy(peer: IPAddress | None) -> bool:
-    return peer is not None and any(peer in network for network in SETTINGS.FORWARDED_ALLOW_IPS)
-
-
-UNTRUSTED_PROXIES: list[IPAddress] = []  # the first only
-
-
-def warn_of_untrusted_proxy(peer: IPAddress) -> None:
-    UNTRUSTED_PROXIES.append(peer)
-    log.warning(
-        "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it "
-        "is your proxy, add its address there, or all its clients share one rate limit",
-        {"peer": peer},
-    )
-
-
 def peer_address(request: Request) -> IPAddress:
-    """The address that is connected; 0.0.0.0 for a Unix socket, under `uvicorn lg:app`."""
+    """The address that is connected; 0.0.0.0 for a Unix socket, under `uvicorn --factory lg:create_app`."""
     peer = parse_address(request.client.host[:ADDRESS_CHARS]) if request.client else None
     return peer or ipaddress.IPv4Address(0)
 
 
-def client_address(request: Request) -> IPAddress:
-    """Who is limited, logged and shown as `your_ip`: the peer, or the client that a trusted proxy names.
+class Proxies:
+    """Who a client is: what trusted proxies name, and nothing that clients name themselves."""
 
-    That is the rightmost address of X-Forwarded-For that is no trusted proxy, else X-Real-IP: the entries to
-    the left of it were sent by the client.
-    """
-    peer = peer_address(request)
-    forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
-    real_ip = request.headers.get("x-real-ip", "")
-    if is_trusted_proxy(peer):
-        entries = map(parse_forwarded, reversed(forwarded.split(",")))
-        client = next((address for address in entries if not is_trusted_proxy(address)), None)
-        return client or parse_forwarded(real_ip) or peer
-    named = (*forwarded.split(","), real_ip)
-    # Under `uvicorn lg:app`, uvicorn may have put the client in the peer's place.
-    if (forwarded or real_ip) and not UNTRUSTED_PROXIES and peer not in map(parse_forwarded, named):
-        warn_of_untrusted_proxy(peer)
-    return peer
+    def __init__(self, settings: Settings, once: Once) -> None:
+        self.once = once
+        self.is_trusted: Callable[[IPAddress | None], bool]
+        self.is_trusted = lru_cache(1000)(partial(is_in, prefixes=settings.FORWARDED_ALLOW_IPS))
 
+    def client_address(self, request: Request) -> IPAddress:
+        """Who is limited, logged and shown as `your_ip`: the peer, or the client that a trusted proxy names.
 
-def client_scheme(request: Request) -> str:
-    """`http` or `https`: what a trusted proxy names, else the connection's own."""
-    forwarded = request.headers.get("x-forwarded-proto", "").lower()
-    trusted = is_trusted_proxy(peer_address(request))
-    return forwarded if trusted and forwarded in ("http", "https") else request.url.scheme
+        That is the rightmost address of X-Forwarded-For that is no trusted proxy: the client itself may have
+        sent what stands to the left of it. X-Real-IP counts where there is no X-Forwarded-For.
+        """
+        peer = peer_address(request)
+        forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
+        entries = (forwarded or request.headers.get("x-real-ip", "")).split(",")
+        if entries == [""]:
+            return peer
+        addresses = map(parse_forwarded, reversed(entries))
+        if self.is_trusted(peer):
+            return next((each for each in addresses if not self.is_trusted(each)), None) or peer
+        # Under `uvicorn --factory lg:create_app`, uvicorn may have put the client in the peer's place.
+        if peer not in addresses and self.once("untrusted proxy", math.inf):
+            log(logging.WARNING, UNTRUSTED_PROXY, peer=peer)
+        return peer
 
+    def named_by_proxy(self, request: Request, header: str) -> str:
+        """A header of a trusted proxy; "" from others."""
+        return request.headers.get(header, "") if self.is_trusted(peer_address(request)) else ""
 
-@cache
-def max_connections() -> int:
-    """MAX_CONNECTIONS, or as many as the limit for open files allows."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(8, min(MAX_CONNECTIONS, files - RESERVED_FILES))
+    def scheme(self, request: Request) -> str:
+        """`http` or `https`: what a trusted proxy names, else the connection's own."""
+        forwarded = self.named_by_proxy(request, "x-forwarded-proto").lower()
+        return forwarded if forwarded in ("http", "https") else request.url.scheme
+
+    def prefix(self, request: Request) -> str:
+        """The path that a trusted proxy has stripped: `/lg`, or ""."""
+        prefix = self.named_by_proxy(request, "x-forwarded-prefix").rstrip("/")
+        return prefix if PREFIX.fullmatch(prefix) else ""
 
 
 def declared_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
@@ -1900,175 +2161,348 @@ def declared_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
     return next((int(value) for name, value in headers if name == b"content-length"), None)
 
 
-class Connection(H11Protocol, asyncio.BufferedProtocol):
-    """A client's connection: uvicorn's protocol with a bound for everything that a client may send.
+class Exchange:
+    """One request and its answer, as ASGI and the connection see them."""
 
-    Reading is never paused, so that a client that leaves is noticed at once. Of what is read, PARSED_BYTES
-    are parsed for a request, including what follows it. The rest of a body with a Content-Length of more than
-    BODY_BYTES is counted: no endpoint keeps it. Anything else is discarded.
+    def __init__(self, connection: Connection, http: h11.Connection, request: h11.Request) -> None:
+        """Raises h11.RemoteProtocolError."""
+        self.connection, self.http, self.request = connection, http, request
+        headers = dict(request.headers)
+        self.chunked = b"transfer-encoding" in headers
+        if self.chunked and b"content-length" in headers:  # proxies differ on which of them counts
+            raise h11.RemoteProtocolError("Send Content-Length or Transfer-Encoding, not both")
+        self.length = self.to_come = declared_length(request.headers) or 0
+        self.body, self.counted = bytearray(), 0  # what the application has not received: bytes; their number
+        self.received = self.parsed = self.lines = self.chunks = 0
+        self.complete = not (self.chunked or self.length)  # the body has come
+        self.reported = False  # the application knows
+        self.started = self.ended = self.gone = False  # the answer; the client
+        self.changed = asyncio.Event()
+
+    # The request
+
+    def feed(self, data: memoryview) -> bytes:
+        """Take what belongs to the body, and return what follows it. Raises h11.RemoteProtocolError."""
+        rest = self.feed_chunks(bytes(data)) if self.chunked else self.feed_counted(data)
+        self.changed.set()
+        return rest
+
+    def feed_counted(self, data: memoryview) -> bytes:
+        """Take bytes of a body with a Content-Length. A large one is counted: no endpoint keeps it."""
+        mine = data[: self.to_come]
+        self.to_come -= len(mine)
+        self.received += len(mine)
+        self.complete = not self.to_come
+        if self.length > BODY_BYTES:
+            self.counted += len(mine)
+        else:
+            self.body += mine
+        return bytes(data[len(mine) :])
+
+    def feed_chunks(self, data: bytes) -> bytes:
+        if self.ended or self.received > BODY_BYTES:  # it is discarded, or too large for every endpoint
+            return b""
+        piece = data[: CHUNKED_BYTES - self.parsed]
+        self.parsed += len(piece)
+        self.lines += piece.count(b"\n")
+        if self.lines > CHUNKED_LINES:
+            raise h11.RemoteProtocolError("too many lines")
+        if piece:  # nothing means the end to h11
+            self.http.receive_data(piece)
+        while isinstance(event := self.http.next_event(), h11.Data):
+            self.chunks += event.chunk_start
+            if self.chunks > CHUNKS:
+                raise h11.RemoteProtocolError(f"Send at most {CHUNKS} chunks")
+            self.body += event.data
+            self.received += len(event.data)
+        self.complete = isinstance(event, h11.EndOfMessage)
+        if self.parsed == CHUNKED_BYTES and not self.complete and self.received <= BODY_BYTES:
+            raise h11.RemoteProtocolError("too much between the chunks")
+        return self.http.trailing_data[0] + data[len(piece) :] if self.complete else b""
+
+    def scope(self) -> Scope:
+        path, _, query = ABSOLUTE_FORM.sub(b"", self.request.target).partition(b"?")
+        path, transport = path or b"/", self.connection.transport
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": self.request.http_version.decode(),
+            "server": transport.get_extra_info("sockname")[:2],
+            "client": self.connection.client[:2],
+            "scheme": "http",
+            "method": self.request.method.decode(),
+            "root_path": "",
+            "path": unquote(path.decode()),
+            "raw_path": path,
+            "query_string": query,
+            "headers": list(self.request.headers),
+            "state": self.connection.app_state.copy(),
+        }
+
+    def leave(self) -> None:
+        """Note that the client is gone."""
+        self.gone = True
+        self.changed.set()
+
+    async def receive(self) -> Message:
+        if self.http.they_are_waiting_for_100_continue and not (self.received or self.started):
+            self.write(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
+        while not (self.body or self.counted or self.gone or self.ended or self.complete > self.reported):
+            self.changed.clear()
+            await self.changed.wait()
+        if self.gone or self.ended:
+            return {"type": "http.disconnect"}
+        body = ZEROS[: self.counted] if self.counted else bytes(self.body)
+        self.counted -= min(self.counted, len(body))
+        self.body.clear()
+        self.reported = self.complete and not self.counted
+        return {"type": "http.request", "body": body, "more_body": not self.reported}
+
+    # The answer
+
+    async def run(self) -> None:
+        """Let the application answer, then tell the connection."""
+        try:
+            await self.connection.config.loaded_app(self.scope(), self.receive, self.send)
+        except TransferAborted:
+            self.connection.reset()
+        except Exception:
+            logger.exception(logfmt(msg="An answer failed", path=self.request.target.decode()))
+        if not self.ended:
+            self.connection.transport.close()
+
+    async def send(self, message: Message) -> None:
+        await self.connection.writable.wait()
+        if self.gone:
+            return
+        if message["type"] == "http.response.start":
+            self.started = True
+            headers = [*self.connection.server_state.default_headers, *message["headers"]]
+            # The client's system could throw away an answer that is followed by a reset (RFC 9112, 9.6).
+            headers += [] if self.complete else [CLOSE]
+            status = HTTPStatus(message["status"])
+            self.write(h11.Response(status_code=status, headers=headers, reason=status.phrase))
+            log(logging.DEBUG, "request", target=self.request.target.decode(), status=int(status))
+            return
+        self.write(h11.Data(data=b"" if self.request.method == b"HEAD" else message.get("body", b"")))
+        if not message.get("more_body"):
+            self.write(h11.EndOfMessage())
+            self.ended = True
+            self.changed.set()
+            self.connection.next_request()
+
+    def write(self, event: h11.Event) -> None:
+        self.connection.transport.write(self.http.send(event) or b"")
+
+
+class Connections:
+    """The connections of a service, with the bounds of their number, and what they share."""
+
+    def __init__(self, settings: Settings, proxies: Proxies) -> None:
+        self.proxies = proxies
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        reserved = RESERVED_FILES + FILES_PER_COMMAND * settings.MAX_DIAGNOSTICS
+        self.limit = max(8, min(MAX_CONNECTIONS, files - reserved))
+        self.open: set[Connection] = set()
+        self.per_client: Counter[str] = Counter()
+        self.waiting: dict[Connection, None] = {}  # those without a request being answered, the longest first
+        # The receive buffer of all connections: its contents are used before another connection is read.
+        self.buffer = memoryview(bytearray(2**18))
+
+    def add(self, connection: Connection) -> None:
+        """Admit a connection or reset it, or reset another that has waited longest in its place."""
+        peer = parse_address(connection.client[0]) if connection.client else None  # None: it has left already
+        connection.key = rate_limit_key(peer) if peer else ""
+        self.open.add(connection)
+        self.per_client[connection.key] += 1
+        self.waiting[connection] = None
+        too_many = self.per_client[connection.key] > MAX_CONNECTIONS_PER_CLIENT
+        if not peer or (too_many and not self.proxies.is_trusted(peer)):
+            connection.reset()
+        elif len(self.open) > self.limit:
+            next(iter(self.waiting)).reset()
+
+    def remove(self, connection: Connection) -> None:
+        self.open.discard(connection)
+        self.waiting.pop(connection, None)
+        self.per_client[connection.key] -= 1
+        if not self.per_client[connection.key]:
+            del self.per_client[connection.key]
+
+
+class Connection(asyncio.BufferedProtocol):
+    """A client's connection: HTTP/1.1 by h11, with a bound for everything that a client may send.
+
+    uvicorn makes one for each. Reading is never paused, so that a client that leaves is noticed at once.
     """
 
-    per_client: ClassVar[Counter[str]] = Counter()
-    cycle: RequestResponseCycle | None  # type: ignore[assignment]  # of the request in progress, or the last
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: uvicorn.server.ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self.config, self.server_state, self.app_state = config, server_state, app_state
+        self.loop = _loop or asyncio.get_running_loop()
+        self.connections: Connections = app_state["connections"]
+        self.key = ""  # of the client
+        self.exchange: Exchange | None = None
+        self.unparsed = bytearray()  # the header of the next request, as far as it has come
+        self.searched = 0  # bytes of it in which no end was found
+        self.timer: asyncio.TimerHandle  # closes the connection when it has waited too long
+        self.closing = False  # after the current answer; what is read is discarded
+        self.writable = asyncio.Event()
+        self.writable.set()
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.application, self.app = self.app, cast(Any, self.answer)
-        self.key = ""  # of the client in `per_client`
-        self.parsed = 0  # bytes parsed since the last answer
-        self.to_count = 0  # bytes of the body that have not come yet and will not be parsed
-        self.counted = 0  # bytes that were not parsed and that the application has not received yet
+    def close_in(self, seconds: float) -> None:
+        self.timer.cancel()
+        self.timer = self.loop.call_later(seconds, self.transport.close)
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.header_timer = self.loop.call_later(REQUEST_HEADER_SECONDS, transport.close)
-        peer = parse_address(self.client[0]) if self.client else None  # None: it has left already
-        if peer:
-            self.key = rate_limit_key(peer)
-            self.per_client[self.key] += 1
-        too_many = self.per_client[self.key] > MAX_CONNECTIONS_PER_CLIENT and not is_trusted_proxy(peer)
-        if not peer or too_many or len(self.connections) > max_connections():
-            self.reset()
+    # What asyncio and uvicorn call
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.set_write_buffer_limits(0)  # so that `writable` means that everything has been written
+        self.timer = self.loop.call_later(REQUEST_HEADER_SECONDS, transport.close)
+        self.client = transport.get_extra_info("peername")
+        self.server_state.connections.add(cast(Any, self))
+        self.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.header_timer.cancel()
-        if self.key:
-            self.per_client[self.key] -= 1
-            if not self.per_client[self.key]:
-                del self.per_client[self.key]
-        super().connection_lost(exc)
+        self.timer.cancel()
+        self.server_state.connections.discard(cast(Any, self))
+        self.connections.remove(self)
+        self.leave()
 
     def eof_received(self) -> None:
         """Treat a half-closed connection as closed: to the receiver, both look the same."""
-        self.disconnect()
+        self.leave()
 
-    def disconnect(self) -> None:
-        """Tell the application that the client is gone."""
-        if self.cycle:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-            self.flow.resume_writing()
+    def pause_writing(self) -> None:
+        self.writable.clear()
 
-    def reset(self) -> None:
-        self.disconnect()
-        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-        self.transport.abort()
+    def resume_writing(self) -> None:
+        self.writable.set()
+        if self.exchange and self.exchange.ended:
+            self.next_request()
 
-    def is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+    def shutdown(self) -> None:
+        """Close after the answer in progress, if there is one."""
+        self.closing = True
+        if not self.exchange:
+            self.transport.close()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return RECEIVE_BUFFER
+        return self.connections.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        start = 0
-        while start < nbytes:
-            end = min(nbytes, start + (self.to_count or PARSED_BYTES - self.parsed))
-            if self.to_count:
-                self.count(end - start)
-            elif start < end:
-                self.parsed += end - start
-                self.data_received(bytes(RECEIVE_BUFFER[start:end]))
-            else:
-                self.discard()
-                return
-            start = end
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.header_timer.cancelled() and not self.is_answering():
-            self.header_timer = self.loop.call_later(REQUEST_HEADER_SECONDS, self.transport.close)
-
-    def handle_events(self) -> None:
-        previous = self.cycle
-        super().handle_events()
-        self.flow.resume_reading()
-        if self.cycle and self.cycle is not previous:
-            self.header_timer.cancel()
-            length = declared_length(self.cycle.scope["headers"])
-            if self.cycle.more_body and length and length > BODY_BYTES:
-                self.to_count = length - len(self.cycle.body)
-                self.parsed = PARSED_BYTES  # what follows the body before its answer is not parsed either
-
-    def count(self, nbytes: int) -> None:
-        """Take bytes of a body without parsing them, and wake the application."""
-        assert self.cycle
-        self.to_count -= nbytes
-        self.counted += nbytes
-        self.cycle.more_body = self.to_count > 0
-        self.cycle.message_event.set()
-
-    def discard(self) -> None:
-        """Close after the current answer: the discarded bytes may end in the middle of a request."""
-        if self.cycle and self.is_answering():
-            self.cycle.keep_alive = False
-        else:
-            self.transport.close()
-
-    def send_400_response(self, msg: str) -> None:
-        """Also called for a body that turns out to be malformed while the application runs."""
-        answering = self.is_answering()
-        self.disconnect()
-        if answering and self.cycle and self.cycle.response_started:
-            self.transport.abort()
-        else:
-            body = json.dumps({"detail": msg})
-            header = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
-            self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{header}\r\n\r\n{body}".encode())
-            self.transport.close()
-
-    def on_response_complete(self) -> None:
-        if self.conn.their_state is h11.SEND_BODY:  # its parser has not seen the counted body
-            self.conn = h11.Connection(h11.SERVER)
-        self.parsed, self.counted = len(self.conn.trailing_data[0]), 0
-        super().on_response_complete()
-
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application for a request of this connection."""
+        data = self.connections.buffer[:nbytes]
         try:
-            if {name for name, _ in scope["headers"]} >= FRAMING:  # proxies differ on which of them counts
-                body = {"detail": "Send Content-Length or Transfer-Encoding, not both"}
-                await JSONResponse(body, 400, {"Connection": "close"})(scope, receive, send)
-            elif self.cycle and (self.cycle.more_body or self.counted):
-                await self.answer_with_body(self.cycle, scope, receive, send)
-            else:
-                await self.application(scope, receive, send)
-        except TransferAborted:
-            self.reset()
+            if self.exchange and not self.exchange.complete:
+                data = memoryview(self.exchange.feed(data))
+                if self.exchange.ended and self.exchange.complete:
+                    self.next_request()
+            if not self.closing:
+                self.unparsed += data
+                self.parse_header()
+        except h11.RemoteProtocolError:
+            self.refuse(400, "Invalid HTTP request received.")
 
-    async def answer_with_body(
-        self, cycle: RequestResponseCycle, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Run the application while the request's body is still coming.
+    # The requests, one after another
 
-        When it answers before the body is complete, the connection is closed afterwards, but not at once: the
-        client's system could throw away an answer that is followed by a reset (RFC 9112, 9.6).
-        """
+    def parse_header(self) -> None:
+        """Begin the next exchange where its header has come. Raises h11.RemoteProtocolError."""
+        if self.exchange:
+            if len(self.unparsed) > PIPELINED_BYTES:  # the rest ends in the middle of a request
+                self.closing = True
+                self.unparsed.clear()
+            return
+        if not self.searched and self.unparsed.startswith(b"\r\n"):  # is ignored (RFC 9112, 2.2)
+            del self.unparsed[:2]
+        if not self.unparsed:
+            return
+        if not self.searched:
+            self.close_in(REQUEST_HEADER_SECONDS)
+        end = HEADER_END.search(self.unparsed, max(0, self.searched - 2))
+        self.searched = len(self.unparsed)
+        length = end.end() if end else self.searched
+        if length > HEADER_BYTES or (end and self.unparsed.count(b"\n", 0, length) > HEADER_LINES):
+            self.refuse(431, f"A header has at most {HEADER_BYTES // 1024} KiB and {HEADER_LINES} lines")
+        elif end:
+            self.begin(length)
+        elif self.unparsed[0] <= 0x20 and self.unparsed != b"\r":  # no method: HTTPS, for example
+            self.refuse(400, "Invalid HTTP request received.")
 
-        async def receive_body() -> Message:
-            message = await receive()
-            if message["type"] == "http.request" and self.counted:
-                if not message["body"]:
-                    message["body"] = ZEROS[: self.counted]
-                    self.counted -= len(message["body"])
-                message["more_body"] = cycle.more_body or self.counted > 0
-                if self.counted:
-                    cycle.message_event.set()
-            return message
+    def begin(self, length: int) -> None:
+        header, rest = bytes(self.unparsed[:length]), bytes(self.unparsed[length:])
+        self.unparsed.clear()
+        self.searched = 0
+        http = h11.Connection(h11.SERVER)
+        http.receive_data(header)
+        request = http.next_event()
+        assert isinstance(request, h11.Request)
+        exchange = Exchange(self, http, request)
+        if not exchange.complete:
+            rest = exchange.feed(memoryview(rest))
+        self.exchange = exchange
+        self.timer.cancel()
+        self.connections.waiting.pop(self, None)
+        task = self.loop.create_task(exchange.run())
+        self.server_state.tasks.add(task)
+        task.add_done_callback(self.server_state.tasks.discard)
+        self.unparsed += rest
+        self.parse_header()
 
-        async def send_and_close(message: Message) -> None:
-            if cycle.more_body and message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], CLOSE]}
-            elif cycle.more_body and not message.get("more_body"):
-                await send({**message, "more_body": True})
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LINGER_SECONDS):
-                        while cycle.more_body and (await receive())["type"] == "http.request":
-                            pass
-                message = {"type": "http.response.body"}
-            await send(message)
+    def next_request(self) -> None:
+        """After an answer that has been written: await the next request, or the rest of a body, or close."""
+        assert self.exchange
+        self.connections.waiting[self] = None
+        if not self.writable.is_set() or self.transport.is_closing():
+            return
+        if not self.exchange.complete:
+            self.linger()
+        elif self.closing or self.exchange.http.our_state is not h11.DONE:
+            self.transport.close()
+        else:
+            self.server_state.total_requests += 1
+            self.exchange = None
+            self.close_in(IDLE_SECONDS)
+            try:
+                self.parse_header()
+            except h11.RemoteProtocolError:
+                self.refuse(400, "Invalid HTTP request received.")
 
-        await self.application(scope, receive_body, send_and_close)
+    def linger(self) -> None:
+        """End the answers, and discard what still comes: a reset could destroy the last of them."""
+        self.closing = True
+        self.close_in(LINGER_SECONDS)
+        self.transport.write_eof()
+
+    def refuse(self, status: int, message: str) -> None:
+        """Answer what cannot be parsed; also a body that turns out to be malformed in mid-answer."""
+        self.leave()
+        if self.exchange and self.exchange.started:
+            self.transport.abort()
+            return
+        body = json.dumps({"detail": message})
+        fields = ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        fields += ["Cache-Control: no-store", "Connection: close"]
+        line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"
+        self.transport.write("\r\n".join([line, *fields, "", body]).encode())
+        self.linger()
+
+    def leave(self) -> None:
+        if self.exchange:
+            self.exchange.leave()
+        self.writable.set()
+
+    def reset(self) -> None:
+        self.connections.waiting.pop(self, None)
+        self.leave()
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        self.transport.abort()
 
 
 async def read_body(request: Request) -> bytes:
@@ -2089,19 +2523,16 @@ async def read_body(request: Request) -> bytes:
     return body
 
 
-Exchange = AbstractAsyncContextManager[tuple[Headers, AsyncGenerator[bytes]]]
-
-
 class StreamedResponse(Response):
     """An answer whose body is an async generator, and which ends when the client leaves.
 
-    `exchange` is an async context manager that yields further headers and the body. It is left on every path,
+    `source` is an async context manager that yields further headers and the body. It is left on every path,
     and what it raises on entering becomes the answer. Starlette's StreamingResponse does not close its
     generator.
     """
 
-    def __init__(self, exchange: Exchange, headers: Headers) -> None:
-        self.exchange, self.fixed_headers = exchange, headers
+    def __init__(self, source: StreamSource, headers: Headers) -> None:
+        self.source, self.fixed_headers = source, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -2122,7 +2553,7 @@ class StreamedResponse(Response):
                 raise
 
     async def stream(self, send: Send) -> None:
-        async with self.exchange as (headers, chunks), aclosing(chunks):
+        async with self.source as (headers, chunks), aclosing(chunks):
             self.init_headers({**self.fixed_headers, **headers})
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for chunk in chunks:
@@ -2131,97 +2562,70 @@ class StreamedResponse(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server, which stops the commands before it waits for requests to end."""
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Ignore further signals: the shutdown takes a few seconds at most."""
-        if not self.should_exit:
-            super().handle_exit(sig, frame)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        log.info("stopping")
-        SHUTTING_DOWN.set()
-        for process in Process.running:
-            process.stop("stopped, the server is shutting down")
-        if self.server_state.tasks:
-            await asyncio.wait(self.server_state.tasks, timeout=2 * GRACE_SECONDS)
-        asyncio.get_running_loop().call_later(GRACE_SECONDS, self.drop)
-        await super().shutdown(sockets)
-
-    def drop(self) -> None:
-        """Abort what is still open: downloads, unread answers, incomplete requests."""
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
-
-
 # ---- speed tests -------------------------------------------------------------------------------------------
 
-# Pages of zeros that are never written share one page of memory. From Python 3.12 on, asyncio keeps a view of
-# what waits to be sent; before, it copies it.
-BLOCK = bytes(2**23 if sys.version_info >= (3, 12) else 2**21)
-MIN_BYTES_PER_SECOND = 2**16  # average that a transfer must reach: a trickle holds no slot
+BLOCK = bytes(2**21)  # larger ones are no faster, and delay the answers of others
 UPLOAD_BYTES = 2**30
+UPLOAD_STALL_SECONDS = 30  # after which an upload that brings nothing has lost its client
 UPLOAD_SECONDS = 120  # after which an upload is answered with what has come
 UPLOAD_TEST_CHARS = 64  # of a test's name
+DAY_SECONDS = 86400
 
 
 class Size(NamedTuple):
-    """A download: its name, its bytes and its rates."""
+    """A download, or an upload: its name, its bytes and its rates."""
 
     name: str
     length: int
     rates: Rates
 
 
-SIZES = {
-    size.name: size
-    for size in (
-        Size("100M", 100 * 2**20, SETTINGS.RATE_LIMIT_SPEEDTEST),
-        Size("1G", 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST),
-        Size("10G", 10 * 2**30, SETTINGS.RATE_LIMIT_SPEEDTEST_10G),
-    )
-    if SETTINGS.MAX_SPEEDTESTS
-}
-if not COMMANDS and not SIZES:
-    raise settings_error("expected a command or speed tests to offer", COMMANDS="", MAX_SPEEDTESTS=0)
-DOWNLOADED, UPLOADED = (sample("lg_speedtest_bytes_total", direction=each) for each in ("download", "upload"))
-COUNTERS |= {DOWNLOADED: 0, UPLOADED: 0}
+def make_sizes(settings: Settings) -> dict[str, Size]:
+    """The downloads that are offered, by name."""
+    sizes = [Size("100M", 100 * 2**20, settings.RATE_LIMIT_SPEEDTEST)]
+    sizes += [Size("1G", 2**30, settings.RATE_LIMIT_SPEEDTEST)]
+    sizes += [Size("10G", 10 * 2**30, settings.RATE_LIMIT_SPEEDTEST_10G)]
+    return {size.name: size for size in sizes if settings.MAX_SPEEDTESTS}
 
 
-def log_speedtest(size: str, client: IPAddress, outcome: str, length: int, seconds: float) -> None:
-    pairs = {"size": size, "client": client, "outcome": outcome, "bytes": length, "seconds": f"{seconds:.1f}"}
-    log.info("speedtest", pairs)
+CountBytes = Callable[[int], None]
 
 
-@asynccontextmanager
-async def download(size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, AsyncGenerator[bytes]]]:
-    """The headers of the rate limit, and `size.length` zero bytes in blocks.
+class Budget:
+    """What all speed tests together may move on a day (UTC), in bytes."""
 
-    Raises RequestError, or TransferAborted when the client takes less than MIN_BYTES_PER_SECOND.
-    """
-    with SPEEDTESTS.take(rate_limit_key(client)):
-        headers = await LIMITS.count(size.rates, f"speedtest {size.name}", client)
-        loop = asyncio.get_running_loop()
-        begun, sent, outcome = loop.time(), 0, "broken off"
+    def __init__(self, limit: int) -> None:
+        self.limit = limit  # 0 is none
+        self.reserved = 0  # what the running transfers may still move
+        self.day, self.used = 0, 0
 
-        async def blocks() -> AsyncGenerator[bytes]:
-            nonlocal sent
-            while block := BLOCK[: size.length - sent]:
-                deadline.reschedule(begun + (sent + len(BLOCK)) / MIN_BYTES_PER_SECOND)
-                yield block
-                sent += len(block)
-                COUNTERS[DOWNLOADED] += len(block)
+    def used_today(self) -> int:
+        if (day := int(time.time() // DAY_SECONDS)) != self.day:
+            self.day, self.used = day, 0
+        return self.used
 
+    @contextmanager
+    def reserve(self, length: int) -> Iterator[CountBytes]:
+        """Yields a function that takes the bytes moved; the rest is given back. Raises RequestError."""
+        used, rest = self.used_today(), length
+        if self.limit and used + self.reserved + length > self.limit:
+            if used + length <= self.limit:  # a transfer that runs may give back enough
+                raise busy("The speed tests that run may use up today's budget: try again soon", "budget")
+            midnight = {"Retry-After": str(math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS))}
+            message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
+            raise busy(message, "budget", midnight)
+
+        def move(moved: int) -> None:
+            nonlocal rest
+            self.used = self.used_today() + moved
+            self.reserved -= moved
+            rest -= moved
+
+        self.reserved += length
         try:
-            async with asyncio.timeout(None) as deadline:
-                yield headers, blocks()
-            outcome = "finished"
-        except TimeoutError:
-            outcome = "too slow"
-            raise TransferAborted from None
+            yield move
         finally:
-            log_speedtest(size.name, client, outcome, sent, loop.time() - begun)
+            self.reserved -= rest
 
 
 class Upload(TypedDict):
@@ -2232,6 +2636,11 @@ class Upload(TypedDict):
     mbps: float | None
 
 
+def measured(length: int, seconds: float) -> Upload:
+    mbps = round(length * 8 / 1e6 / seconds, 3) if seconds else None
+    return {"bytes": length, "seconds": round(seconds, 6), "mbps": mbps}
+
+
 @dataclass
 class UploadTest:
     """What the uploads of one speed test have brought so far."""
@@ -2240,162 +2649,131 @@ class UploadTest:
     length: int = 0
 
 
-# Those with uploads that run, by the name that the client gave its test.
-UPLOAD_TESTS: WeakValueDictionary[str, UploadTest] = WeakValueDictionary()
+def test_name(request: Request) -> str:
+    """The name that a client gives the uploads of one speed test, "" without one."""
+    return request.query_params.get("test", "")[:UPLOAD_TEST_CHARS]
 
 
-def measured(length: int, seconds: float) -> Upload:
-    mbps = round(length * 8 / 1e6 / seconds, 3) if seconds else None
-    return {"bytes": length, "seconds": round(seconds, 6), "mbps": mbps}
+class SpeedTests:
+    """The downloads and uploads of a service."""
 
+    def __init__(self, settings: Settings, limits: Limits) -> None:
+        self.limits = limits
+        self.budget = Budget(settings.SPEEDTEST_GIB_PER_DAY * 2**30)
+        # Those with uploads that run, by the name that the client gave its test.
+        self.upload_tests: WeakValueDictionary[str, UploadTest] = WeakValueDictionary()
+        for direction in ("download", "upload"):
+            limits.counters.set("lg_speedtest_bytes_total", 0, direction=direction)
 
-def upload_so_far(test: str) -> Upload:
-    """What the running uploads of a test have brought; zeros where none runs.
+    @asynccontextmanager
+    async def transfer(self, size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, CountBytes]]:
+        """Hold a slot, and log what was moved: yields the rate limit's headers, and counts bytes.
 
-    The page asks for this because a browser counts the bytes that it has handed to the system, not those that
-    have arrived.
-    """
-    now = asyncio.get_running_loop().time()
-    upload_test = UPLOAD_TESTS.get(test) or UploadTest(now)
-    return measured(upload_test.length, now - upload_test.begun)
+        Raises RequestError, or TransferAborted where it has given way.
+        """
+        slots, direction = self.limits.speedtests, "upload" if size.name == "upload" else "download"
+        async with interruptible() as give_way:
+            with (
+                slots.take(rate_limit_key(client), give_way) as slot,
+                self.budget.reserve(size.length) as move,
+            ):
+                name = f"speedtest {size.name}"
+                headers = await self.limits.rates.check_and_consume(size.rates, name, client)
+                begun, total, outcome = time.monotonic(), 0, "broken off"
 
+                def count(moved: int) -> None:
+                    nonlocal total
+                    total += moved
+                    move(moved)
+                    self.limits.counters.add("lg_speedtest_bytes_total", moved, direction=direction)
 
-async def receive_upload(
-    chunks: AsyncIterator[bytes], client: IPAddress, test: str
-) -> tuple[Upload, Headers]:
-    """Receive and discard an upload. Returns its measurement and the headers of the rate limit.
+                try:
+                    yield headers, count
+                    outcome = "finished"
+                finally:
+                    outcome = "gave way" if slot.gave_way else outcome
+                    pairs = {"size": size.name, "client": client, "outcome": outcome, "bytes": total}
+                    log(logging.INFO, "speedtest", **pairs, seconds=f"{time.monotonic() - begun:.1f}")
 
-    The upload ends after UPLOAD_SECONDS, or after STALL_SECONDS if it is slower than MIN_BYTES_PER_SECOND. It
-    is measured by what has come by then. Raises RequestError, or ClientDisconnect.
-    """
-    with SPEEDTESTS.take(rate_limit_key(client)):
-        headers = await LIMITS.count(SETTINGS.RATE_LIMIT_SPEEDTEST, "speedtest upload", client)
+    @asynccontextmanager
+    async def download(self, size: Size, client: IPAddress) -> AsyncIterator[Stream]:
+        """The headers of the rate limit, and `size.length` zero bytes in blocks. Raises RequestError."""
+
+        async def blocks() -> AsyncGenerator[bytes]:
+            rest = size.length
+            while block := BLOCK[:rest]:
+                yield block
+                rest -= len(block)
+                count(len(block))
+
+        async with self.transfer(size, client) as (headers, count):
+            yield headers, blocks()
+
+    def upload_so_far(self, request: Request) -> Upload:
+        """What the running uploads of a test have brought; zeros where none runs.
+
+        The page asks for this because a browser counts the bytes that it has handed to the system, not those
+        that have arrived.
+        """
+        now = asyncio.get_running_loop().time()
+        upload_test = self.upload_tests.get(test_name(request)) or UploadTest(now)
+        return measured(upload_test.length, now - upload_test.begun)
+
+    async def receive_upload(self, request: Request, size: Size, client: IPAddress) -> tuple[Upload, Headers]:
+        """Receive and discard an upload. Returns its measurement and the headers of the rate limit.
+
+        After UPLOAD_SECONDS it is measured by what has come by then. Raises RequestError, or ClientDisconnect.
+        """
         loop = asyncio.get_running_loop()
         begun = first = last = loop.time()
-        length, outcome = 0, "broken off"
-        upload_test = UPLOAD_TESTS.setdefault(test, UploadTest(begun)) if test else UploadTest(begun)
-        try:
-            async with asyncio.timeout(STALL_SECONDS) as deadline:
-                async for chunk in chunks:
-                    last = loop.time()
-                    first = first if length else last
-                    length += len(chunk)
-                    upload_test.length += len(chunk)
-                    COUNTERS[UPLOADED] += len(chunk)
-                    if last - begun > STALL_SECONDS and length < MIN_BYTES_PER_SECOND * (last - begun):
-                        break
-                    deadline.reschedule(min(last + STALL_SECONDS, begun + UPLOAD_SECONDS))
-            outcome = "finished"
-        except TimeoutError:
-            if loop.time() < begun + UPLOAD_SECONDS:
-                message = f"No byte came for {STALL_SECONDS} s"
-                raise RequestError(408, {"detail": message}, headers) from None
-            outcome = "finished"
-        finally:
-            log_speedtest("upload", client, outcome, length, loop.time() - begun)
-    return measured(length, last - first), headers
+        received, upload_test = 0, UploadTest(begun)
+        if test := test_name(request):
+            upload_test = self.upload_tests.setdefault(test, upload_test)
+        async with self.transfer(size, client) as (headers, count), aclosing(request.stream()) as chunks:
+            try:
+                async with asyncio.timeout(UPLOAD_STALL_SECONDS) as deadline:
+                    async for chunk in chunks:
+                        last = loop.time()
+                        first = first if received else last
+                        received += len(chunk)
+                        upload_test.length += len(chunk)
+                        count(len(chunk))
+                        deadline.reschedule(min(last + UPLOAD_STALL_SECONDS, begun + UPLOAD_SECONDS))
+            except TimeoutError:
+                if loop.time() < begun + UPLOAD_SECONDS:
+                    message = f"No byte came for {UPLOAD_STALL_SECONDS} s"
+                    raise RequestError(408, {"detail": message}, headers) from None
+        return measured(received, last - first), headers
 
 
 # ---- endpoints ---------------------------------------------------------------------------------------------
 
 TEXT_TYPE, EVENTS_TYPE = "text/plain; charset=utf-8", "application/x-ndjson"
-JSON_TYPE, FORM_TYPE = "application/json", "application/x-www-form-urlencoded"
-STREAM_HEADERS = {
-    "Cache-Control": "no-store, no-transform",
-    "X-Accel-Buffering": "no",
-    "X-Content-Type-Options": "nosniff",
-    "Vary": "Accept",
-}
-PLACE = {"location": SETTINGS.NETWORK_LOCATION, "facility": SETTINGS.NETWORK_FACILITY}
-
-
-async def diagnostic(command: Command, request: Request) -> Response:
-    target = parse_target(parse_body(await read_body(request)))
-    check_version(target, command)
-    as_events = EVENTS_TYPE in request.headers.get("accept", "").lower()
-    headers = STREAM_HEADERS | {"Content-Type": EVENTS_TYPE if as_events else TEXT_TYPE}
-    if as_events:  # after an abort, browsers may read on for 5 s to reuse the connection
-        headers["Connection"] = "close"
-    return StreamedResponse(diagnosis(command, target, client_address(request), as_events), headers)
-
-
-async def speedtest(size: Size, request: Request) -> Response:
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "Content-Length": str(size.length),
-        "Content-Disposition": f"attachment; filename=speedtest_{size.name}.bin",
-        "Cache-Control": "no-store, no-transform",
-        "Timing-Allow-Origin": "*",
-    }
-    if request.method == "HEAD":
-        return Response(headers=headers)
-    return StreamedResponse(download(size, client_address(request)), headers)
-
-
-async def upload(request: Request) -> Response:
-    headers = {"Cache-Control": "no-store", "Timing-Allow-Origin": "*"}
-    test = request.query_params.get("test", "")[:UPLOAD_TEST_CHARS]
-    if request.method != "POST":
-        return JSONResponse(upload_so_far(test), headers=headers)
-    length = declared_length(request.scope["headers"])
-    if length is None:
-        raise RequestError(411, {"detail": "Send Content-Length: an upload without it is not accepted"})
-    if length > UPLOAD_BYTES:
-        raise RequestError(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
-    async with aclosing(request.stream()) as chunks:
-        answer, rate_headers = await receive_upload(chunks, client_address(request), test)
-    return JSONResponse(answer, headers={**headers, **rate_headers})
-
-
-async def health(request: Request) -> Response:
-    faults = {"missing": missing_tools(), "forbidden": sorted(FORBIDDEN)}
-    found = {name: tools for name, tools in faults.items() if tools}
-    return JSONResponse({"status": "degraded", **found} if found else {"status": "ok"})
-
-
-def location_info(client: IPAddress) -> dict[str, str]:
-    return {
-        "location": SETTINGS.NETWORK_LOCATION,
-        "map_url": SETTINGS.NETWORK_MAP_URL,
-        "facility": SETTINGS.NETWORK_FACILITY,
-        "facility_url": SETTINGS.NETWORK_FACILITY_URL,
-        "looking_glass_ipv4": SETTINGS.NETWORK_IPV4,
-        "looking_glass_ipv6": SETTINGS.NETWORK_IPV6,
-        "your_ip": str(client),
-    }
-
-
-async def network_info(request: Request) -> Response:
-    return JSONResponse(location_info(client_address(request)))
-
-
-METRICS = {  # by name: the type and the help of Prometheus' text format
-    "lg_info": ("gauge", "Version and place of this server; the value is always 1."),
-    "lg_runs_total": ("counter", "Commands that have ended, by outcome as in the log."),
-    "lg_run_seconds_total": ("counter", "Seconds that these commands took."),
-    "lg_refusals_total": ("counter", "Requests refused."),
-    "lg_speedtest_bytes_total": ("counter", "Bytes of speed tests."),
-    "lg_slots": ("gauge", "Commands and speed tests that may run at once."),
-    "lg_slots_taken": ("gauge", "Commands and speed tests that run now."),
-    "lg_connections": ("gauge", "Open connections."),
-}
-
-
-async def metrics(request: Request) -> Response:
-    if not any(client_address(request) in network for network in SETTINGS.METRICS_ALLOW_IPS):
-        raise HTTPException(404)
-    samples = COUNTERS | {sample("lg_info", version=VERSION, **PLACE): 1}
-    samples["lg_connections"] = Connection.per_client.total()
-    for kind, slots in (("command", DIAGNOSTICS), ("speedtest", SPEEDTESTS)):
-        samples[sample("lg_slots", kind=kind)] = slots.total
-        samples[sample("lg_slots_taken", kind=kind)] = slots.taken.total()
-    lines = []
-    for name, (kind, description) in METRICS.items():
-        lines += [f"# HELP {name} {description}", f"# TYPE {name} {kind}"]
-        lines += [f"{key} {value:.15g}" for key, value in samples.items() if key.partition("{")[0] == name]
-    return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
-
-
+JSON_TYPE, HTML_TYPE = "application/json", "text/html; charset=utf-8"
+# A cache in front must not hand one client's answer to another.
+NO_STORE = {"Cache-Control": "no-store"}
+NO_TRANSFORM = {"Cache-Control": "no-store, no-transform"}
+NO_SNIFF = {"X-Content-Type-Options": "nosniff"}
+STREAM_HEADERS = {**NO_TRANSFORM, **NO_SNIFF, "X-Accel-Buffering": "no", "Vary": "Accept"}
+PAGE_HEADERS = {**NO_SNIFF, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+PAGE_HEADERS |= {"Vary": "Accept, Accept-Encoding"}
+HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.IGNORECASE)
+ACCEPTS_GZIP = re.compile(r"(?i)\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
+# Name, type and help, as in Prometheus' text format.
+METRICS = """
+    lg_info gauge Version and place of this server; the value is always 1.
+    lg_tool_up gauge Whether a tool is installed and works on loopback: 1 or 0.
+    lg_runs_total counter Commands that have ended, by outcome as in the log.
+    lg_run_seconds_total counter Seconds that these commands took.
+    lg_last_run_ok gauge Whether the last run of a command finished without a fault: 1 or 0.
+    lg_refusals_total counter Requests refused.
+    lg_speedtest_bytes_total counter Bytes of speed tests.
+    lg_speedtest_budget_bytes gauge Bytes that speed tests may move on a day (UTC), if bounded.
+    lg_speedtest_budget_used_bytes gauge Bytes that speed tests have moved today (UTC).
+    lg_slots gauge Commands and speed tests that may run at once.
+    lg_slots_taken gauge Commands and speed tests that run now.
+    lg_connections gauge Open connections.
+"""
 USAGE = """\
 Looking glass: {location}, {facility}
 
@@ -2421,117 +2799,310 @@ SPEEDTESTS_USAGE = """\
     curl -o /dev/null {base}/speedtest/100M
     head -c 100M /dev/zero | curl --data-binary @- {base}/speedtest/upload
 """
-HOST = re.compile(r"[a-z0-9._-]+(:\d+)?|\[[0-9a-f:.]+\](:\d+)?", re.ASCII | re.IGNORECASE)
 
 
-def rate_limits_text() -> str:
-    parts = [f"{describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)} for each command"] if COMMANDS else []
-    if SIZES:
-        parts.append(f"{describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)} for each speed test")
-        parts.append(f"{describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST_10G)} for the 10G download")
-    return ", ".join(parts)
+def json_response(content: object, status: int = 200, headers: Headers | None = None) -> Response:
+    return JSONResponse(content, status, {**NO_STORE, **(headers or {})})
 
 
-def offers() -> str:
-    """What is measured here, in English: `ping, traceroute, mtr and speed tests`."""
-    names = [name for name, command in COMMANDS.items() if command.version == 4 or name[:-1] not in COMMANDS]
-    *others, last = [*names, "speed tests"] if SIZES else names
-    return f"{', '.join(others)} and {last}" if others else last
+def entity_tag(body: bytes) -> str:
+    return f'"{sha256(body).hexdigest()[:32]}"'
 
 
-def base_url(request: Request) -> str:
-    """The address of this server as the client wrote it, if people may paste that into a shell."""
-    host = request.headers.get("host", "")
-    if not HOST.fullmatch(host):
-        host = f"localhost:{SETTINGS.PORT}"
-    return f"{client_scheme(request)}://{host}"
+ANSWERED: tuple[type[Exception], ...] = (RequestError, HTTPException, ClientDisconnect, Exception)
 
 
-async def usage(request: Request) -> Response:
-    base = base_url(request)
-    lines = "".join(f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in COMMANDS)
-    example = "mtr" if "mtr" in COMMANDS else next(iter(COMMANDS), "")
-    text = USAGE.format(
-        base=base,
-        **PLACE,
-        diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=lines, command=example) if COMMANDS else "",
-        about="Speed tests, server" if SIZES else "Server",
-        speedtests=SPEEDTESTS_USAGE.format(base=base) if SIZES else "",
-        limits=rate_limits_text(),
-    )
-    return PlainTextResponse(text, headers={"Vary": "Accept"})
+class NetworkInfo(TypedDict):
+    """Where this server is, and who asks."""
+
+    location: str
+    map_url: str
+    facility: str
+    facility_url: str
+    looking_glass_ipv4: str
+    looking_glass_ipv6: str
+    your_ip: str
 
 
-async def answer_request_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    count_refusal(client_address(request), request.scope["path"], error.reason)
-    try:
-        return JSONResponse(error.body, error.status, error.headers)
-    except (ValueError, RecursionError):  # the client's input, which is echoed, cannot be written as JSON
-        detail = cast(list[dict[str, object]], error.body["detail"])
-        body = {"detail": [{**each, "input": None} for each in detail]}
-        return JSONResponse(body, error.status, error.headers)
+class Health(TypedDict):
+    """Whether the tools work: `forbidden` ones may not send, `failing` ones failed on loopback."""
+
+    status: Literal["ok", "degraded"]
+    missing: NotRequired[list[str]]
+    forbidden: NotRequired[list[str]]
+    failing: NotRequired[list[str]]
 
 
-async def answer_disconnected(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # the client is gone, and reads nothing
+class Service:
+    """A looking glass: its parts, and what its routes answer."""
 
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError."""
+        self.settings, self.stopping = settings, asyncio.Event()
+        self.commands, self.sizes = make_commands(settings), make_sizes(settings)
+        if not self.commands and not self.sizes:
+            raise setting_error("expected a command or speed tests to offer", COMMANDS="", MAX_SPEEDTESTS=0)
+        threads = Threads(self.stopping)
+        self.limits = Limits(settings, threads)
+        self.tools = Tools(self.commands, settings)
+        self.targets = Targets(settings, threads)
+        self.runner = Runner(settings, self.limits, self.targets, self.tools)
+        self.proxies = Proxies(settings, self.limits.once)
+        self.connections = Connections(settings, self.proxies)
+        self.speedtests = SpeedTests(settings, self.limits)
+        self.description = describe_api(settings, self.commands, self.sizes)
+        self.description_json = json.dumps(self.description, separators=(",", ":")).encode()
+        page, policy = make_page(settings, self.commands, self.sizes)
+        headers = {**PAGE_HEADERS, "Content-Security-Policy": policy}
+        plain, compressed = page.encode(), gzip.compress(page.encode(), mtime=0)
+        self.page = {  # by Content-Encoding, with its headers
+            "": (plain, {**headers, "ETag": entity_tag(plain)}),
+            "gzip": (compressed, {**headers, "ETag": entity_tag(compressed), "Content-Encoding": "gzip"}),
+        }
+        for name in self.commands:
+            self.limits.counters.set("lg_runs_total", 0, command=name, outcome="finished")
 
-async def answer_internal_error(request: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": "Internal Server Error"}, 500)  # uvicorn logs the traceback
+    def warnings(self) -> Iterator[tuple[str, dict[str, object]]]:
+        """What an operator should change, as messages and pairs of the log."""
+        settings = self.settings
+        if missing := self.tools.missing():
+            message = "Tools are missing: their commands answer 503 until they are installed"
+            yield message, {"missing": " ".join(missing), "install": install_hint(missing)}
+        if hidden := settings.EXTRA_COMMANDS.keys() - {each.base_name for each in self.commands.values()}:
+            message = "Extra commands are not offered: COMMANDS does not name them"
+            yield message, {"commands": " ".join(sorted(hidden))}
+        if settings.CORS_CREDENTIALS and "*" in settings.CORS_ORIGINS:
+            yield "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: list the origins instead", {}
+        limit = self.speedtests.budget.limit
+        if limit and (large := [size.name for size in self.sizes.values() if size.length > limit]):
+            message = "SPEEDTEST_GIB_PER_DAY is smaller than downloads that are offered: they answer 503"
+            yield message, {"downloads": " ".join(large)}
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[dict[str, object]]:
+        """Log the limits and everything that needs the operator's attention."""
+        slots = {"commands": self.limits.commands} if self.commands else {}
+        slots |= {"speedtests": self.limits.speedtests} if self.sizes else {}
+        log(logging.INFO, "limits", rates=self.rate_limits_text(), **slots)
+        for message, pairs in self.warnings():
+            log(logging.WARNING, message, **pairs)
+        background = asyncio.gather(self.runner.keep_trying_tools(), self.ask_store())
+        yield {"connections": self.connections}
+        background.cancel()
+        with suppress(asyncio.CancelledError):
+            await background
+
+    async def ask_store(self) -> None:
+        """Query the shared store, so that its failure is logged before the first request."""
+        with suppress(RequestError):
+            await self.limits.rates.check((limits.parse("1/minute"),), "start", ipaddress.IPv4Address(0))
+
+    def stop(self) -> None:
+        """Start nothing any more, and stop the commands that run."""
+        self.stopping.set()
+        self.runner.stop()
+
+    # Measurements
+
+    async def run_command(self, command: Command, request: Request) -> Response:
+        target = parse_target(parse_body(await read_body(request)))
+        check_version(target, command)
+        as_events = EVENTS_TYPE in request.headers.get("accept", "").lower()
+        headers = STREAM_HEADERS | {"Content-Type": EVENTS_TYPE if as_events else TEXT_TYPE}
+        if as_events:  # after an abort, browsers may read on for 5 s to reuse the connection
+            headers["Connection"] = "close"
+        client = self.proxies.client_address(request)
+        steps = self.runner.measure(command, target, client, as_events)
+        return StreamedResponse(self.runner.unread.run_ahead(steps), headers)
+
+    async def download(self, size: Size, request: Request) -> Response:
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(size.length),
+            "Content-Disposition": f"attachment; filename=speedtest_{size.name}.bin",
+            **NO_TRANSFORM,
+            "Timing-Allow-Origin": "*",
+        }
+        if request.method == "HEAD":
+            return Response(headers=headers)
+        return StreamedResponse(self.speedtests.download(size, self.proxies.client_address(request)), headers)
+
+    async def upload(self, request: Request) -> Response:
+        headers = {"Timing-Allow-Origin": "*"}
+        if request.method != "POST":
+            return json_response(self.speedtests.upload_so_far(request), headers=headers)
+        length = declared_length(request.scope["headers"])
+        if length is None:
+            raise RequestError(411, {"detail": "Send Content-Length: an upload without it is not accepted"})
+        if length > UPLOAD_BYTES:
+            raise RequestError(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
+        client = self.proxies.client_address(request)
+        size = Size("upload", length, self.settings.RATE_LIMIT_SPEEDTEST)
+        try:
+            answer, rate_headers = await self.speedtests.receive_upload(request, size, client)
+        except TransferAborted:
+            raise busy("This upload was stopped for a client that had none: try again soon") from None
+        return json_response(answer, headers={**headers, **rate_headers})
+
+    # About this server
+
+    async def health(self, request: Request) -> Response:
+        faults = self.tools.faults()
+        return json_response({"status": "degraded", **faults} if faults else {"status": "ok"})
+
+    async def network_info(self, request: Request) -> Response:
+        settings = self.settings
+        info: NetworkInfo = {
+            "location": settings.NETWORK_LOCATION,
+            "map_url": settings.NETWORK_MAP_URL,
+            "facility": settings.NETWORK_FACILITY,
+            "facility_url": settings.NETWORK_FACILITY_URL,
+            "looking_glass_ipv4": settings.NETWORK_IPV4,
+            "looking_glass_ipv6": settings.NETWORK_IPV6,
+            "your_ip": str(self.proxies.client_address(request)),
+        }
+        return json_response(info)
+
+    async def metrics(self, request: Request) -> Response:
+        if not is_in(self.proxies.client_address(request), self.settings.METRICS_ALLOW_IPS):
+            raise HTTPException(404)
+        counters, budget = self.limits.counters, self.speedtests.budget
+        place = {"location": self.settings.NETWORK_LOCATION, "facility": self.settings.NETWORK_FACILITY}
+        counters.set("lg_info", 1, version=VERSION, **place)
+        faulty = {tool for tools in self.tools.faults().values() for tool in tools}
+        for tool in self.tools.names:
+            counters.set("lg_tool_up", tool not in faulty, tool=tool)
+        if budget.limit:
+            counters.set("lg_speedtest_budget_bytes", budget.limit)
+            counters.set("lg_speedtest_budget_used_bytes", budget.used_today())
+        for kind, slots in (("command", self.limits.commands), ("speedtest", self.limits.speedtests)):
+            counters.set("lg_slots", slots.total, kind=kind)
+            counters.set("lg_slots_taken", len(slots.taken), kind=kind)
+        counters.set("lg_connections", len(self.connections.open))
+        lines = []
+        for name, kind, description in (row.split(maxsplit=2) for row in METRICS.strip().split("\n")):
+            lines += [f"# HELP {name} {description}", f"# TYPE {name} {kind}", *counters.samples(name)]
+        return PlainTextResponse("\n".join([*lines, ""]), 200, NO_STORE, "text/plain; version=0.0.4")
+
+    def rate_limits_text(self) -> str:
+        return rate_limits_text(self.settings, self.commands, self.sizes)
+
+    async def front(self, request: Request) -> Response:
+        """The page for browsers, the usage for others."""
+        if "text/html" not in request.headers.get("accept", "").lower():
+            return self.usage(request)
+        encoding = "gzip" if ACCEPTS_GZIP.search(request.headers.get("accept-encoding", "")) else ""
+        body, headers = self.page[encoding]
+        tags = request.headers.get("if-none-match", "").split(",")
+        if {tag.strip().removeprefix("W/") for tag in tags} & {headers["ETag"], "*"}:
+            return Response(status_code=304, headers=headers)
+        return HTMLResponse(body, headers=headers)
+
+    def base_url(self, request: Request) -> str:
+        """The address of this server as the client wrote it, if people may paste that into a shell."""
+        host = request.headers.get("host", "")
+        if not HOST.fullmatch(host):
+            host = f"localhost:{self.settings.PORT}"
+        return f"{self.proxies.scheme(request)}://{host}{self.proxies.prefix(request)}"
+
+    def usage(self, request: Request) -> Response:
+        base, names = self.base_url(request), list(self.commands)
+        commands = "".join(
+            f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in names
+        )
+        example = "mtr" if "mtr" in names else names[0] if names else ""
+        text = USAGE.format(
+            base=base,
+            location=self.settings.NETWORK_LOCATION,
+            facility=self.settings.NETWORK_FACILITY,
+            diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=commands, command=example) * bool(names),
+            about="Speed tests, server" if self.sizes else "Server",
+            speedtests=SPEEDTESTS_USAGE.format(base=base) * bool(self.sizes),
+            limits=self.rate_limits_text(),
+        )
+        return PlainTextResponse(text, headers={**NO_STORE, "Vary": "Accept"})
+
+    async def openapi(self, request: Request) -> Response:
+        if not (prefix := self.proxies.prefix(request)):
+            return Response(self.description_json, headers=NO_STORE, media_type=JSON_TYPE)
+        return json_response({**self.description, "servers": [{"url": prefix}]})
+
+    # Errors
+
+    async def answer_error(self, request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            return self.answer_unrouted(request, error)
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=400)  # it reads nothing
+        if not isinstance(error, RequestError):
+            return json_response(
+                {"detail": "Internal Server Error"}, 500
+            )  # the connection logs the traceback
+        client = self.proxies.client_address(request)
+        self.limits.count_refusal(client, request.scope["path"], error.reason)
+        try:
+            return json_response(error.body, error.status, error.headers)
+        except (ValueError, RecursionError):  # the client's input, which is echoed, cannot be written as JSON
+            detail = cast(list[dict[str, object]], error.body["detail"])
+            body = {"detail": [{**each, "input": None} for each in detail]}
+            return json_response(body, error.status, error.headers)
+
+    def answer_unrouted(self, request: Request, error: HTTPException) -> Response:
+        """The router's 404 and 405; redirects a path with a slash at its end to the one without."""
+        path, query = request.scope["path"].rstrip("/"), request.url.query
+        paths = {route.path for route in request.app.routes}
+        if error.status_code == 404 and path != request.scope["path"] and path in paths:
+            location = f"../{path.rpartition('/')[2]}" + (f"?{query}" if query else "")
+            return Response(status_code=307, headers={**NO_STORE, "Location": location})
+        return json_response({"detail": error.detail}, error.status_code, error.headers)
 
 
 # ---- OpenAPI -----------------------------------------------------------------------------------------------
 
 Schema = dict[str, Any]
+
+
+class TargetRequest(TypedDict):
+    """What to measure. The same as a form (`target=…`) is accepted too."""
+
+    target: str
+
+
+class Target6Request(TargetRequest):
+    """The same for a command over IPv6."""
+
+
+class Problem(TypedDict):
+    """Why a target is not measured; `msg` tells a person what to do."""
+
+    type: str
+    loc: list[str]
+    msg: str
+    input: object
+
+
+class ValidationError(TypedDict):
+    """No target, or none that can or may be measured."""
+
+    detail: list[Problem]
+
+
+class Detail(TypedDict):
+    """Why a request is refused."""
+
+    detail: str
+
+
+class Busy(TypedDict):
+    """Why a request is refused for now."""
+
+    error: str
+
+
+SCHEMAS: list[Any] = [*typing.get_args(Event), *typing.get_args(Result), Upload, NetworkInfo, Health]
+SCHEMAS += [TargetRequest, Target6Request, Problem, ValidationError, Detail, Busy]
+OBJECT = {"type": "object", "additionalProperties": False}
 SCALARS = {str: "string", int: "integer", float: "number", type(None): "null"}
-COMPONENTS = {each.__name__: each for union in (Event, Result) for each in typing.get_args(union)}
-STRING: Schema = {"type": "string"}
-INTEGER: Schema = {"type": "integer"}
-
-
-def array(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
-def enum(*values: object) -> Schema:
-    return {"enum": list(values)}
-
-
-def object_schema(properties: Mapping[str, Schema], optional: Sequence[str] = ()) -> Schema:
-    """An object with these properties and no others."""
-    required = [name for name in properties if name not in optional]
-    schema = {"type": "object", "properties": dict(properties), "required": required}
-    return schema | {"additionalProperties": False}
-
-
-def typed_dict_schema(cls: type) -> Schema:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    optional = [name for name, hint in hints.items() if typing.get_origin(hint) is NotRequired]
-    schema = object_schema({name: schema_of(hint) for name, hint in hints.items()}, optional)
-    return schema | ({"description": cleandoc(cls.__doc__)} if cls.__doc__ else {})
-
-
-def schema_of(hint: Any) -> Schema:
-    """The JSON schema of a type hint, for those that events and results are made of."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint in COMPONENTS.values():
-        return {"$ref": f"#/components/schemas/{hint.__name__}"}
-    if typing.is_typeddict(hint):
-        return typed_dict_schema(hint)
-    if origin is NotRequired:
-        return schema_of(arguments[0])
-    if origin is Literal:
-        return enum(*arguments)
-    if origin is list:
-        return array(schema_of(arguments[0]))
-    if not arguments:
-        return {"type": SCALARS[hint]}
-    if SCALARS.keys() >= set(arguments):
-        return {"type": [SCALARS[each] for each in arguments]}
-    return {"anyOf": [schema_of(each) for each in arguments]}
-
-
 EXAMPLES = json.loads("""[
   {"event": "start", "command": "mtr", "target": "target.lg.example", "address": "198.51.100.254",
    "family": 4, "time": "2026-11-22T19:58:41Z"},
@@ -2548,153 +3119,156 @@ EXAMPLES = json.loads("""[
    "duration": 60, "result": {"status": "failed", "resolvedAddress": "198.51.100.66",
    "resolvedHostname": null, "hops": [], "rawOutput": ""}}
 ]""")
-DETAIL, ERROR = object_schema({"detail": STRING}), object_schema({"error": STRING})
-INVALID = object_schema({"type": STRING, "loc": array(STRING), "msg": STRING, "input": {}})
-ERROR_RESPONSES = {  # status: when, and the body's schema
-    408: (f"The body did not come within {BODY_SECONDS} s, or an upload stalled.", DETAIL),
-    411: ("An upload without Content-Length.", DETAIL),
-    413: (f"The body is larger than {BODY_BYTES} bytes, or {UPLOAD_BYTES} of an upload.", DETAIL),
-    422: (
-        "No target, or none that can or may be measured: `msg` says why.",
-        object_schema({"detail": array(INVALID)}),
-    ),
-    429: ("Over the rate limit, or all slots of the client are in use.", ERROR),
-    503: ("No free slot, or a tool that is not installed or may not run.", ERROR),
+TYPES = {cls.__name__: {JSON_TYPE: cls} for cls in SCHEMAS} | {
+    "json": {JSON_TYPE: object},
+    "html": {HTML_TYPE: str},
+    "front": {TEXT_TYPE: str, HTML_TYPE: str},
+    "stream": {TEXT_TYPE: str, EVENTS_TYPE: Event},
+    "bytes": {"application/octet-stream": object},
 }
+# Method, path, operationId, tag, what is answered, statuses of errors; then the summary.
+OPERATIONS = """
+    post /lookingglass/{name} {name} LookingGlass stream 408,413,422,429,503 {tool} over IPv{version}
+    get  /speedtest/{name} speedtest_{name} SpeedTest bytes 429,503 {length} zero bytes
+    head /speedtest/{name} speedtest_{name}_headers SpeedTest bytes - {length} zero bytes: the headers alone
+    post /speedtest/upload upload SpeedTest Upload 408,411,413,429,503 Measures and discards the body
+    get  /speedtest/upload upload_so_far SpeedTest Upload - What the uploads of a test have brought so far
+    get  /network/info network_info Network NetworkInfo - Where this is, and who you are
+    get  /health health Network Health - Whether the tools work
+    get  / front Network front - How to use it; for browsers, the page
+    get  /openapi.json openapi Network json - This description
+    get  /docs docs Network html - This description in Swagger UI
+    get  /redoc redoc Network html - This description in ReDoc
+"""
+# Status, the body's type, headers; then when.
+ERRORS = """
+    408 Detail - The body did not come in time, or an upload stalled.
+    411 Detail - An upload without Content-Length.
+    413 Detail - The body is too large.
+    422 ValidationError - No target, or none that can or may be measured.
+    429 Busy Retry-After,{limits} Over the rate limit, or all slots of the client are in use.
+    503 Busy Retry-After No free slot or budget, or a tool that is not installed or may not run.
+"""
 HEADER_MEANINGS = {"Retry-After": "Seconds to wait before the next try."} | RATE_HEADERS
 
 
-def response(when: str, content: Mapping[str, Schema], headers: Iterable[str] = ()) -> Schema:
+def schema_of(hint: Any, inside: bool = True) -> Schema:
+    """The JSON schema of a type hint; a named type is a reference where it stands inside another."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if inside and hint in SCHEMAS:
+        return {"$ref": f"#/components/schemas/{hint.__name__}"}
+    if typing.is_typeddict(hint):
+        hints = typing.get_type_hints(hint, include_extras=True)
+        required = [name for name, each in hints.items() if typing.get_origin(each) is not NotRequired]
+        properties = {name: schema_of(each) for name, each in hints.items()}
+        text = {"description": cleandoc(hint.__doc__)} if hint.__doc__ else {}
+        return OBJECT | {"properties": properties, "required": required} | text
+    if origin is NotRequired:
+        return schema_of(arguments[0])
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin is list:
+        return {"type": "array", "items": schema_of(arguments[0])}
+    if not arguments:
+        return {"type": SCALARS[hint]} if hint in SCALARS else {}
+    if SCALARS.keys() >= set(arguments):
+        return {"type": [SCALARS[each] for each in arguments]}
+    return {"anyOf": [schema_of(each) for each in arguments]}
+
+
+def response(when: str, kind: str, headers: Iterable[str] = ()) -> Schema:
     """A response: when it comes, its bodies' schemas by media type, its headers by name."""
-    described = {name: {"description": HEADER_MEANINGS[name], "schema": INTEGER} for name in headers}
-    bodies = {media_type: {"schema": schema} for media_type, schema in content.items()}
-    return {"description": when, "content": bodies} | ({"headers": described} if described else {})
+    content = {media_type: {"schema": schema_of(hint)} for media_type, hint in TYPES[kind].items()}
+    meanings = {name: HEADER_MEANINGS[name] for name in headers if name in HEADER_MEANINGS}
+    integer_schema = {"schema": {"type": "integer"}}
+    described = {name: {"description": text, **integer_schema} for name, text in meanings.items()}
+    return {"description": when, "content": content} | ({"headers": described} if described else {})
 
 
-def operation(summary: str, success: Schema, errors: Sequence[int] = (), **more: Any) -> Schema:
-    """An operation with its 200 response and the statuses of its errors."""
-    responses = {"200": success}
-    for status in errors:
-        when, schema = ERROR_RESPONSES[status]
-        headers = HEADER_MEANINGS if status == 429 else ("Retry-After",) if status == 503 else ()
-        responses[str(status)] = response(when, {JSON_TYPE: schema}, headers)
-    return {"summary": summary, "responses": responses, **more}
+def operations(paths: str, errors: Mapping[str, Schema], **values: object) -> dict[str, Schema]:
+    """The operations of the table whose path is `paths`, by method, with `values` put in."""
+    found = {}
+    for row in OPERATIONS.strip().split("\n"):
+        if row.split()[1] == paths:
+            method, _, name, tag, kind, statuses, summary = row.format(**values).split(maxsplit=6)
+            limits = RATE_HEADERS if "429" in statuses else ()
+            responses = {"200": response(summary, kind, limits)}
+            responses |= {status: errors[status] for status in statuses.split(",") if status in errors}
+            found[method] = {"operationId": name, "tags": [tag], "summary": summary, "responses": responses}
+    return found
 
 
-def command_operation(command: Command) -> Schema:
-    forms = [
-        {"type": "string", "format": f"ipv{command.version}"},
-        {"type": "string", "pattern": f"^(?:{NAME.pattern})$"},
-    ]
-    target = {"description": "An address or a host name.", "anyOf": forms, "examples": ["example.com"]}
-    body = {"schema": {"type": "object", "properties": {"target": target}, "required": ["target"]}}
-    argv = " ".join(command.argv_for("ADDRESS"))
-    output = "The output of the tool as it comes: text, or with `Accept` one event a line."
-    success = response(output, {TEXT_TYPE: STRING, EVENTS_TYPE: schema_of(Event)}, RATE_HEADERS)
+def rate_limits_text(settings: Settings, commands: Iterable[str], sizes: Iterable[str]) -> str:
+    parts = [f"{describe_rates(settings.RATE_LIMIT_DIAGNOSTICS)} for each command"] if commands else []
+    if sizes:
+        parts.append(f"{describe_rates(settings.RATE_LIMIT_SPEEDTEST)} for each speed test")
+        parts.append(f"{describe_rates(settings.RATE_LIMIT_SPEEDTEST_10G)} for the 10G download")
+    return ", ".join(parts)
+
+
+def describe_command(command: Command, settings: Settings, errors: Mapping[str, Schema]) -> Schema:
+    values = {"name": command.name, "tool": command.tool, "version": command.version}
+    post: Schema = operations("/lookingglass/{name}", errors, **values)["post"]
+    argv, limit = " ".join(command.argv_for("ADDRESS")), describe_rates(settings.RATE_LIMIT_DIAGNOSTICS)
+    post["description"] = f"Runs `{argv}`, at most {settings.DIAGNOSTIC_TIMEOUT} s. Limit: {limit}."
+    body = {"schema": schema_of(TargetRequest if command.version == 4 else Target6Request)}
+    post["requestBody"] = {"required": True, "content": {JSON_TYPE: body}}
     examples = zip(typing.get_args(Event), EXAMPLES, strict=True)
-    success["content"][EVENTS_TYPE]["examples"] = {
-        cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples
-    }
-    return operation(
-        f"{command.tool} over IPv{command.version}",
-        success,
-        (408, 413, 422, 429, 503),
-        description=f"Runs `{argv}`, at most {SETTINGS.DIAGNOSTIC_TIMEOUT} s. "
-        f"Limit: {describe_rates(SETTINGS.RATE_LIMIT_DIAGNOSTICS)}.",
-        operationId=command.name,
-        requestBody={"required": True, "content": dict.fromkeys((JSON_TYPE, FORM_TYPE), body)},
-    )
+    events = {cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples}
+    post["responses"]["200"]["content"][EVENTS_TYPE]["examples"] = events
+    return post
 
 
-def speedtest_operations(size: Size) -> dict[str, Schema]:
-    summary = f"{size.length} zero bytes"
-    bytes_response = response("The bytes.", {"application/octet-stream": {}}, RATE_HEADERS)
-    get = operation(summary, bytes_response, (429, 503), operationId=f"speedtest_{size.name}")
-    get["description"] = f"Limit: {describe_rates(size.rates)}."
-    return {"get": get, "head": operation(f"{summary}: the headers", {"description": "The headers alone."})}
-
-
-def upload_operations() -> dict[str, Schema]:
-    content = {JSON_TYPE: typed_dict_schema(Upload)}
-    test = {"name": "test", "in": "query", "schema": STRING}
-    test["description"] = f"A name for this test, of at most {UPLOAD_TEST_CHARS} characters."
-    post = operation(
-        "Takes bytes, keeps nothing, measures how fast they came",
-        response("The speed, from the first byte to the last.", content, RATE_HEADERS),
-        (408, 411, 413, 429, 503),
-        description=f"Limit: {describe_rates(SETTINGS.RATE_LIMIT_SPEEDTEST)}.",
-        operationId="speedtest_upload",
-        parameters=[test],
-        requestBody={"content": {"application/octet-stream": {"schema": {}}}},
-    )
-    summary = "What the running uploads of a test have brought so far"
-    get = operation(summary, response("Zeros where none runs.", content), parameters=[test])
-    return {"get": get, "post": post}
-
-
-def get_operation(summary: str, content: Mapping[str, Schema]) -> Schema:
-    return {"get": operation(summary, response("The answer.", content))}
-
-
-def openapi() -> Schema:
+def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Mapping[str, Size]) -> Schema:
     """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
-    location = object_schema(dict.fromkeys(location_info(ipaddress.IPv4Address(0)), STRING))
-    tools = array(STRING)
-    states = {"status": enum("ok", "degraded"), "missing": tools, "forbidden": tools}
-    health = object_schema(states, ("missing", "forbidden"))
-    page = {"text/html; charset=utf-8": STRING}
-    description = f"{offers().capitalize()} from {SETTINGS.NETWORK_LOCATION}. "
-    description += f"Limits for each client: {rate_limits_text()}."
+    errors = {}
+    for line in ERRORS.strip().split("\n"):
+        status, kind, headers, when = line.format(limits=",".join(RATE_HEADERS)).split(maxsplit=3)
+        errors[status] = response(when, kind, headers.split(","))
+    described = partial(operations, errors=errors)
+    paths: dict[str, dict[str, Schema]] = {}
+    schemas = {cls.__name__: schema_of(cls, inside=False) for cls in SCHEMAS}
+    for cls, version in ((TargetRequest, 4), (Target6Request, 6)):
+        forms = [{"format": f"ipv{version}"}, {"pattern": f"^(?:{HOST_NAME.pattern})$"}]
+        target = {"type": "string", "anyOf": forms, "examples": ["example.com"]}
+        schemas[cls.__name__] |= {"properties": {"target": target}, "additionalProperties": True}
+    for name, command in commands.items():
+        paths[f"/lookingglass/{name}"] = {"post": describe_command(command, settings, errors)}
+    for name, size in sizes.items():
+        paths[f"/speedtest/{name}"] = described("/speedtest/{name}", name=name, length=size.length)
+    if sizes:
+        found = described("/speedtest/upload")
+        for each in found.values():
+            each["parameters"] = [{"name": "test", "in": "query", "schema": {"type": "string"}}]
+        found["post"]["requestBody"] = {"content": {"application/octet-stream": {"schema": {}}}}
+        paths["/speedtest/upload"] = found
+    for path in ("/network/info", "/health", "/", "/openapi.json", "/docs", "/redoc"):
+        paths[path] = described(path)
+    offers = list(dict.fromkeys(each.base_name for each in commands.values()))
+    offers += ["speed tests"] if sizes else []
+    description = f"{', '.join(offers)}, from {settings.NETWORK_LOCATION}. "
+    description += f"Limits for each client: {rate_limits_text(settings, commands, sizes)}."
     info = {"title": "Looking glass", "version": VERSION, "description": description}
     return {
         "openapi": "3.1.0",
         "info": {**info, "license": {"name": "MIT", "identifier": "MIT"}},
-        "paths": {
-            **{f"/lookingglass/{name}": {"post": command_operation(each)} for name, each in COMMANDS.items()},
-            **{f"/speedtest/{name}": speedtest_operations(size) for name, size in SIZES.items()},
-            **({"/speedtest/upload": upload_operations()} if SIZES else {}),
-            "/network/info": get_operation("Where this is, and who you are", {JSON_TYPE: location}),
-            "/health": get_operation("Whether the tools are there", {JSON_TYPE: health}),
-            "/": get_operation("How to use it; with `Accept`, the page", {TEXT_TYPE: STRING, **page}),
-            "/openapi.json": get_operation("This description", {JSON_TYPE: {}}),
-            "/docs": get_operation("This description in Swagger UI", page),
-            "/redoc": get_operation("This description in ReDoc", page),
-        },
-        "components": {"schemas": {name: typed_dict_schema(cls) for name, cls in COMPONENTS.items()}},
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {"schemas": schemas},
     }
 
 
-@cache
-def openapi_json() -> bytes:
-    return json.dumps(openapi(), separators=(",", ":")).encode()
-
-
-async def describe_api(request: Request) -> Response:
-    return Response(openapi_json(), media_type=JSON_TYPE)
-
-
 CDN = "https://cdn.jsdelivr.net/npm/"
-API_DOCS: dict[str, tuple[str, dict[str, str]]] = {  # the script of each page, and the files it loads
-    "docs": (
-        "SwaggerUIBundle({ url: 'openapi.json', dom_id: '#viewer' })",
-        {
-            "swagger-ui-dist@5.35.0/swagger-ui.css": (
-                "sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I"
-            ),
-            "swagger-ui-dist@5.35.0/swagger-ui-bundle.js": (
-                "sha384-gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9"
-            ),
-        },
-    ),
-    "redoc": (
-        "Redoc.init('openapi.json', {}, document.getElementById('viewer'))",
-        {
-            "redoc@2.5.4/bundles/redoc.standalone.js": (
-                "sha384-w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5"
-            )
-        },
-    ),
+API_DOCS = {  # the script of each page
+    "docs": "SwaggerUIBundle({ url: 'openapi.json', dom_id: '#viewer' })",
+    "redoc": "Redoc.init('openapi.json', {}, document.getElementById('viewer'))",
 }
+# The page, its files, and their hashes.
+API_DOCS_FILES = """
+    docs swagger-ui-dist@5.35.0/swagger-ui.css sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I
+    docs swagger-ui-dist@5.35.0/swagger-ui-bundle.js sha384-gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9
+    redoc redoc@2.5.4/bundles/redoc.standalone.js sha384-w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5
+"""  # noqa: E501
 DOCS_TAGS = {
     "css": '<link rel="stylesheet" href="{}" integrity="{}" crossorigin="anonymous">\n',
     "js": '<script defer src="{}" integrity="{}" crossorigin="anonymous"></script>\n',
@@ -2708,9 +3282,10 @@ def script_hash(script: str) -> str:
 
 async def api_docs(name: str, request: Request) -> Response:
     """A page that shows the description with files from a CDN; its policy allows no other sources."""
-    call, files = API_DOCS[name]
+    rows = [line.split() for line in API_DOCS_FILES.strip().split("\n")]
+    files = {path: digest for page, path, digest in rows if page == name}
     tags = "".join(DOCS_TAGS[path.rpartition(".")[2]].format(CDN + path, files[path]) for path in files)
-    run = f"addEventListener('DOMContentLoaded', () => {call});"
+    run = f"addEventListener('DOMContentLoaded', () => {API_DOCS[name]});"
     sources = " ".join(CDN + path for path in files)
     policy = f"default-src 'none'; script-src {script_hash(run)} {sources}; "
     policy += f"style-src 'unsafe-inline' {sources}; "
@@ -2731,1604 +3306,131 @@ async def api_docs(name: str, request: Request) -> Response:
     return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
 
-# ---- the page ----------------------------------------------------------------------------------------------
-
-# Tokens, base, form, cards, plots, then narrow screens and other media.
-STYLE = """\
-:root {
-	color-scheme: light dark;
-	--page: light-dark(#f5f7fa, #0d1117);
-	--card: light-dark(#fff, #171f28);
-	--line: light-dark(#e0e5eb, #2b3541);
-	--text: light-dark(#17202b, #e8eef5);
-	--dim: light-dark(#536070, #a6b2c0);
-	--accent: light-dark(#0a58c2, #7ab8ff);
-	--bad: light-dark(#b3241c, #ffa198);
-	--good: light-dark(#1b7a4a, #62d596);
-	font: max(1rem, 0.8rem + 0.25vw) / 1.4 system-ui;
-	font-variant-numeric: tabular-nums;
-	overflow-wrap: anywhere;
-	background: var(--page);
-	color: var(--text);
-}
-
-* {
-	box-sizing: border-box;
-	margin: 0;
-	padding: 0;
-	border: 0 solid var(--line);
-}
-[hidden],
-.speed > .row > :is(label, #mine),
-form:not(.speed) #offer {
-	display: none !important;
-}
-body > * {
-	padding: 0.75rem max(0.75rem, 50% - 36rem);
-}
-h1 {
-	font-size: 1.5rem;
-}
-h2,
-dd b {
-	font-size: min(1.25rem, 6cqi);
-}
-a,
-.link {
-	color: var(--accent);
-	text-decoration: underline;
-}
-small,
-th,
-dt,
-.dim,
-.link,
-.copy,
-.line {
-	font-size: 0.85rem;
-	font-weight: 400;
-}
-small,
-th,
-dt,
-.dim {
-	color: var(--dim);
-}
-.bad {
-	color: var(--bad);
-}
-button,
-input,
-select {
-	font: inherit;
-	color: inherit;
-	background: none;
-}
-button,
-select,
-label {
-	cursor: pointer;
-}
-:focus-visible,
-label:has(:focus-visible) {
-	outline: 2px solid var(--accent);
-	outline-offset: 2px;
-}
-fieldset,
-.row {
-	display: flex;
-	flex-wrap: wrap;
-	align-items: center;
-	gap: 0.5rem 0.75rem;
-}
-.hush,
-[type="radio"] {
-	position: absolute;
-	clip-path: inset(50%);
-	width: 1px;
-	height: 1px;
-	overflow: hidden;
-}
-.copy,
-pre {
-	font-family: monospace;
-}
-pre {
-	overflow: auto;
-}
-
-header {
-	background: var(--card);
-	border-width: 0 0 1px;
-}
-nav,
-.stop,
-#mine {
-	margin-inline-start: auto;
-}
-header img {
-	height: 1.75rem;
-}
-main {
-	padding-bottom: 50vh;
-}
-main,
-form,
-.view,
-.card {
-	display: grid;
-	gap: 0.75rem;
-	grid-template-columns: minmax(0, 1fr);
-}
-.card {
-	container-type: inline-size;
-	background: var(--card);
-	border-width: 1px;
-	border-radius: 0.5rem;
-	padding: 0.75rem 1rem;
-}
-.tabs {
-	gap: 0 1.25rem;
-	margin: -0.75rem -1rem 0;
-	padding: 0 1rem;
-	border-width: 0 0 1px;
-}
-.tabs label {
-	padding: 0.75rem 0;
-	color: var(--dim);
-}
-.tabs :has(:checked) {
-	border-bottom: 2px solid var(--accent);
-	margin-bottom: -2px;
-	color: var(--text);
-	font-weight: 600;
-}
-#place .row {
-	justify-content: space-between;
-}
-.target {
-	flex: 1 15rem;
-}
-input,
-select,
-#run,
-noscript button {
-	min-height: 2.75rem;
-	padding: 0 0.75rem;
-	background: var(--card);
-	border: 1px solid var(--dim);
-	border-radius: 0.5rem;
-}
-.target input {
-	width: 100%;
-}
-[aria-invalid="true"] {
-	border: 2px solid var(--bad);
-}
-#run {
-	width: 11rem;
-	background: var(--accent);
-	color: var(--card);
-	font-weight: 600;
-}
-#run:disabled {
-	opacity: 0.5;
-}
-.places label,
-.stop {
-	padding: 0.1rem 0.75rem;
-	border: 1px solid var(--dim);
-	border-radius: 1rem;
-	font-size: 0.85rem;
-}
-.places :has(:checked) {
-	outline: 2px solid var(--accent);
-	outline-offset: -2px;
-}
-.off {
-	text-decoration: line-through;
-}
-
-.running .head {
-	position: sticky;
-	top: 0;
-	background: var(--card);
-}
-.line {
-	width: 100%;
-	padding: 0.5rem 0;
-	border-top-width: 1px;
-	text-align: start;
-}
-.line > *,
-dl > div {
-	flex: 1 7rem;
-}
-.line > :first-child {
-	flex: 0 4rem;
-}
-
-table {
-	width: 100%;
-	border-collapse: collapse;
-	table-layout: fixed;
-}
-.narrow {
-	display: none;
-}
-tr {
-	border-bottom-width: 1px;
-}
-th,
-td {
-	padding: 0.25rem 0.5rem;
-	text-align: end;
-	white-space: nowrap;
-	width: 4.4rem;
-}
-.router {
-	width: auto;
-	text-align: start;
-	white-space: normal;
-}
-td small {
-	display: block;
-}
-td small,
-.sub {
-	min-height: 1lh;
-}
-.sub {
-	margin-top: -0.5rem;
-}
-.router:not(:focus) :is(.name, small, small span),
-.running .sub {
-	overflow: hidden;
-	text-overflow: ellipsis;
-	white-space: nowrap;
-}
-small span:not(:empty) {
-	margin-inline-end: 0.75em;
-}
-.axis {
-	width: 20%;
-}
-.strip {
-	width: 8.5rem;
-}
-.times {
-	width: 11rem;
-}
-th.axis {
-	text-align: start;
-}
-th span {
-	float: inline-end;
-}
-svg {
-	display: block;
-	width: 100%;
-	height: 1.1rem;
-	fill: none;
-	stroke-width: 2px;
-	overflow: visible;
-}
-path {
-	stroke: var(--accent);
-	vector-effect: non-scaling-stroke;
-}
-.probes path {
-	vector-effect: none;
-}
-.hops th:first-child {
-	width: 3.2rem;
-}
-.places th:first-child {
-	width: 8rem;
-	text-align: start;
-}
-.grid {
-	stroke: var(--line);
-}
-.dot,
-.range {
-	stroke-linecap: round;
-	stroke-width: 8px;
-}
-.range {
-	opacity: 0.4;
-}
-.lost {
-	stroke: var(--bad);
-}
-.upload {
-	--accent: var(--good);
-}
-.curve {
-	fill: var(--accent);
-	fill-opacity: 0.15;
-}
-.latency {
-	stroke: var(--dim);
-}
-.phases {
-	display: grid;
-	grid-template-columns: 5rem 2fr 8fr 8fr;
-	gap: 0.5rem;
-	white-space: nowrap;
-}
-.plot {
-	display: grid;
-	grid-template-columns: 5rem 1fr;
-}
-.plot > small {
-	display: flex;
-	flex-direction: column;
-	justify-content: space-between;
-}
-.plot svg {
-	height: 8rem;
-	border-width: 1px 0;
-}
-.speed svg {
-	overflow: hidden;
-}
-.speed .plot ~ .plot svg {
-	height: 3.5rem;
-}
-.speed b {
-	font-size: 2.2rem;
-}
-
-@container (max-width: 56rem) {
-	:is(.axis, .loss, .best, .worst, .times, td.strip, th.strip) {
-		display: none;
-	}
-	.narrow {
-		display: block;
-	}
-	td small {
-		display: flex;
-		flex-direction: column-reverse;
-	}
-	td small span:first-child {
-		min-height: 1lh;
-	}
-	.router .narrow {
-		display: grid;
-		grid-template-columns: 1fr 1fr;
-		gap: 0.5rem;
-	}
-	th,
-	td {
-		width: 3.6rem;
-		vertical-align: top;
-	}
-	.view ~ *,
-	.sub {
-		order: 1;
-	}
-	.running .sub {
-		display: none;
-	}
-}
-@media (scripting: none) {
-	.script {
-		display: none;
-	}
-}
-@media print {
-	#form {
-		display: none;
-	}
-}
-"""
-
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta name="description" content="Network tests from {location}">
-<title>{operator} · {location}</title>
-<link rel="icon" href="{icon}">
-<style>{style}</style>
-<header class="row">{brand}<span class="dim">Looking glass</span><nav class="row">{links}</nav></header>
-<main>
-<div id="place">
-<h1 data-info="location">{location}</h1>
-<div class="row">
-<p class="row"><a data-info="facility" data-link="facility_url"{facility_url_link}>{facility}</a>
-<a data-info="map_url" data-link="map_url"{map_url_link}{map_url_hidden}>Map</a></p>
-<p class="row"><span class="dim">This server</span>
-<button class="copy" data-info="looking_glass_ipv4"{looking_glass_ipv4_hidden}>{looking_glass_ipv4}</button>
-<button class="copy" data-info="looking_glass_ipv6"{looking_glass_ipv6_hidden}>{looking_glass_ipv6}</button>
-<span class="dim">You</span> <button class="copy" data-info="your_ip">{your_ip}</button></p>
-</div>
-</div>
-<form id="form" class="card {kind}" method="post" action="lookingglass/{command}">
-<fieldset class="tabs script" aria-label="Test">{tabs}</fieldset>
-<div class="row">
-<label class="target"><span class="hush">Target</span><input name="target" value="{target}"
-inputmode="url" spellcheck="false"
-placeholder="Host name, address or URL" aria-describedby="fault"></label>
-<label class="script"><span class="hush">IP version</span><select name="version">{versions}</select></label>
-<button id="run" class="script" disabled>Run</button>
-{offer}
-<noscript class="row">{buttons}</noscript>
-</div>
-<p class="bad"><span id="fault" role="alert"></span> <span id="hint"></span></p>
-<div class="row script"><fieldset class="places" aria-label="From"{alone}>{places}</fieldset>
-<button id="mine" type="button" class="link">Test to my address</button></div>
-</form>
-<div id="results"></div>
-<section id="earlier" class="card" hidden><h2>Earlier</h2><div id="lines"></div></section>
-</main>
-<p id="status" class="hush" role="status"></p>
-<script type="application/json" id="setup">{setup}</script>
-<script>{script}</script>
-</html>
-"""
-
-OFFER = """\
-<p id="offer" class="script">Takes 18 s and moves up to 2 GB at 1 Gbit/s.
-Files: {downloads}<br><code>curl -o /dev/null {base}/speedtest/1G</code></p>"""
-
-# Types for `tsc`: .ci/page puts them in front of the script. They are not sent to browsers.
-SCRIPT_TYPES = """\
-// @ts-check
-/** @typedef {{ address: string, name: string, network: string, also: string[], rtts: (number | null)[],
- *   times: number[], lost: number }} Hop - rtts in ms, null for a lost probe
- * @typedef {{ tool: any, status: string, address: string, time: string, hops: Hop[], notes: string[],
- *   phases: any[], [key: string]: any }} Run
- * @typedef {{ event: string, [key: string]: any }} RunEvent */
-"""
-
-# The script, in the order of its banners. What stands here is not sent.
-#
-# - `h` makes an element; what others wrote becomes text, never markup. `morph` makes a node like another and
-#   touches only what differs, so that focus and selection stay; a cell that differs is replaced.
-# - Nothing in *Network* knows the document. `patiently` rejects after PATIENCE: nothing else shows that a
-#   network is gone.
-# - `load` lasts until its clock ends it, or until its bytes are moved. More streams are added while each
-#   makes the load faster.
-# - The server is asked how much of an upload has come: a browser counts what it has handed to the system,
-#   which is more. The same requests, and `/health` in the other phases, measure the latency.
-# - `reduce` is pure. `expect` rejects what no server of ours sends: another place could send anything.
-# - The events of mtr hold sums; `grown` derives the probes since the last event from what they grew by.
-# - Loss is red where it `carriesOn`: every later hop that answers loses too.
-# - While mtr runs, no hop is drawn beyond the first whose answer may still come: rows stay where they are.
-# - A test that is refused is never shown, and leaves what was there before.
-SCRIPT = r"""
-// Setup
-
-/** @type {(id: string) => any} */
-const $ = (id) => document.getElementById(id)
-const {tools: TOOLS, places: PLACES, sizes: SIZES, streams: STREAMS, seconds} = JSON.parse($("setup").textContent)
-const SECOND = 1000
-const PATIENCE = (seconds + 10) * SECOND
-const LINE_CHARS = 2 ** 23
-const MAX_TESTS = 11
-const IDLE = 2 * SECOND
-const LOAD = 8 * SECOND
-const RAMP = 2 * SECOND
-const GRADES = {"A+": 5, A: 30, B: 60, C: 200, D: 400, F: Infinity}
-
-// Helpers
-
-const digits = (value) => (value >= 0 ? value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0) : "–")
-const shown = (rtt) => (rtt == null ? "lost" : digits(rtt))
-const sum = (values) => values.reduce((total, each) => total + each, 0)
-const mean = (values) => sum(values) / values.length
-const quantile = (values, share = 0.5) =>
-	values.toSorted((a, b) => a - b)[Math.max(0, Math.ceil(values.length * share) - 1)]
-const versionOf = (target) => (/^\[?[\da-f]*:/i.test(target) ? 6 : /^\d+(\.\d+){3}$/.test(target) ? 4 : 0)
-const isRunning = ({status}) => status === "running"
-
-function roundUp(value) {
-	const step = 10 ** Math.floor(Math.log10(value)) / 2
-	return +(Math.ceil(value / step) * step).toPrecision(2)
-}
-
-function sleep(time, signal) {
-	return new Promise((resolve) => {
-		setTimeout(resolve, time)
-		signal.addEventListener("abort", resolve)
-	})
-}
-
-function hostOf(pasted) {
-	const text = pasted.trim()
-	return /^(?:\w+:\/\/)?(?:[^/@]*@)?(\[.*?\]|[^/:?#]+)(?::\d+)?(?:[/?#](?!\d+$).*)?$/.exec(text)?.[1] ?? text
-}
-
-function h(tag, ...children) {
-	const [name, ...classes] = tag.split(".")
-	const node = document.createElementNS(`http://www.w3.org/${/svg|path/.test(name) ? "2000/svg" : "1999/xhtml"}`, name)
-	const given = children[0]?.constructor === Object ? children.shift() : {}
-	for (const [key, value] of Object.entries({class: classes.join(" "), ...given}))
-		if (key === "onclick") node[key] = value
-		else if (value) node.setAttribute(key, value)
-	node.append(...children.flat(4).filter(Boolean))
-	return node
-}
-
-function morph(node, fresh) {
-	const isCell = /^T[DH]$|DD|#/.test(node.nodeName)
-	if (node.nodeName !== fresh.nodeName || (isCell && !node.isEqualNode(fresh))) return node.replaceWith(fresh)
-	for (const {name, value} of fresh.attributes ?? [])
-		if (node.getAttribute(name) !== value) node.setAttribute(name, value)
-	for (const {name} of [...(node.attributes ?? [])]) if (!fresh.hasAttribute(name)) node.removeAttribute(name)
-	node.onclick = fresh.onclick
-	while (node.childNodes.length > fresh.childNodes.length) node.lastChild.remove()
-	for (const [i, child] of [...fresh.childNodes].entries())
-		if (node.childNodes[i]) morph(node.childNodes[i], child)
-		else node.append(child)
-}
-
-// Network
-
-function refusal(status, body, wait) {
-	const {error, detail} = JSON.parse(/^{.*}$/s.exec(body)?.[0] ?? "{}")
-	const said = String(error ?? detail?.[0]?.msg ?? detail ?? `The server answered with ${status}`)
-	return Object.assign(new Error(said), {invalid: status === 422, until: Date.now() + wait * SECOND})
-}
-
-function patiently(promise) {
-	let timer
-	const silence = new Promise((_, reject) => (timer = setTimeout(reject, PATIENCE)))
-	return Promise.race([promise, silence]).finally(() => clearTimeout(timer))
-}
-
-async function request({url}, path, options) {
-	const answer = await patiently(fetch(url + path, {cache: "no-store", ...options}))
-	if (!answer.ok) throw refusal(answer.status, await answer.text(), answer.headers.get("Retry-After"))
-	return answer
-}
-
-const ask = async (place, path, signal = AbortSignal.timeout(5 * SECOND)) =>
-	(await request(place, path, {signal})).json()
-
-async function* chunks(stream) {
-	const reader = stream.getReader()
-	for (;;) {
-		const {done, value} = await patiently(reader.read())
-		if (done) return
-		yield value
-	}
-}
-
-async function diagnose({place, command, target}, signal, emit) {
-	const headers = {Accept: "application/x-ndjson"}
-	const body = new URLSearchParams({target})
-	const answer = await request(place, `lookingglass/${command}`, {
-		method: "POST",
-		headers,
-		body,
-		signal,
-	})
-	let buffer = ""
-	for await (const chunk of chunks(answer.body.pipeThrough(new TextDecoderStream()))) {
-		const lines = (buffer + chunk).split("\n")
-		buffer = lines.pop()
-		for (const event of lines.map((line) => JSON.parse(line))) {
-			emit(event)
-			if (event.event === "end") return
-		}
-		if (buffer.length > LINE_CHARS) break
-	}
-	throw new Error("cut off")
-}
-
-async function download(place, path, signal, add) {
-	const answer = await request(place, path, {signal})
-	for await (const chunk of chunks(answer.body)) add(chunk.length)
-}
-
-function upload(place, path, signal) {
-	let body = new Blob([new Uint8Array(2 ** 20)])
-	while (body.size < 2 ** 30) body = new Blob([body, body])
-	return request(place, path, {method: "POST", body, signal})
-}
-
-async function load(place, [move, ...paths], signal, add, total) {
-	let [before, fastest] = [0, 0]
-	async function stream(i) {
-		try {
-			await move(place, paths[i], signal, add)
-		} catch (error) {
-			if (signal.aborted) return
-			if (!error.until || !paths[i + 1]) throw error
-			await stream(i + 1)
-		}
-	}
-	async function widen(streams) {
-		await sleep(SECOND, signal)
-		if (streams >= STREAMS || signal.aborted || total() - before <= 1.1 * fastest) return
-		fastest = total() - before
-		before = total()
-		stream(0).catch(() => {})
-		widen(streams + 1)
-	}
-	widen(1)
-	await stream(0)
-}
-
-const UPLOADS = `speedtest/upload?test=${Math.random()}`
-const PHASES = {
-	idle: [IDLE, "health", (_place, _path, clock) => sleep(IDLE, clock)],
-	download: [LOAD, "health", download, ...SIZES],
-	upload: [LOAD, UPLOADS, upload, UPLOADS],
-}
-
-async function sample(place, path, signal) {
-	const begun = performance.now()
-	const answer = await ask(place, path, signal)
-	const {requestStart, responseStart} =
-		performance
-			.getEntriesByName(place.url + path)
-			.pop()
-			?.toJSON() ?? {}
-	performance.clearResourceTimings()
-	return {...answer, rtt: requestStart ? responseStart - requestStart : performance.now() - begun}
-}
-
-async function measure(place, name, signal, now, emit) {
-	const [time, path, ...transfer] = PHASES[name]
-	const from = now()
-	const over = new AbortController()
-	const clock = AbortSignal.any([signal, over.signal, AbortSignal.timeout(time)])
-	let total = 0
-	async function watch() {
-		while (!clock.aborted) {
-			const at = now()
-			const {rtt, bytes = total, seconds} = await sample(place, path, signal)
-			emit({event: "latency", at, rtt})
-			total = Math.max(total, bytes)
-			if (bytes) emit({event: "bytes", at: seconds ? from + seconds * SECOND : now(), bytes})
-			await sleep(SECOND / 10, clock)
-		}
-	}
-	emit({event: "phase", name, at: from})
-	const add = (more) => (total += more)
-	const moved = load(place, transfer, clock, add, () => total).finally(() => over.abort())
-	await Promise.all([moved, watch()])
-	signal.throwIfAborted()
-}
-
-async function speedTest({place}, signal, emit) {
-	const begun = performance.now()
-	const now = () => performance.now() - begun
-	await ask(place, "health")
-	emit({event: "start", address: new URL(place.url).hostname, time: new Date().toISOString()})
-	for (const name in PHASES) await measure(place, name, signal, now, emit)
-	emit({event: "end", status: "finished", duration: now() / SECOND})
-}
-
-// Runs
-
-const counted = (hop) => {
-	const times = hop.rtts.filter((rtt) => rtt != null)
-	return {...hop, times, lost: hop.rtts.length - times.length}
-}
-const NO_HOP = counted({address: "", name: "", network: "", also: [], rtts: []})
-
-const newRun = (place, tool, target, command) => ({
-	place,
-	tool,
-	target,
-	command,
-	status: "running",
-	error: "",
-	address: "",
-	time: "",
-	duration: 0,
-	hops: [],
-	notes: [],
-	phases: [],
-	result: null,
-})
-
-function expect(value, isRight) {
-	if (!isRight) throw new TypeError("not an event of ours")
-	return value
-}
-
-const text = (value) => expect(value ?? "", value == null || typeof value === "string")
-const number = (value, most = Infinity) => expect(value, typeof value === "number" && Math.abs(value) <= most)
-const rttOf = ({rtt}) => (rtt == null ? null : number(rtt))
-const put = (items, position, item, gap) =>
-	Array.from({length: Math.max(items.length, number(position, 1000))}, (_, i) =>
-		i === position - 1 ? item : (items[i] ?? gap),
-	)
-
-function grown({rtts, times, lost}, {rcv, drop, avg}) {
-	const back = number(rcv, 1000) - times.length
-	const added = (count, value) => Array(Math.max(0, count)).fill(value)
-	return [...rtts, ...added(number(drop, 1000) - lost, null), ...added(back, (avg * rcv - sum(times)) / back)]
-}
-
-function hopOf(before, {address, hostname, addresses = [], asn = [], network, stats, timings, probes = timings ?? []}) {
-	const further = addresses.filter((each) => each !== address)
-	const codes = new Set(probes.map(({code}) => code))
-	return counted({
-		address: text(address),
-		name: text(hostname) || address,
-		network: [...asn.map((each) => `AS${number(each)}`), text(network)].join(" ").trim(),
-		also: [hostname && address, ...further, ...codes].filter(text),
-		rtts: stats ? grown(before, stats) : probes.map(rttOf),
-	})
-}
-
-function probed({hops, address}, seq, rtt) {
-	const hop = hops[0] ?? NO_HOP
-	return hop.rtts[seq - 1] ? {} : {hops: [counted({...hop, address, rtts: put(hop.rtts, seq, rtt, null)})]}
-}
-
-function rateOf(reports) {
-	const [at, bytes] = reports.at(-1)
-	const [from, before] = reports.findLast(([time]) => time <= at - SECOND) ?? reports[0]
-	return ((bytes - before) * 8e-3) / Math.max(SECOND, at - from)
-}
-
-const inPhase = ({phases}, change) => ({
-	phases: [...phases.slice(0, -1), {...phases.at(-1), ...change(phases.at(-1))}],
-})
-
-/** @type {Record<string, (run: Run, event: any) => Partial<Run>>} */
-const REDUCERS = {
-	__proto__: null,
-	start: (_, {address, time}) => ({address: text(address), time: text(time)}),
-	reply: (run, event) => probed(run, event.seq, rttOf(event)),
-	lost: (run, {seq}) => probed(run, seq, null),
-	hop: ({hops}, event) => ({
-		hops: put(hops, event.hop, hopOf(hops[event.hop - 1] ?? NO_HOP, event), NO_HOP),
-	}),
-	path: ({hops}, event) => ({hops: hops.slice(0, number(event.hops))}),
-	note: ({notes}, event) => ({notes: [...notes, text(event.text)]}),
-	phase: ({phases}, {name, at}) => ({
-		phases: [...phases, {name, from: at, reports: [[at, 0]], curve: [], latency: []}],
-	}),
-	latency: (run, {at, rtt}) => inPhase(run, ({latency}) => ({latency: [...latency, [at, rtt]]})),
-	bytes: (run, {at, bytes}) =>
-		inPhase(run, ({reports, curve}) => {
-			const known = [...reports, [at, bytes]]
-			return {reports: known, curve: [...curve, [at, rateOf(known)]]}
-		}),
-	end: ({command, hops}, {status, error, duration, result}) => ({
-		status: text(status),
-		error: text(error).replace(`${command}: `, ""),
-		duration: number(duration),
-		hops: hops.slice(0, result?.hops?.length),
-		result: result && {...result, rawOutput: text(result.rawOutput)},
-	}),
-}
-
-/** @type {(run: Run, event: RunEvent) => Run} */
-function reduce(run, event) {
-	expect(event, text(event.event))
-	return {...run, ...REDUCERS[event.event]?.(run, event)}
-}
-
-// Words
-
-const lossOf = ({lost, rtts}) => `${+((100 * lost) / (rtts.length || 1)).toFixed(1)} %`
-const carriesOn = (hops, i) => hops.slice(i).every(({times, lost}) => !times.length || lost)
-
-function reached({hops, address}) {
-	const last = hops.at(-1) ?? NO_HOP
-	return last.times.length && [last.address, ...last.also].includes(address) ? last : NO_HOP
-}
-
-const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`
-
-function lossInWords(hops) {
-	const losing = [...hops.keys()].filter((i) => hops[i].lost && hops[i].times.length)
-	const first = losing.find((i) => carriesOn(hops, i))
-	const limited = losing.filter((i) => !carriesOn(hops, i)).map((i) => i + 1)
-	const rest = ` Loss at hop${limited[1] ? "s" : ""} ${limited.join(", ")} does not carry on: such routers probably limit their answers.`
-	return (first >= 0 ? ` Loss begins at hop ${first + 1}.` : "") + (limited[0] ? rest : "")
-}
-
-function pathVerdict(run) {
-	const {hops, tool, target} = run
-	const {times, lost, rtts} = reached(run)
-	const way = `Reached in ${plural(hops.length, "hop")}`
-	const head = (time) => `${digits(time)} ms, ${lost ? `${lost} of ${rtts.length}` : "no"} probes lost`
-	if (times.length && tool.kind === "traceroute") return [way, `${digits(quantile(times))} ms to the target.`]
-	if (times.length && tool.kind === "mtr") return [head(mean(times)), `${way}.${lossInWords(hops)}`, lost]
-	if (times.length) return [head(quantile(times)), "", lost]
-	if (isRunning(run)) return ["Waiting for an answer"]
-	const at = hops.findLastIndex((hop) => hop.times.length)
-	const router = at < 0 ? "" : `The last router that answers is ${hops[at].name}, hop ${at + 1}. `
-	return [`No answer from ${target}`, `${router}The target, or a firewall on the way, may not answer.`, true]
-}
-
-function speedFigures(run) {
-	const [idle, download, upload] = run.phases.map(({from, reports, curve, latency}, i) => {
-		const live = isRunning(run) && !run.phases[i + 1]
-		const [at, bytes] = reports.at(-1)
-		const [time, before] = reports.find(([each]) => each > from + RAMP && each < at - SECOND) ?? reports[0]
-		const mbps = live ? curve.at(-1)?.[1] : ((bytes - before) * 8e-3) / (at - time)
-		return {mbps, megabytes: Math.round(bytes / 1e6), latency: quantile(latency.map(([, rtt]) => rtt))}
-	})
-	const added = Math.max(0, Math.max(download?.latency, upload?.latency) - idle?.latency)
-	const grade = isRunning(run) ? "" : Object.keys(GRADES).find((each) => added < GRADES[each])
-	return {idle, download, upload, added, grade}
-}
-
-function speedVerdict(run) {
-	const {download, upload, grade, added} = speedFigures(run)
-	if (isRunning(run)) return [`Measuring ${run.phases.at(-1)?.name}`]
-	const moved = `Moved ${(download?.megabytes ?? 0) + (upload?.megabytes ?? 0)} MB.`
-	const load = grade ? `Load adds ${digits(added)} ms of latency: bufferbloat ${grade} by Waveform's limits. ` : ""
-	return [`${digits(download?.mbps)} Mbit/s down, ${digits(upload?.mbps)} Mbit/s up`, load + moved]
-}
-
-const KINDS = {
-	ping: [pathVerdict, drawPing],
-	traceroute: [pathVerdict, drawHops],
-	mtr: [pathVerdict, drawHops],
-	speed: [speedVerdict, drawSpeed],
-	text: [({notes}) => [plural(notes.length, "line")], drawText],
-}
-
-/** @param {Run} run */
-function verdict(run) {
-	const {status, error, address, tool, duration} = run
-	const [head, sub = "", bad] = KINDS[tool.kind][0](run)
-	if (status === "failed") return {head: error, sub: address && `Before: ${head}.`, bad: true}
-	return {
-		head,
-		sub: `${sub} ${duration ? `Took ${duration.toFixed(1)} s.` : isRunning(run) ? "" : "Stopped."}`.trim(),
-		bad,
-	}
-}
-
-function verdictOfAll({runs, target, tool}) {
-	const isText = tool.kind === "text"
-	const found = runs.filter((run) => (isText ? run.status === "finished" : reached(run).address)).length
-	if (runs.length === 1) return verdict(runs[0])
-	return {
-		head: `${isText ? "Output from" : `${target} answers`} ${found} of ${runs.length} places`,
-		sub: "",
-		bad: !runs.some(isRunning) && found < runs.length,
-	}
-}
-
-// Pictures
-
-function scaleOf({runs}) {
-	const times = runs.flatMap(({hops}) => hops.flatMap((hop) => hop.times))
-	const high = Math.max(...times, 0.1)
-	return {top: roundUp(high), low: Math.min(...times, high * 0.9), high}
-}
-
-const drawing = (look, ...paths) => h(`svg${look}`, {viewBox: "0 0 100 100", preserveAspectRatio: "none"}, paths)
-const path = (look, d, more) => h(`path.${look}`, {d, ...more})
-const joined = (points) =>
-	points.map(([x, y], i) => (y >= 0 ? `${points[i - 1]?.[1] >= 0 ? "L" : "M"}${x} ${y}` : "")).join("")
-const dots = (points) => points.map(([x, y]) => (y >= 0 ? `M${x} ${y}h0` : "")).join("")
-const column = (name, ...title) => h(`th.${name}`, title)
-const rowHead = (title) => h("th", title)
-const table = (look, titles, rows) => h(`table.${look}`, h("thead", h("tr", titles)), h("tbody", rows))
-const axis = ({top}) => column("axis", "0 ", h("span", `${top} ms`))
-const plot = (high, low, ...paths) => h("div.plot", h("small", h("span", high), h("span", low)), drawing("", paths))
-const values = (titles, rows) =>
-	h(
-		"div.hush",
-		table(
-			"",
-			titles.map((title) => column("", title)),
-			rows.map(([name, value]) => h("tr", rowHead(name), h("td", shown(value)))),
-		),
-	)
-const figure = (name, value, unit) => h("div", h("dt", name), h("dd", h("b", value), " ", unit))
-
-function drawPing({hops, tool}, {low, high}) {
-	const hop = hops[0] ?? NO_HOP
-	const {rtts, times, lost} = hop
-	const y = (rtt) => 95 - (90 * (rtt - low)) / (high - low)
-	const points = rtts.map((rtt, i) => [(100 * i + 50) / Math.max(tool.probes, rtts.length), rtt == null ? NaN : y(rtt)])
-	const steps = times.slice(1).map((time, i) => Math.abs(time - times[i]))
-	const levels = [0, 0.5, 1].map((share) => times[0] && `M0 ${y(quantile(times, share))}H100`)
-	const misses = points.map(([x, top]) => (top >= 0 ? "" : `M${x} 75V100`)).join("")
-	return [
-		plot(
-			`${digits(high)} ms`,
-			digits(low),
-			path("grid", levels.join("")),
-			path("", joined(points)),
-			path("dot", dots(points)),
-			path("lost", misses),
-		),
-		h(
-			"dl.row",
-			figure("Loss", lossOf(hop), `${lost} of ${rtts.length}`),
-			figure("Median", digits(quantile(times)), "ms"),
-			figure("p95", digits(quantile(times, 0.95)), "ms"),
-			figure("Jitter", digits(mean(steps)), "ms"),
-		),
-		values(
-			["Probe", "ms"],
-			rtts.map((rtt, i) => [i + 1, rtt]),
-		),
-	]
-}
-
-function drawTimes(times, top, each) {
-	const x = (time) => (100 * time) / top
-	const range = times[0] && `M${x(Math.min(...times))} 50H${x(Math.max(...times))}`
-	const mark = times[0] && `M${x(mean(times))} 0V100`
-	const shapes = each ? path("dot", dots(times.map((time) => [x(time), 50]))) : [path("range", range), path("", mark)]
-	return drawing("", path("grid", "M0 50H100"), shapes)
-}
-
-function drawStrip({rtts, times}, slots) {
-	const least = Math.min(...times)
-	const probe = (rtt, i) => {
-		const look = {opacity: rtt && 1 - 6 / (8 + rtt - least), "stroke-width": 85 / slots}
-		return path(rtt == null ? "lost" : "", `M${(100 * i + 43) / slots} 0V100`, look)
-	}
-	return drawing(".probes", rtts.map(probe))
-}
-
-function drawHop(hop, i, {tool, hops}, {top}) {
-	const {rtts, times, name, network, also, lost} = hop
-	const isTrace = tool.kind === "traceroute"
-	const slots = Math.max(tool.probes, ...hops.map((each) => each.rtts.length))
-	const values = rtts.map(shown).join(" ")
-	const pictures = () => [
-		drawTimes(times, top, isTrace),
-		h("div", isTrace ? values : [drawStrip(hop, slots), h("span.hush", values)]),
-	]
-	const loss = (tag) => h(`${tag}${lost && carriesOn(hops, i) ? ".bad" : ""}`, lossOf(hop))
-	const [range, probes] = pictures()
-	return h(
-		"tr",
-		rowHead(i + 1),
-		h(
-			"td.router",
-			{tabindex: -1},
-			h("div.name", name),
-			h("small", h("span", also.join(" · ")), h("span", network)),
-			h("div.narrow", pictures()),
-		),
-		h("td.axis", range),
-		h(isTrace ? "td.times" : "td.strip", probes),
-		!isTrace && [
-			loss("td.loss"),
-			h("td.avg", digits(mean(times)), loss("div.narrow")),
-			h("td.best", digits(Math.min(...times))),
-			h("td.worst", digits(Math.max(...times))),
-		],
-	)
-}
-
-function drawHops(run, scale) {
-	const {tool, hops} = run
-	const open = hops.findIndex(({rtts}) => !rtts.length)
-	const count = isRunning(run) && open >= 0 ? open : hops.length
-	const rows = []
-	for (let i = 0; i < count; i++) {
-		const first = i + 1
-		while (!hops[i].address && i + 1 < count && !hops[i + 1].address) i++
-		const silent = [rowHead(first > i ? first : `${first}–${i + 1}`), h("td.router.dim", "no reply")]
-		rows.push(hops[i].address ? drawHop(hops[i], i, run, scale) : h("tr", silent))
-	}
-	const stats = {strip: "Probes", loss: "Loss", avg: "Avg ms", best: "Best", worst: "Worst"}
-	const titles = Object.entries(tool.kind === "mtr" ? stats : {times: "Times, ms"})
-	const head = [
-		column("", "Hop"),
-		column("router", "Router", h("div.narrow", `0–${scale.top} ms`)),
-		axis(scale),
-		titles.map((title) => column(...title)),
-	]
-	return count > 0 && table("hops", head, rows)
-}
-
-function drawSpeed(run) {
-	const {phases} = run
-	const {idle, download, upload, grade} = speedFigures(run)
-	const rtt = (figures) => digits(figures?.latency)
-	const chart = (key, unit, foot) => {
-		const top = roundUp(Math.max(1, ...phases.flatMap((phase) => phase[key].map(([, value]) => value))))
-		const point = ([at, value]) => [(100 * at) / (IDLE + 2 * LOAD + SECOND / 2), 100 - (100 * value) / top]
-		const rows = phases.flatMap((phase) =>
-			phase[key].map(([at, value]) => [`${phase.name}, ${digits(at / SECOND)} s`, value]),
-		)
-		return [
-			plot(
-				`${top} ${unit}`,
-				"0",
-				phases.map((phase) => path(`${phase.name}.${key}`, phase[key][0] && joined(phase[key].map(point)) + foot)),
-			),
-			values(["Time", unit], rows),
-		]
-	}
-	return h(
-		"div.view.speed",
-		h(
-			"dl.row",
-			figure("Download", digits(download?.mbps), "Mbit/s"),
-			figure("Upload", digits(upload?.mbps), "Mbit/s"),
-			figure("Latency idle → loaded", rtt(idle), `→ ${rtt(download)} ↓ ${rtt(upload)} ↑ ms`),
-			figure("Bufferbloat", h(`span${/D|F/.test(grade) ? ".bad" : ""}`, grade || "–")),
-		),
-		chart("curve", "Mbit/s", "V100"),
-		chart("latency", "ms", ""),
-		h(
-			"p.phases.dim",
-			["Latency", "idle", "download", "upload"].map((name) => h("span", name)),
-		),
-	)
-}
-
-function drawText(run) {
-	return h("pre", {tabindex: "0"}, outputOf(run))
-}
-
-// Text
-
-const outputOf = ({result, notes}) => result?.rawOutput ?? notes.join("\n")
-const titleOf = ({tool, target}, where) => `${tool.title} · ${where}${target && ` → ${target}`}`
-const headOf = ({address, time}) => `${address} · ${time.slice(11, 19)} UTC`
-
-const COPIES = {
-	text: (run) =>
-		`${titleOf(run, run.place.name)}\n${run.place.url} · ${run.time} · ${run.address}\n${verdict(run).head}\n\n${outputOf(run)}\n`,
-	Markdown: (run) => COPIES.text(run).replace(/^/gm, "    "),
-	JSON: (run) => JSON.stringify(run.result ?? speedFigures(run), null, 2),
-	curl: ({place, command, target}) =>
-		target
-			? `curl -N -d 'target=${target.replace(/[^\w.:-]/g, encodeURIComponent)}' ${place.url}lookingglass/${command}`
-			: `curl -o /dev/null ${place.url}speedtest/100M`,
-}
-
-// The page
-
-const state = {fault: "", invalid: false, tests: [], limits: new Map()}
-const form = $("form")
-const say = (said) => ($("status").textContent = said)
-
-function query() {
-	/** @type {any} */
-	const {command, at, version, target} = Object.fromEntries(new FormData(form))
-	const tool = TOOLS.find(({id}) => id === command)
-	const isSpeed = tool.kind === "speed"
-	const places = PLACES[at] ? [PLACES[at]] : isSpeed ? PLACES.slice(0, 1) : PLACES
-	const host = isSpeed ? "" : hostOf(target)
-	const parts = {command, target: host, version, at: places[1] ? "all" : at > 0 && places[0].name}
-	const link = `${PLACES[0].url}?${new URLSearchParams(Object.entries(parts).filter(([, value]) => value))}`
-	return {tool, isSpeed, places, version, target: host, link}
-}
-
-function commandsFor({tool: {id, versions}, target, version}) {
-	const mine = PLACES[0].info.your_ip.includes(":") ? 6 : 4
-	const wanted = versionOf(target) || +version
-	const order = (wanted ? [wanted] : [mine, 10 - mine]).filter((each) => versions.includes(each))
-	return (order[0] ? order : versions.slice(0, 1)).map((each) => (each === 6 ? `${id}6` : id))
-}
-
-function waitFor({url}, command) {
-	const {until, error} = state.limits.get(url + command) ?? {}
-	const seconds = Math.ceil((until - Date.now()) / SECOND)
-	return seconds > 0 ? [error, `Ready again in ${seconds} s.`] : []
-}
-
-const noAnswer = ({name}) => `No answer from ${name}: it is down or cannot be reached.`
-
-function warning(place, command, {tool, id}) {
-	const {name, down, health, info} = place
-	const version = command === id ? 4 : 6
-	if (down) return noAnswer(place)
-	if ([health?.missing, health?.forbidden].flat().includes(tool))
-		return `${tool} cannot run at ${name} now: choose another test.`
-	if (!tool || info?.[`looking_glass_ipv${version}`] || !info?.[`looking_glass_ipv${10 - version}`]) return ""
-	return `${name} has no IPv${version} address of its own: ${command} may fail there.`
-}
-
-const runningTest = ({link}) => state.tests.find((test) => test.link === link && test.runs.some(isRunning))
-
-function drawForm() {
-	const asked = query()
-	const {tool, isSpeed, places} = asked
-	const [place, more] = places
-	const [command] = commandsFor(asked)
-	const busy = runningTest(asked)
-	const [limit, ready] = waitFor(place, command)
-	const said = more ? "" : warning(place, command, tool)
-	const run = $("run")
-	run.textContent = busy ? "Stop" : isSpeed ? "Start speed test" : `Run ${tool.title}`
-	run.type = busy ? "button" : "submit"
-	run.disabled = !busy && !more && (limit || said.endsWith("another test."))
-	form.className = `card ${tool.kind}`
-	$("fault").textContent = limit ?? state.fault
-	$("hint").textContent = ready ?? (state.fault ? "" : said)
-	form.target.ariaInvalid = state.invalid
-	PLACES.forEach(({name, down}, i) => {
-		$(`place${i}`).className = down ? "off" : ""
-		$(`place${i}`).previousSibling.ariaLabel = down ? `${name} (down)` : name
-	})
-	for (const node of $("place").querySelectorAll("[data-info]")) {
-		const {info: key, link} = node.dataset
-		const {[key]: value, [link]: url} = place.info ?? {location: place.name}
-		node.hidden = !value
-		if (key !== link) node.textContent = value
-		if (/^https?:/i.test(url)) node.href = url
-		else node.removeAttribute("href")
-	}
-}
-
-const button = (said, look, onclick) => h(`button.${look}`, {type: "button", onclick}, said)
-const copyButton = (said, content) => button(said, "link", ({currentTarget}) => copy(content(), currentTarget))
-
-async function copy(content, from) {
-	try {
-		await navigator.clipboard.writeText(content)
-	} catch {
-		const area = from.parentNode.appendChild(h("textarea"))
-		area.value = content
-		area.select()
-		document.execCommand("copy")
-		area.remove()
-		from.focus()
-	}
-	say("Copied")
-}
-
-function flip(test, key) {
-	test[key] = !test[key]
-	draw(test)
-}
-
-function drawRun(test, run) {
-	const {tool, address, notes} = run
-	const view = test.asText ? drawText : KINDS[tool.kind][1]
-	return (
-		address && h("div.view", view(run, scaleOf(test)), tool.kind !== "text" && notes.map((note) => h("p.dim", note)))
-	)
-}
-
-function drawAll(test) {
-	const scale = scaleOf(test)
-	const rows = test.runs.map((run) => {
-		const last = reached(run)
-		const {head, bad} = verdict(run)
-		return h(
-			"tr",
-			rowHead(run.place.name),
-			h(`td.router${bad ? ".bad" : ""}`, head, " ", waitFor(run.place, run.command)[1]),
-			h("td.loss", last.address ? lossOf(last) : "–"),
-			h("td.axis", drawTimes(last.times, scale.top)),
-			h("td.avg", last.address ? run.hops.length : "–"),
-		)
-	})
-	const titles = [
-		column("", "Place"),
-		column("router", "State"),
-		column("loss", "Loss"),
-		axis(scale),
-		column("avg", "Hops"),
-	]
-	const begun = test.runs.filter(({address}) => address)
-	const details = begun.map((run) => [
-		h("h3", run.place.name),
-		h("p.dim", `${headOf(run)}. ${verdict(run).sub}`),
-		drawRun(test, run),
-	])
-	return [table("places", titles, rows), details]
-}
-
-function draw(test) {
-	const {runs, open, node} = test
-	const [run, more] = runs
-	const {head, sub, bad} = verdictOfAll(test)
-	const newest = test === state.newest
-	const running = runs.some(isRunning) ? ".running" : ""
-	const title = titleOf(test, more ? "all places" : run.place.name)
-	const conclusion = (tag) => h(`${tag}${bad ? ".bad" : ""}`, head)
-	const line = [h("span", run.time.slice(11, 16)), h("span", title), conclusion("span")]
-	const flipText = button(test.asText ? "Chart" : "Text", "stop", () => flip(test, "asText"))
-	const action = running ? button("Stop", "stop", () => test.control.abort()) : runs[0].hops[0] && flipText
-	const copies = Object.entries(COPIES).map(([name, content]) => copyButton(name, () => runs.map(content).join("\n")))
-	const card = [
-		h("div.head", h("p.row", h("b", title), h("span.dim", more ? "" : headOf(run)), action), conclusion("h2")),
-		more ? drawAll(test) : [h("p.dim.sub", sub), drawRun(test, run)],
-		!running &&
-			h(
-				"p.row",
-				h("span.dim", "Copy"),
-				copies,
-				copyButton("link", () => test.link),
-			),
-	]
-	const folded = h(
-		"button.line.row",
-		{type: "button", "aria-expanded": `${open}`, onclick: () => flip(test, "open")},
-		line,
-	)
-	morph(node, h(`article${newest ? ".card" : ".view"}${running}`, !newest && folded, (newest || open) && card))
-	if (newest) document.title = `${running ? "…" : head} · ${title}`
-}
-
-const changed = new Set()
-function drawSoon(test) {
-	if (!changed.size)
-		setTimeout(() => {
-			changed.forEach(draw)
-			changed.clear()
-		}, SECOND / 20)
-	changed.add(test)
-}
-
-function show(test) {
-	const {newest} = state
-	const {node, shown} = test
-	if (shown) return
-	test.shown = true
-	state.newest = test
-	$("results").replaceChildren(node)
-	if (newest) $("lines").prepend(newest.node)
-	$("earlier").hidden = !newest
-	for (const each of state.tests) each.open = each === test
-	state.tests.forEach(draw)
-	if (node.getBoundingClientRect().top > innerHeight / 2) node.scrollIntoView()
-}
-
-async function follow(test, i) {
-	const {tool, target, runs, control} = test
-	const {place} = runs[i]
-	const change = (more) => {
-		Object.assign(runs[i], more)
-		if (runs[i].address) show(test)
-		drawSoon(test)
-	}
-	const emit = (event) => change(reduce(runs[i], event))
-	let fault
-	for (const command of commandsFor(test)) {
-		runs[i] = newRun(place, tool, target, command)
-		const begun = (tool.kind === "speed" ? speedTest : diagnose)(runs[i], control.signal, emit)
-		fault = await begun.catch((error) => error ?? true)
-		if (!fault?.invalid) break
-	}
-	const {address, command} = runs[i]
-	const lost = address ? `The connection to ${place.name} was lost.` : noAnswer(place)
-	const error = fault?.until
-		? `${fault.message}.`.replace("Rate limit exceeded:", "The limit is").replace("per 1 ", "per ")
-		: lost
-	if (fault) change(control.signal.aborted ? {status: "stopped"} : {status: "failed", error})
-	if (fault?.until > Date.now()) state.limits.set(place.url + command, {until: fault.until, error})
-	drawForm()
-	return fault
-}
-
-async function begin(asked) {
-	const {tool, target, places} = asked
-	const runs = places.map((place) => newRun(place, tool, target))
-	const test = {...asked, runs, control: new AbortController(), node: h("article")}
-	state.tests.unshift(test)
-	for (const {control, node} of state.tests.splice(MAX_TESTS)) {
-		control.abort()
-		node.remove()
-	}
-	say(`${tool.title} is running`)
-	places.forEach(check)
-	drawForm()
-	const faults = await Promise.all(runs.map((_, i) => follow(test, i)))
-	test.control.abort()
-	state.invalid = faults.some((fault) => fault?.invalid) && !runs.some(({address}) => address)
-	if (runs[1] && !state.invalid) show(test)
-	const {head, sub} = verdictOfAll(test)
-	if (test.shown) return say(`${head}. ${sub}`)
-	state.tests = state.tests.filter((each) => each !== test)
-	const {place, command, status, error} = runs.find((_, i) => faults[i]?.invalid) ?? runs[0]
-	state.fault = status === "stopped" || waitFor(place, command)[0] ? "" : error
-	if (state.invalid) form.target.focus()
-	drawForm()
-}
-
-async function check(place) {
-	const asked = ["health", "network/info"].map((path) => ask(place, path))
-	const [health, info] = await Promise.all(asked).catch(() => [])
-	Object.assign(place, info ? {health, info, down: false} : {down: true})
-	drawForm()
-}
-
-function changeForm(fault = "") {
-	Object.assign(state, {fault, invalid: Boolean(fault)})
-	history.replaceState(null, "", query().link)
-	drawForm()
-}
-
-function submit(event) {
-	event.preventDefault()
-	const asked = query()
-	if (runningTest(asked)) return
-	if (!asked.isSpeed) form.target.value = asked.target
-	const empty = !asked.target && !asked.isSpeed
-	changeForm(empty ? "Enter a host name, address or URL." : "")
-	if (empty) form.target.focus()
-	else begin(asked)
-}
-
-function start() {
-	for (const place of PLACES) place.url = new URL(place.url ? `${place.url}/` : ".", location.href).href
-	form.onsubmit = submit
-	form.oninput = () => changeForm()
-	$("run").onclick = (event) => {
-		const busy = runningTest(query())
-		if (busy || event.detail > 1) event.preventDefault()
-		if (event.detail < 2) busy?.control.abort()
-	}
-	$("mine").onclick = (event) => {
-		form.target.value = PLACES[0].info.your_ip
-		submit(event)
-	}
-	document.onkeydown = (event) => {
-		if (event.key === "Escape") state.tests.find(({runs}) => runs.some(isRunning))?.control.abort()
-	}
-	for (const node of $("place").querySelectorAll(".copy")) node.onclick = () => copy(node.textContent, node)
-	PLACES.forEach(check)
-	drawForm()
-	setInterval(() => {
-		drawForm()
-		state.tests.slice(0, 1).forEach(drawSoon)
-	}, SECOND)
-}
-
-requestAnimationFrame(() => setTimeout(start))
-"""  # noqa: E501
-
-TITLES = {"ping": "Ping", "traceroute": "Traceroute", "mtr": "MTR"}
-MAX_STREAMS = 4  # of one speed test: what these do not fill, more would not
-CONTRAST = 4.5  # of text, by WCAG 2, level AA
-BACKGROUNDS = ("#f5f7fa", "#171f28")  # those of STYLE that text in the accent stands on, light and dark
-LINK = re.compile(r"https?://", re.IGNORECASE)
-
-
-def luminance(color: Sequence[float]) -> float:
-    """Of red, green and blue from 0 to 1, as WCAG 2 defines it."""
-    linear = (each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in color)
-    return sum(weight * each for weight, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def readable(color: str, background: str) -> str:
-    """`color` (#rrggbb), darkened or lightened until text in it can be read on `background`, and text in the
-    colour of the background on it."""
-    wanted, behind = ([int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)] for text in (color, background))
-    end = 0 if luminance(behind) > luminance([0.5] * 3) else 1
-    for share in range(101):
-        mixed = [round((each + (end - each) * share / 100) * 255) / 255 for each in wanted]
-        low, high = sorted((luminance(behind), luminance(mixed)))
-        if (high + 0.05) / (low + 0.05) >= CONTRAST:
-            break
-    return "#" + "".join(f"{round(each * 255):02x}" for each in mixed)
-
-
-if SETTINGS.PAGE_COLOR:
-    accents = ", ".join(readable(SETTINGS.PAGE_COLOR, background) for background in BACKGROUNDS)
-    STYLE += f":root {{\n  --accent: light-dark({accents});\n}}\n"
-
-POLICY = {
-    "default-src": ("'none'",),
-    "script-src": (script_hash(SCRIPT),),
-    "style-src": (script_hash(STYLE),),
-    "connect-src": ("'self'", *(f"{place['url']}/" for place in SETTINGS.LOCATIONS)),
-    "img-src": ("data:",),
-    "form-action": ("'self'",),
-    "base-uri": ("'none'",),
-    "frame-ancestors": SETTINGS.FRAME_ANCESTORS or ("'none'",),
-    "require-trusted-types-for": ("'script'",),
-    "trusted-types": ("'none'",),
-}
-PAGE_HEADERS = {
-    "Content-Security-Policy": "; ".join(" ".join((name, *values)) for name, values in POLICY.items()),
-    "Cache-Control": "no-store",  # the visitor's address stands in it
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Vary": "Accept",
-}
-
-
-def base_name(command: Command) -> str:
-    """The name that a command shares with its twin for the other IP version."""
-    return command.name.removesuffix("6") if command.version == 6 else command.name
-
-
-def page_tool(name: str) -> dict[str, object]:
-    """A tab of the page: the command `name` for IPv4, its twin for IPv6, or both."""
-    commands = [command for command in COMMANDS.values() if base_name(command) == name]
-    tool, argv = commands[0].tool, commands[0].argv
-    is_drawn = tool in TITLES and (tool != "mtr" or "--raw" in argv)
-    return {
-        "id": name,
-        "title": TITLES.get(name, name),
-        "kind": tool if is_drawn else "text",
-        "tool": argv[0],
-        "probes": int(argv[argv.index("-c") + 1]) if is_drawn and "-c" in argv[:-1] else 10,
-        "versions": [command.version for command in commands],
-    }
-
-
-TABS = [page_tool(name) for name in dict.fromkeys(map(base_name, COMMANDS.values()))]
-if SETTINGS.MAX_SPEEDTESTS:
-    TABS.append({"id": "speedtest", "title": "Speed test", "kind": "speed", "tool": "", "versions": [4]})
-# How many transfers of a speed test may run at once: half of what the limits allow, the rest being
-# for the next test.
-STREAMS = min(
-    MAX_STREAMS,
-    SETTINGS.MAX_SPEEDTESTS_PER_CLIENT - 1,
-    *(rate.amount // 2 for rate in SETTINGS.RATE_LIMIT_SPEEDTEST),
-)
-SETUP = {
-    "tools": TABS,
-    "sizes": [f"speedtest/{name}" for name in reversed(SIZES)],
-    "streams": STREAMS,
-    "seconds": SETTINGS.DIAGNOSTIC_TIMEOUT,
-}
-LOGO = f'<img src="{SETTINGS.PAGE_LOGO}" alt="">' if SETTINGS.PAGE_LOGO else ""
-OPERATOR = f"<b>{escape(SETTINGS.PAGE_TITLE)}</b>\n" if SETTINGS.PAGE_TITLE else ""
-
-
-def radios(name: str, labels: Mapping[str, str], checked: str) -> str:
-    """A radio button for each value, with its label, which is markup."""
-    return "\n".join(
-        f'<label><input type="radio" name="{name}" value="{value}"{" checked" if value == checked else ""}>'
-        f"{label}</label>"
-        for value, label in labels.items()
-    )
-
-
-def options(texts: Mapping[str, str], selected: str) -> str:
-    return "".join(
-        f'<option value="{value}"{" selected" if value == selected else ""}>{text}</option>'
-        for value, text in texts.items()
-    )
-
-
-def anchors(links: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f'<a href="{escape(url)}">{escape(name)}</a>' for name, url in links)
-
-
-def chosen_test(asked: Mapping[str, str]) -> tuple[str, str]:
-    """The tab and the IP version ("4", "6" or "") that a link asks for; `command` may name both at once."""
-    name, version = asked.get("command", ""), asked.get("version", "")
-    if name in COMMANDS and base_name(COMMANDS[name]) != name:
-        name, version = base_name(COMMANDS[name]), "6"
-    known = [str(tool["id"]) for tool in TABS]
-    return name if name in known else known[0], version if version in ("4", "6") else ""
-
-
-def is_here(place: Link, info: Mapping[str, str], base: str) -> bool:
-    """Whether this is the place itself: all places may have the same LOCATIONS."""
-    return place["name"] == info["location"] or place["url"].partition("//")[2] == base.partition("//")[2]
-
-
-def page(info: Mapping[str, str], asked: Mapping[str, str], base: str) -> str:
-    """The page with the /network/info of this place, and what a link asks for in its form."""
-    shown = {name: escape(text) for name, text in info.items()}
-    links = {
-        f"{name}_link": f' href="{shown[name]}"' if LINK.match(info[name]) else ""
-        for name in ("facility_url", "map_url")
-    }
-    hidden = {f"{name}_hidden": "" if value else " hidden" for name, value in info.items()}
-    others = [place for place in SETTINGS.LOCATIONS if not is_here(place, info, base)]
-    places: list[Mapping[str, object]] = [{"name": info["location"], "url": "", "info": info}, *others]
-    chips = {
-        str(i): f'<span id="place{i}">{escape(str(place["name"]))}</span>' for i, place in enumerate(places)
-    }
-    at = {str(place["name"]): str(i) for i, place in enumerate(places)} | {"all": str(len(places))}
-    test, version = chosen_test(asked)
-    commands = [name for name, command in COMMANDS.items() if base_name(command) == test] or [*COMMANDS, ""]
-    downloads = anchors((name, f"speedtest/{name}") for name in SIZES)
-    auto = f"Auto (IPv{6 if ':' in info['your_ip'] else 4})"
-    return PAGE.format(
-        **shown | links | hidden,
-        style=STYLE,
-        script=SCRIPT,
-        operator=escape(SETTINGS.PAGE_TITLE or "Looking glass"),
-        setup=json.dumps(SETUP | {"places": places}, separators=(",", ":")).replace("<", "\\u003c"),
-        icon=SETTINGS.PAGE_LOGO or "data:,",
-        brand=LOGO + OPERATOR,
-        links=anchors([*((link["name"], link["url"]) for link in SETTINGS.PAGE_LINKS), ("API", "docs")]),
-        kind=next(tool["kind"] for tool in TABS if tool["id"] == test),
-        command=commands[-1 if version == "6" else 0],
-        target=escape(asked.get("target", "")),
-        tabs=radios("command", {str(tool["id"]): str(tool["title"]) for tool in TABS}, test),
-        places=radios(
-            "at", chips | ({str(len(places)): "all"} if others else {}), at.get(asked.get("at", ""), "0")
-        ),
-        alone="" if others else " hidden",
-        versions=options({"": auto, "4": "IPv4", "6": "IPv6"}, version),
-        buttons="\n".join(f'<button formaction="lookingglass/{name}">{name}</button>' for name in COMMANDS),
-        offer=OFFER.format(downloads=downloads, base=base) if SIZES else "",
-    )
-
-
-async def front(request: Request) -> Response:
-    """The page for browsers, the usage for others."""
-    if "text/html" not in request.headers.get("accept", "").lower():
-        return await usage(request)
-    info = location_info(client_address(request))
-    return HTMLResponse(page(info, request.query_params, base_url(request)), headers=PAGE_HEADERS)
-
-
 # ---- routes and app ----------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Log the limits and everything that needs the operator's attention."""
-    for line in unknown_settings(ENV_FILE):
-        log.warning(line)
-    slots = {"commands": DIAGNOSTICS if COMMANDS else None, "speedtests": SPEEDTESTS if SIZES else None}
-    log.info("limits", {"rates": rate_limits_text(), **slots})
-    if missing := missing_tools():
-        pairs = {"missing": " ".join(missing), "install": install_hint(missing)}
-        log.warning("Tools are missing: their commands answer 503 until they are installed", pairs)
-    if SETTINGS.CORS_CREDENTIALS and "*" in SETTINGS.CORS_ORIGINS:
-        log.warning("CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: list the origins instead")
-    probes = asyncio.gather(probe_tools(), LIMITS.probe())
-    yield
-    probes.cancel()
-    with suppress(asyncio.CancelledError):
-        await probes
+def make_routes(service: Service) -> list[Route]:
+    """The Route table; what is not offered has no route."""
+
+    def command(path: str) -> Iterator[Route]:
+        if offered := service.commands.get(path.rpartition("/")[2]):
+            yield Route(path, partial(service.run_command, offered), methods=["POST"])
+
+    def download(path: str) -> Iterator[Route]:
+        if offered := service.sizes.get(path.rpartition("/")[2]):
+            yield Route(path, partial(service.download, offered))
+
+    extra = [
+        f"/lookingglass/{name}{suffix}" for name in service.settings.EXTRA_COMMANDS for suffix in ("", "6")
+    ]
+    return [
+        Route("/", service.front),
+        Route("/health", service.health),
+        Route("/network/info", service.network_info),
+        *command("/lookingglass/ping"),
+        *command("/lookingglass/ping6"),
+        *command("/lookingglass/traceroute"),
+        *command("/lookingglass/traceroute6"),
+        *command("/lookingglass/mtr"),
+        *command("/lookingglass/mtr6"),
+        *(route for path in extra for route in command(path)),
+        *download("/speedtest/100M"),
+        *download("/speedtest/1G"),
+        *download("/speedtest/10G"),
+        *([Route("/speedtest/upload", service.upload, methods=["GET", "POST"])] if service.sizes else []),
+        Route("/metrics", service.metrics),
+        Route("/openapi.json", service.openapi),
+        Route("/docs", partial(api_docs, "docs")),
+        Route("/redoc", partial(api_docs, "redoc")),
+    ]
 
 
-routes = [
-    Route("/", front, middleware=[Middleware(GZipMiddleware)]),
-    Route("/health", health),
-    Route("/network/info", network_info),
-    Route("/openapi.json", describe_api),
-    *(Route(f"/{name}", partial(api_docs, name)) for name in API_DOCS),
-    *(
-        Route(f"/lookingglass/{name}", partial(diagnostic, command), methods=["POST"])
-        for name, command in COMMANDS.items()
-    ),
-    *(Route(f"/speedtest/{name}", partial(speedtest, size)) for name, size in SIZES.items()),
-    *([Route("/speedtest/upload", upload, methods=["GET", "POST"])] if SIZES else []),
-    Route("/metrics", metrics),
-]
-
-
-async def answer_http_exception(request: Request, error: Exception) -> Response:
-    """Answers the router's 404 and 405; redirects a path with a trailing slash to the route without it."""
-    assert isinstance(error, HTTPException)
-    path, query = request.scope["path"].rstrip("/"), request.url.query
-    if error.status_code == 404 and path != request.scope["path"] and path in {each.path for each in routes}:
-        return Response(status_code=307, headers={"Location": f"{path}?{query}" if query else path})
-    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
-
-
-app = Starlette(
-    routes=routes,
-    middleware=[
-        Middleware(
-            CORSMiddleware,
-            allow_origins=SETTINGS.CORS_ORIGINS,
-            allow_methods=SETTINGS.CORS_METHODS,
-            allow_headers=SETTINGS.CORS_HEADERS,
-            allow_credentials=SETTINGS.CORS_CREDENTIALS and "*" not in SETTINGS.CORS_ORIGINS,
-            expose_headers=["Retry-After", *RATE_HEADERS],
-        )
-    ],
-    exception_handlers={
-        RequestError: answer_request_error,
-        HTTPException: answer_http_exception,
-        ClientDisconnect: answer_disconnected,
-        Exception: answer_internal_error,
-    },
-    lifespan=lifespan,
-)
-app.router.redirect_slashes = False  # the client's Host would be in Location: see answer_http_exception
+def create_app(settings: Settings | None = None) -> Starlette:
+    """The application, with these settings or those of `.env` and the environment. Raises SettingsError."""
+    settings = settings or load_settings()
+    service = Service(settings)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.CORS_ORIGINS,
+        allow_methods=settings.CORS_METHODS,
+        allow_headers=settings.CORS_HEADERS,
+        allow_credentials=settings.CORS_CREDENTIALS and "*" not in settings.CORS_ORIGINS,
+        allow_private_network=True,
+        expose_headers=["Retry-After", *RATE_HEADERS],
+    )
+    handlers = dict.fromkeys(ANSWERED, service.answer_error)
+    app = Starlette(False, make_routes(service), [cors], handlers, lifespan=service.lifespan)
+    app.router.redirect_slashes = False  # the client's Host would be in Location: see answer_unrouted
+    app.state.service = service
+    return app
 
 
 # ---- serving -----------------------------------------------------------------------------------------------
 
 LOG_LINES = 1000  # length of the queue
 LOG_SECONDS = 1  # time to write it at the end
-HEALTH_SECONDS = 5  # time limit of `lg.py health`
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which stops the commands before it waits for requests to end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, sockets: list[socket.socket]) -> None:
+        super().__init__(config)
+        self.service, self.sockets = service, sockets
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().serve(self.sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        notify_systemd("READY=1")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Ignore further signals: the shutdown takes a few seconds at most."""
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop the commands first: uvicorn would cancel their requests before these have ended cleanly."""
+        log(logging.INFO, "stopping")
+        self.service.stop()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=2 * GRACE_SECONDS)
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self.drop)
+        await super().shutdown(sockets)
+
+    def drop(self) -> None:
+        """Abort what is still open: downloads, unread answers, incomplete requests."""
+        for connection in list(self.service.connections.open):
+            connection.transport.abort()
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd the state of a unit with Type=notify (sd_notify(3))."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, suppress(OSError):
+            notify.sendto(state.encode(), address.replace("@", "\0", 1))
+
+
+def make_server(settings: Settings, sockets: list[socket.socket]) -> Server:
+    """A server on listening sockets; its `run` serves. It touches no signal, limit or log of the process.
+
+    Raises SettingsError.
+    """
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        http=cast(Any, Connection),
+        loop="asyncio",
+        ws="none",
+        workers=1,
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # Proxies does that
+        server_header=False,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+    return Server(config, app.state.service, sockets)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -4352,49 +3454,34 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 class Logfmt(logging.Formatter):
-    """A record as one line of key=value pairs: log.info("run", {"command": "ping"}) adds command=ping."""
+    """A record as one line of key=value pairs."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
-        pairs: dict[str, object] = {"time": moment, "level": record.levelname.lower()}
-        pairs |= {"msg": record.getMessage(), **(record.args if isinstance(record.args, Mapping) else {})}
-        pairs["traceback"] = self.formatException(record.exc_info) if record.exc_info else None
-        return " ".join(f"{key}={self.quote(value)}" for key, value in pairs.items() if value is not None)
-
-    def quote(self, value: object) -> str:
-        text = str(value)
-        if text.isprintable() and re.fullmatch(r'[^\s"=\\]+', text):
-            return text
-        return json.dumps(text, ensure_ascii=not text.isprintable())
+        message = record.getMessage()  # ours are pairs already
+        line = logfmt(time=moment, level=record.levelname.lower())
+        line += f" {message}" if record.name == logger.name else f" {logfmt(msg=message)}"
+        traceback = self.formatException(record.exc_info) if record.exc_info else None
+        return f"{line} {logfmt(traceback=traceback)}".rstrip()
 
 
-class LogHandler(logging.Handler):
+class LogHandler(logging.handlers.QueueHandler):
     """Writes the log in a thread of its own: a log that nobody reads does not hold up the service."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.lines: queue.Queue[str] = queue.Queue(LOG_LINES)
+        self.lines: queue.Queue[logging.LogRecord] = queue.Queue(LOG_LINES)
+        super().__init__(self.lines)
         self.dropped = 0
-        threading.Thread(target=self.write, daemon=True).start()
+        logging.handlers.QueueListener(self.lines, logging.StreamHandler()).start()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self.lines.put_nowait(self.format(record) + "\n")
-        except queue.Full:
-            self.dropped += 1
+    def enqueue(self, record: logging.LogRecord) -> None:
+        super().enqueue(record)
+        if dropped := self.dropped:
+            self.dropped = 0
+            log(logging.WARNING, "log lines dropped", lines=dropped)
 
-    def write(self) -> None:
-        while True:
-            line = self.lines.get()
-            if dropped := self.dropped:
-                self.dropped -= dropped
-                arguments = ("lg", logging.WARNING, "", 0, "log lines dropped", ({"lines": dropped},), None)
-                line += self.format(logging.LogRecord(*arguments)) + "\n"
-            data = line.encode(errors="backslashreplace")
-            with suppress(OSError):  # a full disk, a pipe without a reader
-                while data:
-                    data = data[os.write(2, data) :]
-            self.lines.task_done()
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        self.dropped += 1  # the queue is full
 
     def close(self) -> None:
         """Wait a moment for what is still to be written."""
@@ -4404,64 +3491,78 @@ class LogHandler(logging.Handler):
         super().close()
 
 
-def configure_logging() -> None:
+def configure_logging(settings: Settings) -> None:
     handler = LogHandler()
     handler.setFormatter(Logfmt())
-    logging.basicConfig(handlers=[handler], level=SETTINGS.LOG_LEVEL.upper())
-    if SETTINGS.LOG_LEVEL != "debug":  # uvicorn warns of every malformed request: anybody could fill the disk
+    logging.raiseExceptions = False  # a full disk, a pipe without a reader
+    logging.basicConfig(handlers=[handler], level=settings.LOG_LEVEL.upper())
+    if settings.LOG_LEVEL != "debug":  # uvicorn logs what is of no use to an operator
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
 
 
-def own_address() -> str:
-    """Where this server is reached from its own machine."""
-    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(SETTINGS.HOST, SETTINGS.HOST)  # noqa: S104
-
-
-def serve() -> None:
-    configure_logging()
-    try:
-        sockets = listen(SETTINGS.HOST, SETTINGS.PORT)
-    except (OSError, UnicodeError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise settings_error("expected a port that is not in use", PORT=SETTINGS.PORT) from None
-        reason = f"expected an address of this machine and a port that this user may use ({error})"
-        raise settings_error(reason, HOST=SETTINGS.HOST, PORT=SETTINGS.PORT) from None
-    config = uvicorn.Config(
-        app,
-        http=Connection,
-        loop="asyncio",
-        ws="none",
-        workers=1,
-        log_config=None,
-        access_log=SETTINGS.LOG_LEVEL == "debug",
-        proxy_headers=False,  # client_address does that
-        server_header=False,
-        timeout_graceful_shutdown=STOP_SECONDS,
-    )
-    host = f"[{own_address()}]" if ":" in own_address() else own_address()
-    log.info("started", {"version": VERSION, **PLACE, "url": f"http://{host}:{SETTINGS.PORT}/"})
+def serve(settings: Settings) -> None:
+    configure_logging(settings)
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    try:
+        sockets = listen(settings.HOST, settings.PORT)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            fault = setting_error("expected a port that is not in use", PORT=settings.PORT)
+        else:
+            reason = f"expected an address of this machine and a port that this user may use ({error})"
+            fault = setting_error(reason, HOST=settings.HOST, PORT=settings.PORT)
+        raise SystemExit(f"lg.py: {fault}") from None  # not EX_CONFIG: the address may come later
+    server = make_server(settings, sockets)
+    place = {"location": settings.NETWORK_LOCATION, "facility": settings.NETWORK_FACILITY}
+    host = f"[{settings.HOST}]" if ":" in settings.HOST else settings.HOST or "*"
+    log(logging.INFO, "started", version=VERSION, **place, listening=f"{host}:{settings.PORT}")
+    for line in unknown_settings(read_env_file()):
+        log(logging.WARNING, line)
     # The parent may have left it ignored: the kernel would reap the tools before we do.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal ends the commands too
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     with suppress(KeyboardInterrupt):
-        Server(config).run(sockets)
+        server.run()
 
 
-def ask_health() -> None:
-    """Print what /health of the server with these settings answers. Raises SystemExit where none does."""
-    connection = http.client.HTTPConnection(own_address(), SETTINGS.PORT, timeout=HEALTH_SECONDS)
-    try:
-        connection.request("GET", "/health")
-        print(connection.getresponse().read().decode())
-    except (OSError, UnicodeError, http.client.HTTPException) as error:
-        raise SystemExit(f"No answer from {own_address()} port {SETTINGS.PORT}: {error}") from None
+def check(settings: Settings) -> None:
+    """Print what a start with these settings would warn of."""
+    logging.basicConfig(stream=sys.stdout, format="%(levelname)s: %(message)s", level=logging.WARNING)
+    service = Service(settings)
+    for line in unknown_settings(read_env_file()):
+        log(logging.WARNING, line)
+    for message, pairs in service.warnings():
+        log(logging.WARNING, message, **pairs)
+    asyncio.run(service.runner.try_tools())
+    print("lg.py: these settings can be used")
 
 
 def main() -> None:
-    ask_health() if ACTION == "health" else serve()
+    parser = argparse.ArgumentParser(
+        "lg.py",
+        description="Serve a looking glass: ping, traceroute, mtr and speed tests over HTTP.",
+        epilog="Settings come from the environment and from .env beside lg.py: see .env.example.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lg.py {VERSION}")
+    parser.add_argument("command", nargs="?", choices=["check"], help="check the settings and the tools")
+    action = check if parser.parse_args().command else serve
+    try:
+        action(load_settings())
+    except SettingsError as error:
+        print(f"lg.py: {error}", file=sys.stderr)
+        sys.exit(os.EX_CONFIG)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+
+def make_page(
+    settings: Settings, commands: Mapping[str, Command], sizes: Mapping[str, Size]
+) -> tuple[str, str]:
+    return "<!doctype html><title>x</title>", "default-src 'none'"
 
 
 if __name__ == "__main__":
