@@ -926,7 +926,7 @@ def keys(line: str) -> list[str]:
 
 
 def test_log_of_the_manual_has_the_keys_of_the_services(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/minute")
+    server = serve(spawned=True, tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/minute")
     assert [server.run("ping").status_code for _ in range(2)] == [200, 429]
     server.http.get("/speedtest/100M")
     shown = snippet("console", containing="msg=started").splitlines()[1:]
