@@ -24,6 +24,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -4739,17 +4740,18 @@ def run_lg(*arguments: str, folder: Path = HERE, **environment: str) -> subproce
     )
 
 
-def start_error(folder: Path = HERE, **environment: str) -> str:
+def start_error(status: int = os.EX_CONFIG, **environment: str) -> str:
     """The one line that `python lg.py` prints when these settings stop the start."""
-    done = run_lg(folder=folder, **environment)
-    assert done.returncode == 1, done.stderr
+    done = run_lg(**environment)
+    assert done.returncode == status, done.stderr
     (line,) = done.stderr.splitlines()
     return line
 
 
 def settings_error(**environment: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        lg.load_settings(environment)
+    """The line with which a service refuses these settings."""
+    with pytest.raises(lg.SettingsError) as stopped:
+        lg.create_app(lg.load_settings(environment))
     return str(stopped.value)
 
 
@@ -4768,7 +4770,13 @@ BAD_SETTINGS = [
     ("FORWARDED_ALLOW_IPS", "127.0.0.1,172.18.0.1/16", "did you mean 172.18.0.0/16?"),
     ("FORWARDED_ALLOW_IPS", "fe80::1%eth0", "did you mean fe80::1/128?"),
     ("CORS_ORIGINS", "https://a.example,b.example", "not 'b.example'"),
-    ("CORS_ORIGINS", "https://a.example/", "not 'https://a.example/'"),
+    ("CORS_ORIGINS", "https://*.example.com", "whole origins like https://www.example.com"),
+    ("CORS_ORIGINS", "https://a.example/path", "whole origins"),
+    ("CORS_ORIGINS", "https://a.example/", "expected https://a.example, as browsers send it"),
+    ("CORS_ORIGINS", "https://a.example,https://WWW.Example.com", "expected https://www.example.com, as"),
+    ("CORS_ORIGINS", "https://www.example.com:443", "expected https://www.example.com, as"),
+    ("CORS_ORIGINS", "http://www.example.com:80", "expected http://www.example.com, as"),
+    ("CORS_ORIGINS", "https://bücher.example:8443", "expected https://xn--bcher-kva.example:8443, as"),
     ("CORS_CREDENTIALS", "perhaps", "true or false"),
     ("RATE_LIMIT_DIAGNOSTICS", "often", "2/minute;30/hour, or off"),
     ("RATE_LIMIT_DIAGNOSTICS", "0/minute", "rates"),
@@ -4787,10 +4795,12 @@ BAD_SETTINGS = [
     ("MAX_DIAGNOSTICS_PER_CLIENT", "-4", "an integer"),
     ("MAX_SPEEDTESTS", "many", "an integer from 0 to"),
     ("MAX_SPEEDTESTS_PER_CLIENT", "1e3", "an integer"),
+    ("SPEEDTEST_GIB_PER_DAY", "-1", "an integer from 0 to"),
     ("DIAGNOSTIC_TIMEOUT", "forever", "an integer from 1 to 3600"),
     ("TARGET_ALLOW", "10.0.0.1/8", "did you mean 10.0.0.0/8?"),
     ("TARGET_DENY", "example.com", "not 'example.com'"),
-    ("COMMANDS", "ping,nmap", "not 'nmap'"),
+    ("COMMANDS", "ping,nmap", "mtr, mtr6, ping, ping6, traceroute, traceroute6, or *, not 'nmap'"),
+    ("COMMANDS", "ping;mtr", "names of commands, or *"),
     ("EXTRA_COMMANDS", "bgp", "JSON"),
     ("EXTRA_COMMANDS", "[]", "JSON"),
     ("EXTRA_COMMANDS", '{"bgp": "birdc show route all"}', "{address}"),
@@ -4799,7 +4809,9 @@ BAD_SETTINGS = [
     ("EXTRA_COMMANDS", '{"bgp": "birdc \\"show route for {address}"}', "a command line"),
     ("EXTRA_COMMANDS", '{"BGP": "birdc show route for {address}"}', "not 'BGP'"),
     ("EXTRA_COMMANDS", '{"": "birdc show route for {address}"}', "not ''"),
-    ("EXTRA_COMMANDS", '{"ping": "fping {address}"}', "'ping'"),
+    ("EXTRA_COMMANDS", '{"ping": "fping"}', "{address} among its arguments for 'ping'"),
+    ("EXTRA_COMMANDS", '{"bgp": "birdc \\u0000 {address}"}', "a command line"),
+    ("EXTRA_COMMANDS", '{"bgp": "birdc \\ud800 {address}"}', "a command line"),
     ("EXTRA_COMMANDS", '{"ping6": "fping {address}"}', "'ping6'"),
     ("EXTRA_COMMANDS", '{"speedtest": "fping {address}"}', "'speedtest'"),
     ("EXTRA_COMMANDS", '{"bgp6": "birdc {address}", "bgp": "birdc {address}"}', "'bgp'"),
@@ -4807,7 +4819,7 @@ BAD_SETTINGS = [
     ("METRICS_ALLOW_IPS", "prometheus", "not 'prometheus'"),
     ("PAGE_LOGO", "/nonexistent.svg", "No such file"),
     ("PAGE_LOGO", "/", "Is a directory"),
-    ("PAGE_LOGO", "lg.py", "SVG or PNG"),
+    ("PAGE_LOGO", str(HERE / "lg.py"), "SVG or PNG"),
     ("PAGE_COLOR", "blue", "#0a7cff"),
     ("PAGE_COLOR", "#123; background: url(//x)", "#0a7cff"),
     ("PAGE_LINKS", '[{"name": "Terms", "url": "javascript:alert(1)"}]', "javascript:alert(1)"),
@@ -4821,9 +4833,15 @@ BAD_SETTINGS = [
     ("LOCATIONS", '[{"name": "Amsterdam", "url": "https://ams.example.com; script-src *"}]', "entries like"),
     ("LOCATIONS", '[{"name": "Amsterdam", "url": "https://[2001:db8::1]"}]', "entries like"),
     ("LOCATIONS", '[{"name": "\\ud800", "url": "https://ams.example.com"}]', "entries like"),
+    ("PAGE_LINKS", '[{"name": "a\\u0000b", "url": "https://e.example"}]', "entries like"),
+    ("PAGE_LINKS", '[{"name": "Terms", "url": "https://e.example/\\udfff"}]', "entries like"),
     ("FRAME_ANCESTORS", "www.example.com", "not 'www.example.com'"),
     ("FRAME_ANCESTORS", "https://a.example; script-src *", "script-src"),
     ("NETWORK_LOCATION", "\udcff", "UTF-8"),
+    ("NETWORK_LOCATION", "a\nb", "text without control characters"),
+    ("NETWORK_MAP_URL", "https://a.example/\x7f", "text without control characters"),
+    ("PAGE_TITLE", "\0", "text without control characters"),
+    ("HOST", "127.0.0.1\u2028", "text without control characters"),
 ]
 
 
@@ -4832,30 +4850,56 @@ def test_bad_setting_is_named_with_its_value_and_what_was_expected(
     name: str, value: str, reason: str
 ) -> None:
     line = settings_error(**{name: value})
-    assert line.startswith(f"lg.py: {name}={value!r} cannot be used: expected ")
+    assert line.startswith(f"{name}={value!r} cannot be used: expected ")
     assert reason in line
 
 
-def test_bad_setting_stops_the_start_with_one_line_and_status_1() -> None:
-    assert start_error(PORT="http") == (
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "redis://:s3cretpw@127.0.0.1:port",
+        "redis://:s3/cretpw@127.0.0.1:6379",
+        "redis://:s3cret pw@127.0.0.1:port",
+        "redis://user:s3cret@pw@127.0.0.1:port",
+        "mongodb://user:s3cretpw@127.0.0.1:1",
+        "redis+cluster://:s3cretpw@127.0.0.1",
+        "nowhere://:s3cretpw@127.0.0.1",
+    ],
+)
+def test_password_in_a_uri_is_not_printed(uri: str) -> None:
+    line = settings_error(RATE_LIMIT_STORAGE_URI=uri)
+    assert line.startswith(f"RATE_LIMIT_STORAGE_URI='{uri.partition(':')[0]}://***@127.0.0.1")
+    assert "s3" not in line
+    assert "pw" not in line
+
+
+def test_bad_setting_stops_the_start_with_one_line_and_status_78() -> None:
+    assert start_error(78, PORT="http") == (
         "lg.py: PORT='http' cannot be used: expected an integer from 1 to 65535"
     )
 
 
-@pytest.mark.parametrize("host", ["192.0.2.77", "no such host", "a..b"])
-def test_host_that_cannot_be_bound_stops_the_start(host: str) -> None:
-    assert f"HOST='{host}'" in start_error(HOST=host)
+@pytest.mark.parametrize("host", ["192.0.2.77", "a..b"])
+def test_host_that_cannot_be_bound_stops_the_start_with_status_1(host: str) -> None:
+    """It may be free later, which EX_CONFIG would deny."""
+    assert start_error(1, HOST=host).startswith(f"lg.py: HOST='{host}', PORT='")
 
 
 def test_settings_that_leave_nothing_to_offer_stop_the_start() -> None:
-    assert "expected a command or speed tests" in start_error(COMMANDS="", MAX_SPEEDTESTS="0")
+    assert "expected a command or speed tests" in settings_error(COMMANDS="", MAX_SPEEDTESTS="0")
 
 
-def test_answers_are_not_delayed_by_the_kernel() -> None:
-    """Nagle's algorithm would hold back the second write of an answer for 40 ms."""
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        (socket.TCP_NODELAY, 1),  # else the second write of an answer waits for 40 ms
+        (socket.TCP_USER_TIMEOUT, 120_000),  # readers may pause for so long
+    ],
+)
+def test_connections_have_their_socket_options(option: int, value: int) -> None:
     (listening,) = lg.listen("127.0.0.1", 0)
     with listening, socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
-        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert accepted.getsockopt(socket.IPPROTO_TCP, option) == value
 
 
 def test_host_is_the_only_address_that_is_listened_on(serve: Start) -> None:
@@ -4863,35 +4907,34 @@ def test_host_is_the_only_address_that_is_listened_on(serve: Start) -> None:
     with socket.socket() as ipv4, socket.socket(socket.AF_INET6) as ipv6:
         refused = [ipv4.connect_ex(("127.0.0.2", server.port)), ipv6.connect_ex(("::1", server.port))]
     assert refused == [errno.ECONNREFUSED] * 2
-    assert f"url=http://127.0.0.1:{server.port}/" in server.log
 
 
-def test_port_in_use_stops_the_start(serve: Start) -> None:
-    server = serve()
-    assert "in use" in start_error(PORT=str(server.port))
-
-
-def test_shared_store_without_its_package_stops_the_start_with_what_to_install() -> None:
-    hidden = "import importlib.util, sys; real = importlib.util.find_spec\n"
-    hidden += "importlib.util.find_spec = lambda name: None if name == 'redis' else real(name)\nimport lg"
-    environment = {"PATH": os.environ["PATH"], "RATE_LIMIT_STORAGE_URI": "redis://127.0.0.1:6379"}
-    line = [sys.executable, "-c", hidden]
-    done = subprocess.run(line, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
-    assert done.stderr == (
-        "lg.py: RATE_LIMIT_STORAGE_URI='redis://127.0.0.1:6379' cannot be used: "
-        "expected the Python package redis: pip install redis\n"
+def test_port_in_use_stops_the_start_with_status_1(echo: Server) -> None:
+    assert start_error(1, PORT=str(echo.port)) == (
+        f"lg.py: PORT='{echo.port}' cannot be used: expected a port that is not in use"
     )
+
+
+def test_shared_store_without_its_package_stops_the_start_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lg, "find_spec", lambda name: None)
+    line = settings_error(RATE_LIMIT_STORAGE_URI="redis://127.0.0.1:6379")
+    assert line.endswith("cannot be used: expected the Python package redis: pip install redis")
+
+
+OWN_SETTINGS = [row for row in fields(lg.Settings) if row.name != "PATH"]  # that of every program
 
 
 def test_env_example_lists_every_setting_with_its_default() -> None:
     text = (HERE / ".env.example").read_text()
     assert sorted(re.findall(r"^([A-Z0-9_]+)=(.*)$", text, re.M)) == sorted(
-        (row.name, row.metadata["default"]) for row in fields(lg.Settings)
+        (row.name, row.metadata["default"]) for row in OWN_SETTINGS
     )
 
 
 def test_env_example_as_it_is_changes_no_default() -> None:
-    assert lg.load_settings(lg.read_env_file(HERE / ".env.example")) == lg.load_settings({})
+    assert lg.load_settings(dotenv_values(HERE / ".env.example")) == DEFAULTS
 
 
 def readme(language: str) -> list[str]:
@@ -4901,7 +4944,7 @@ def readme(language: str) -> list[str]:
 
 def test_readme_lists_every_setting() -> None:
     text = (HERE / "README.md").read_text()
-    assert [row.name for row in fields(lg.Settings) if f"`{row.name}`" not in text] == []
+    assert [row.name for row in OWN_SETTINGS if f"`{row.name}`" not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -4934,17 +4977,22 @@ def test_set_but_empty_means_empty_for_texts_and_lists(name: str, expected: obje
     ],
 )
 def test_set_but_empty_means_the_default_for_the_rest(name: str) -> None:
-    assert lg.load_settings({name: ""}) == lg.load_settings({})
+    assert lg.load_settings({name: ""}) == DEFAULTS
 
 
-@pytest.mark.parametrize("word", ["true", "True", "yes", "on", "1"])
-def test_booleans_that_are_true(word: str) -> None:
-    assert lg.load_settings({"CORS_CREDENTIALS": word}).CORS_CREDENTIALS
+@pytest.mark.parametrize(
+    ("words", "meant"), [("true True yes on 1".split(), True), ("false FALSE no off 0".split(), False)]
+)
+def test_booleans_have_several_spellings(words: list[str], meant: bool) -> None:
+    parsed = {lg.load_settings({"CORS_CREDENTIALS": word}).CORS_CREDENTIALS for word in words}
+    assert parsed == {meant}
 
 
-@pytest.mark.parametrize("word", ["false", "FALSE", "no", "off", "0"])
-def test_booleans_that_are_false(word: str) -> None:
-    assert not lg.load_settings({"CORS_CREDENTIALS": word}).CORS_CREDENTIALS
+ORIGINS = "https://a.example,http://a.example:8080,http://[2001:db8::1]:1234,app://shell,null"
+
+
+def test_origins_are_kept_as_browsers_send_them() -> None:
+    assert ",".join(lg.load_settings({"CORS_ORIGINS": ORIGINS}).CORS_ORIGINS) == ORIGINS
 
 
 def test_quotes_around_a_value_are_removed() -> None:
@@ -4973,6 +5021,34 @@ def test_extra_commands_are_split_as_a_shell_splits_words() -> None:
     }
 
 
+BGP = '{"bgp": "birdc -r show route for {address} all"}'
+
+
+@pytest.mark.parametrize(
+    ("offered", "names"),
+    [
+        ("*", [*COMMANDS, "bgp", "bgp6"]),
+        ("ping,BGP", ["ping", "bgp"]),
+        ("bgp6, mtr6", ["mtr6", "bgp6"]),
+        ("", []),
+    ],
+)
+def test_commands_offers_built_in_and_extra_ones_by_name(offered: str, names: list[str]) -> None:
+    assert list(lg.make_commands(lg.load_settings({"COMMANDS": offered, "EXTRA_COMMANDS": BGP}))) == names
+
+
+def test_built_in_command_may_be_replaced_for_both_versions() -> None:
+    line = "ping -{version} -I eth1 -n -O -c 5 {address}"
+    commands = lg.make_commands(lg.load_settings({"EXTRA_COMMANDS": json.dumps({"ping": line})}))
+    assert list(commands) == list(COMMANDS)
+    assert commands["ping6"].argv_for("::1") == "ping -6 -I eth1 -n -O -c 5 ::1".split()
+
+
+def test_replaced_command_is_not_tried_on_loopback() -> None:
+    settings = lg.load_settings({"EXTRA_COMMANDS": '{"ping": "ping -I eth1 {address}"}'})
+    assert list(lg.Service(settings).tools.trials) == ["traceroute", "mtr"]
+
+
 @pytest.mark.parametrize(
     ("image", "kind"),
     [
@@ -4993,110 +5069,228 @@ def test_page_logo_over_64_kib_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def install(tmp_path: Path) -> Callable[[str], Path]:
-    """Copies lg.py to a folder of its own with this `.env` beside it; returns the folder."""
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Puts a `.env` beside the module; returns its folder."""
+    for name in lg.SETTING_NAMES:
+        monkeypatch.delenv(name, raising=False)
 
-    def copy(env: str) -> Path:
-        shutil.copy(HERE / "lg.py", tmp_path)
+    def put(env: str) -> Path:
         (tmp_path / ".env").write_text(env)
+        monkeypatch.setattr(lg, "__file__", str(tmp_path / "lg.py"))
         return tmp_path
 
-    return copy
+    return put
 
 
-def test_env_file_of_the_replaced_server_is_read(serve: Start, install: Callable[[str], Path]) -> None:
-    folder = install(
+Install = Callable[[str], Path]
+
+
+def test_env_file_of_the_replaced_server_is_read(install: Install) -> None:
+    install(
         'NETWORK_LOCATION="Amsterdam, Netherlands"\nNETWORK_MAP_URL="https://maps.example/?q=Amsterdam,+NL"\n'
         'NETWORK_FACILITY="The Cellar"\nNETWORK_FACILITY_URL="https://cellar.example"\nNETWORK_IPV4="192.0.2.1"\n'
         'NETWORK_IPV6="2001:db8::1"\nCORS_ORIGINS=*\nCORS_CREDENTIALS=true\nCORS_METHODS=*\nCORS_HEADERS=*\n'
     )
-    server = serve(command=(sys.executable, str(folder / "lg.py")))
-    info = server.http.get("/network/info").json()
-    assert (info["location"], info["map_url"]) == (
+    read = lg.load_settings()
+    assert (read.NETWORK_LOCATION, read.NETWORK_MAP_URL, read.NETWORK_IPV6, read.CORS_CREDENTIALS) == (
         "Amsterdam, Netherlands",
         "https://maps.example/?q=Amsterdam,+NL",
+        "2001:db8::1",
+        True,
     )
 
 
-def test_environment_overrides_the_env_file(install: Callable[[str], Path]) -> None:
-    folder = install("PORT=in .env\n")
-    assert "PORT='in the environment'" in start_error(folder, PORT="in the environment")
-
-
-def test_empty_variable_overrides_the_env_file(install: Callable[[str], Path]) -> None:
-    error = start_error(install("COMMANDS=nmap\n"), COMMANDS="", MAX_SPEEDTESTS="0")
-    assert error.startswith("lg.py: COMMANDS=''")
+@pytest.mark.parametrize("value", ["Berlin", ""])
+def test_environment_overrides_the_env_file(
+    install: Install, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    install("NETWORK_LOCATION=Amsterdam\n")
+    monkeypatch.setenv("NETWORK_LOCATION", value)
+    assert lg.load_settings().NETWORK_LOCATION == value
 
 
 @pytest.mark.parametrize(
     "line", ["NETWORK_LOCATION", "NETWORK_LOCATION: Amsterdam", 'NETWORK_LOCATION="Amsterdam']
 )
-def test_env_file_with_a_line_that_is_no_setting_stops_the_start(
-    install: Callable[[str], Path], line: str
-) -> None:
-    error = start_error(install(f"# Settings\nPORT=8000\n{line}\n"))
-    assert f".env, line 3: expected NAME=value, not {line!r}" in error
+def test_env_file_with_a_line_that_is_no_setting_stops_the_start(install: Install, line: str) -> None:
+    path = install(f"# Settings\nPORT=8000\n{line}\n") / ".env"
+    with pytest.raises(
+        lg.SettingsError, match=re.escape(f"{path}, line 3: expected NAME=value, not {line!r}")
+    ):
+        lg.load_settings()
 
 
-def test_directory_in_place_of_the_env_file_stops_the_start(install: Callable[[str], Path]) -> None:
-    folder = install("")
-    (folder / ".env").unlink()
-    (folder / ".env").mkdir()
-    assert ".env cannot be used: expected a text file ([Errno 21] Is a directory" in start_error(folder)
+def test_directory_in_place_of_the_env_file_stops_the_start(install: Install) -> None:
+    path = install("") / ".env"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(lg.SettingsError, match=r"cannot be used: expected a text file \(.*Is a directory"):
+        lg.load_settings()
 
 
 def test_misspelt_name_in_the_env_file_is_logged_with_the_nearest_setting(
-    serve: Start, install: Callable[[str], Path]
+    serve: Start, tmp_path: Path
 ) -> None:
-    folder = install("NETWORK_LOCATON=Amsterdam\n")
-    server = serve(command=(sys.executable, str(folder / "lg.py")))
+    shutil.copy(HERE / "lg.py", tmp_path)
+    (tmp_path / ".env").write_text("NETWORK_LOCATON=Amsterdam\n")
+    server = serve(command=(sys.executable, str(tmp_path / "lg.py")))
     assert "NETWORK_LOCATON in .env is not a setting: did you mean NETWORK_LOCATION?" in server.log
 
 
 def test_uvicorn_serves_the_same_app(serve: Start) -> None:
-    port = free_port()
-    command = (sys.executable, "-m", "uvicorn", "lg:app", "--port", str(port))
-    server = serve(command=command, PORT=str(port), tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/minute")
+    port = str(free_port())
+    command = (sys.executable, "-m", "uvicorn", "--factory", "lg:create_app", "--port", port)
+    server = serve(command=command, PORT=port, tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/minute")
     assert server.run("ping").text.startswith("argv ")
     assert server.run("ping").status_code == 429
-    assert (
-        server.http.get("/network/info", headers={"X-Forwarded-For": "192.0.2.9"}).json()["your_ip"]
-        == "192.0.2.9"
-    )
+    info = server.http.get("/network/info", headers={"X-Forwarded-For": "192.0.2.9"}).json()
+    assert info["your_ip"] == "192.0.2.9"
+
+
+# A service is made from its settings alone.
+
+WATCHED = """
+import sys
+def watch(event, arguments):
+    if event in ("socket.__new__", "subprocess.Popen", "_thread.start_new_thread", "import limits.storage.redis"):
+        print(event)
+    if event == "open" and str(arguments[0]).endswith(".env"):
+        print(event, arguments)
+sys.addaudithook(watch)
+import lg
+"""
+
+
+def test_import_does_nothing_whatever_the_environment_and_the_arguments() -> None:
+    line = [sys.executable, "-c", WATCHED, "--nonsense"]
+    environment = {"PORT": "http", "EXTRA_COMMANDS": "[", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(line, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.fixture
+def neighbours(serve: Start) -> Iterator[list[tuple[Server, socket.socket]]]:
+    """Two services in threads of this process, each with a command under way and a connection for an upload."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for name in ("first", "second"):
+            server = serve(tools={"ping": ENDLESS}, NETWORK_LOCATION=name, RATE_LIMIT_SPEEDTEST="1/hour")
+            assert stack.enter_context(server.begin()).recv(12) == b"HTTP/1.1 200"
+            found.append((server, stack.enter_context(server.connect())))
+        yield found
+
+
+def test_two_services_in_one_process_keep_their_requests_apart(
+    neighbours: list[tuple[Server, socket.socket]],
+) -> None:
+    """A receive buffer in common was seen to mix the bytes of two loops."""
+
+    def use(server: Server, connection: socket.socket) -> list[object]:
+        seen = list[object]()
+        connection.sendall(UPLOAD % 300_000_000)
+        for number in range(150):
+            connection.sendall(bytes(2_000_000))
+            target = f"no target {server.port} {number}"
+            seen.append(server.run("mtr", target).json()["detail"][0]["input"] == target)
+        answer = received(connection, b"}").partition(b"\r\n\r\n")[2]
+        return [set(seen), json.loads(answer)["bytes"], server.http.get("/network/info").json()["location"]]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda each: use(*each), neighbours))
+    assert found == [[{True}, 300_000_000, "first"], [{True}, 300_000_000, "second"]]
+
+
+def test_two_services_in_one_process_count_for_themselves(
+    neighbours: list[tuple[Server, socket.socket]],
+) -> None:
+    (first, _), (second, _) = neighbours
+    assert [begun(server, "1G") for server in (first, second, first)] == [200, 200, 429]
+    second.run("ping", "no target")
+    refused = [
+        re.findall(
+            r'^lg_refusals_total\{reason="(?:rate limit|invalid)"\} (\d+)',
+            server.http.get("/metrics").text,
+            re.M,
+        )
+        for server in (first, second)
+    ]
+    assert refused == [["0", "1"], ["1", "0"]]
 
 
 # The command line.
 
 
-@pytest.mark.parametrize("option", ["--help", "-h"])
-def test_help_is_printed_whatever_the_settings(option: str) -> None:
-    done = run_lg(option, PORT="http")
-    assert (done.returncode, done.stderr, done.stdout[:12]) == (0, "", "usage: lg.py")
+Main = Callable[..., tuple[object, str, str]]
 
 
-def test_version_is_printed_whatever_the_settings() -> None:
-    done = run_lg("--version", PORT="http")
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"lg.py {lg.VERSION}\n")
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
+    """Calls lg.main with these arguments, and a setting that cannot be used; returns its status and what it printed."""
+
+    def call(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lg.py", *arguments])
+        monkeypatch.setenv("PORT", "http")
+        with pytest.raises(SystemExit) as ended:
+            lg.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return call
 
 
-@pytest.mark.parametrize("arguments", [("start",), ("--verbose",), ("health", "now")])
-def test_unknown_argument_ends_with_status_2(arguments: tuple[str, ...]) -> None:
-    done = run_lg(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert arguments[-1] in done.stderr
+@pytest.mark.parametrize(
+    ("option", "printed"),
+    [("--help", "usage: lg.py"), ("-h", "usage: lg.py"), ("--version", f"lg.py {lg.VERSION}\n")],
+)
+def test_help_and_version_are_printed_whatever_the_settings(main: Main, option: str, printed: str) -> None:
+    status, output, errors = main(option)
+    assert (status, output[: len(printed)], errors) == (0, printed, "")
 
 
-def test_health_prints_the_health_of_the_running_server(serve: Start) -> None:
-    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), ECHO))
-    asked = run_lg("health", PORT=str(server.port))
-    assert (asked.returncode, asked.stdout) == (0, '{"status":"ok"}\n')
+@pytest.mark.parametrize(
+    "arguments", [("start",), ("--verbose",), ("check", "now"), ("health",), ("--vers",)]
+)
+def test_unknown_argument_ends_with_status_2(main: Main, arguments: tuple[str, ...]) -> None:
+    status, output, errors = main(*arguments)
+    assert (status, output) == (2, "")
+    assert arguments[-1] in errors
 
 
-def test_health_without_a_server_ends_with_status_1() -> None:
-    port = free_port()
-    asked = run_lg("health", PORT=str(port))
-    assert asked.returncode == 1
-    assert asked.stderr.startswith(f"No answer from 127.0.0.1 port {port}: ")
+def test_check_of_a_bad_setting_ends_with_one_line_and_status_78() -> None:
+    done = run_lg("check", COMMANDS="nmap")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (78, "", 1)
+    assert done.stderr.startswith("lg.py: COMMANDS='nmap' cannot be used: ")
+
+
+@pytest.fixture
+def checked(echo: Server, tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], bool]:
+    """`lg.py check` beside the service that has the port, and whether it connected to the store."""
+    tools = {"ping": WORKING["ping"], "traceroute": "exit 1", "mtr": "echo Operation not permitted; exit 1"}
+    for tool, script in tools.items():
+        write_script(tmp_path / tool, f"#!/bin/sh\n{script}\n")
+    shutil.copy(HERE / "lg.py", tmp_path)
+    (tmp_path / ".env").write_text("PROT=8000\nCORS_CREDENTIALS=yes\nSPEEDTEST_GIB_PER_DAY=5\n")
+    extra = {"one": "no-such-tool {address}", "two": "dig {address}"}
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        done = run_lg(
+            "check",
+            folder=tmp_path,
+            PORT=str(echo.port),
+            PATH=f"{tmp_path}:{os.defpath}",
+            COMMANDS="ping,traceroute,mtr,one",
+            EXTRA_COMMANDS=json.dumps(extra),
+            RATE_LIMIT_STORAGE_URI=f"redis://127.0.0.1:{store.getsockname()[1]}",
+        )
+        return done, bool(select.select([store], [], [], 0)[0])
+
+
+def test_check_prints_what_is_lacking_and_ends_with_0(
+    checked: tuple[subprocess.CompletedProcess[str], bool],
+) -> None:
+    done, connected = checked
+    *warnings, last = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, connected) == (0, "", False)
+    assert last == "lg.py: these settings can be used"
+    assert {line.partition("WARNING: msg=")[2].replace('\\"', '"') for line in warnings} == {"x"}
 
 
 # ---- targets -----------------------------------------------------------------------------------------------
