@@ -835,14 +835,16 @@ Transcripts = Mapping[str, Mapping[str, str]]  # host → command → text
 
 
 @pytest.fixture(scope="session")
-def transcripts(in_hops: Server, once: Once) -> Transcripts:
+def transcripts(request: pytest.FixtureRequest, once: Once) -> Transcripts:
     """The output of each command for each host, all run at once."""
     runs = [(host, command) for host in ("target", "hole") for command in COMMANDS]
 
-    def run(host: str, command: str) -> str:
-        return in_hops.run(command, f"{host}.lg.example", timeout=99).text
-
     def run_all() -> Transcripts:
+        in_hops = request.getfixturevalue("in_hops")  # made here alone
+
+        def run(host: str, command: str) -> str:
+            return str(in_hops.run(command, f"{host}.lg.example", timeout=99).text)
+
         with ThreadPoolExecutor(len(runs)) as pool:
             texts = dict(zip(runs, pool.map(lambda each: run(*each), runs), strict=True))
         return {host: {name: texts[host, name] for name in COMMANDS} for host in ("target", "hole")}
