@@ -119,12 +119,11 @@ Parser = Callable[[str], T]  # raises ValueError("expected …") for a text that
 class SettingsError(Exception):
     """What stops the start, in one line; passwords in URIs are not shown."""
 
-    def __init__(self, line: str) -> None:
-        super().__init__(re.sub(r"(?<=://)\S*@", "***@", line))
-
 
 def setting_error(reason: str, **values: object) -> SettingsError:
-    named = ", ".join(f"{name}={str(value)!r}" for name, value in values.items())
+    texts = {name: str(value) for name, value in values.items()}
+    uris = {name: re.sub("://.*@", "://***@", text) for name, text in texts.items() if name.endswith("_URI")}
+    named = ", ".join(f"{name}={text!r}" for name, text in (texts | uris).items())
     return SettingsError(f"{named} cannot be used: {reason}")
 
 
@@ -789,8 +788,9 @@ def shared_limiter(uri: str) -> Callable[[], MovingWindowRateLimiter]:
     try:
         if "+cluster:" not in uri:  # its client connects at once, and fails while the cluster is down
             limiter()
-    except Exception as error:  # each client library has its own
-        raise setting_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
+    except Exception:  # each client library has its own; it may have a part of the password
+        reason = "expected a URI that its client library accepts"
+        raise setting_error(reason, RATE_LIMIT_STORAGE_URI=uri) from None
     return limiter
 
 
