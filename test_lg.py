@@ -891,150 +891,55 @@ traceroute to 2001:db8::254 (2001:db8::254), 30 hops max, 80 byte packets
  2  2001:db8:0:2::2 (2001:db8:0:2::2)  1.000 ms r2.lg.example (2001:db8:0:2::3)  2.000 ms *
 10  target.lg.example (2001:db8::254)  9.000 ms  9.100 ms  9.200 ms
 """,
-    "traceroute, unreachables": """\
-traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+    "traceroute, unreachables, losses and addresses alone": """\
  1  gw.pop.lg.example (198.51.100.2)  1.000 ms !N  1.100 ms !N  1.200 ms !N
  2  r2.lg.example (198.51.100.6)  2.000 ms !H * r2.lg.example (198.51.100.6)  2.200 ms !X
  3  r3.lg.example (198.51.100.10)  3.000 ms !<13>  3.100 ms !F-1400  3.200 ms
-""",
-    "traceroute, a lost probe on each side": """\
-traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+ 4  198.51.100.2  1.000 ms 198.51.100.3  1.100 ms *
  5  * 198.51.100.254 (198.51.100.254)  1227.896 ms *
 """,
-    "traceroute, an extension": """\
-traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
+    "traceroute, an extension, and names that are none": """\
  1  gw.pop.lg.example (198.51.100.2) <MPLS:L=16004,E=0,S=1,T=1>  1.000 ms  1.100 ms  1.200 ms
-""",
-    "traceroute, numeric": """\
-traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
- 1  198.51.100.2  1.000 ms 198.51.100.3  1.100 ms *
-""",
-    "traceroute, a name that is markup": """\
-traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
- 1  <img/src=x/onerror=alert(1)> (198.51.100.2)  1.000 ms  1.100 ms  1.200 ms
-""",
-    "traceroute, the root as a name": """\
-traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
- 1  . (198.51.100.2)  1.000 ms  1.100 ms  1.200 ms
+ 2  <img/src=x/onerror=alert(1)> (198.51.100.2)  1.000 ms  1.100 ms  1.200 ms
+ 3  . (198.51.100.2)  1.000 ms  1.100 ms  1.200 ms
 """,
     "traceroute, cut off": """\
-traceroute to 198.51.100.66 (198.51.100.66), 30 hops max, 60 byte packets
  1  gw.pop.lg.example (198.51.100.2)  1.000 ms  1.100 ms  1.200 ms
  2  * core1.ams.lg.example (198.51.100.6)  2.0""",
     "traceroute, no route": "connect: Network is unreachable\n",
+}
+MTR_RECORDED = {  # with "; " for the ends of lines
     # hops, mtr --raw, three cycles, shortened
     "mtr": """\
-x 0 33000
-h 0 198.51.100.2
-h 0 198.51.100.2
-p 0 2827 33000
-x 1 33001
-x 2 33002
-h 2 198.51.100.254
-h 2 198.51.100.254
-p 2 32910 33002
-x 3 33003
-h 3 198.51.100.254
-p 3 33412 33003
-x 0 33004
-p 0 2644 33004
-x 1 33005
-x 2 33006
-x 0 33007
-p 0 2622 33007
-x 1 33008
-x 2 33009
-p 2 35493 33009
+x 0 33000; h 0 198.51.100.2; h 0 198.51.100.2; p 0 2827 33000; x 1 33001; x 2 33002;
+h 2 198.51.100.254; h 2 198.51.100.254; p 2 32910 33002; x 3 33003; h 3 198.51.100.254;
+p 3 33412 33003; x 0 33004; p 0 2644 33004; x 1 33005; x 2 33006; x 0 33007; p 0 2622 33007;
+x 1 33008; x 2 33009; p 2 35493 33009
 """,
     "mtr6, a hop that changes, and an error": """\
-x 0 33000
-h 0 2001:db8:0:1::2
-p 0 1000 33000
-x 1 33001
-h 1 2001:db8:0:2::2
-p 1 2000 33001
-mtr: Unexpected mtr-packet error
-x 1 33002
-h 1 2001:db8:0:2::3
-p 1 3000 33002
+x 0 33000; h 0 2001:db8:0:1::2; p 0 1000 33000; x 1 33001; h 1 2001:db8:0:2::2; p 1 2000 33001;
+mtr: Unexpected mtr-packet error; x 1 33002; h 1 2001:db8:0:2::3; p 1 3000 33002
 """,
     "mtr, names and labels": """\
-x 0 33000
-h 0 198.51.100.2
-m 0 16004 0 1 1
-h 0 198.51.100.2
-m 0 16004 0 1 1
-p 0 1000 33000
-x 1 33001
-h 1 198.51.100.254
-p 1 -512 33001
-x 2 33002
-h 2 198.51.100.254
-d 2 target.lg.example
-p 2 2100 33002
-x 0 33003
-d 0 <img/src=x/onerror=alert(1)>
-p 0 1100 33003
-x 1 33004
-d 1 198.51.100.254
-p 1 2200 33004
-x 0 33005
-h 0 198.51.100.3
-m 0 16005 0 1 1
-h 0 198.51.100.3
-m 0 16005 0 1 1
-d 0 .
-p 0 1200 33005
+x 0 33000; h 0 198.51.100.2; m 0 16004 0 1 1; h 0 198.51.100.2; m 0 16004 0 1 1; p 0 1000 33000;
+x 1 33001; h 1 198.51.100.254; p 1 -512 33001; x 2 33002; h 2 198.51.100.254;
+d 2 target.lg.example; p 2 2100 33002; x 0 33003; d 0 <img/src=x/onerror=alert(1)>; p 0 1100 33003;
+x 1 33004; d 1 198.51.100.254; p 1 2200 33004; x 0 33005; h 0 198.51.100.3; m 0 16005 0 1 1;
+h 0 198.51.100.3; m 0 16005 0 1 1; d 0 .; p 0 1200 33005
 """,
-    # mtr 0.96 with the stand-in for mtr-packet that stands below
+    # mtr 0.96, with the stand-in for mtr-packet that stands below
     "mtr, version 0.96": """\
-x 0 33000
-h 0 198.51.100.2
-h 0 198.51.100.2
-p 0 89609 33000
-x 1 33001
-x 2 33002
-h 2 198.51.100.5
-h 2 198.51.100.5
-p 2 34742 33002
-x 3 33003
-h 3 198.51.100.254
-h 3 198.51.100.254
-p 3 500 33003
-x 4 33004
-h 4 198.51.100.254
-h 4 198.51.100.254
-d 4 target.lg.example
-p 4 -869 33004
-x 0 33005
-d 0 gw.pop.lg.example
-p 0 1472410 33005
-x 1 33006
-x 2 33007
-h 2 198.51.100.14
-m 2 16004 0 1 1
-h 2 198.51.100.14
-m 2 16004 0 1 1
-p 2 -153 33007
-x 3 33008
-d 3 target.lg.example
-p 3 17781087 33008
-x 0 33009
-p 0 37369 33009
-x 1 33010
-x 2 33011
-d 2 core2.fra.lg.example
-p 2 32840 33011
-x 3 33012
-p 3 -97 33012
-x 0 33013
-x 1 33014
-x 2 33015
-p 2 3704002 33015
-x 3 33016
-p 3 -161 33016
+x 0 33000; h 0 198.51.100.2; h 0 198.51.100.2; p 0 89609 33000; x 1 33001; x 2 33002;
+h 2 198.51.100.5; h 2 198.51.100.5; p 2 34742 33002; x 3 33003; h 3 198.51.100.254;
+h 3 198.51.100.254; p 3 500 33003; x 4 33004; h 4 198.51.100.254; h 4 198.51.100.254;
+d 4 target.lg.example; p 4 -869 33004; x 0 33005; d 0 gw.pop.lg.example; p 0 1472410 33005;
+x 1 33006; x 2 33007; h 2 198.51.100.14; m 2 16004 0 1 1; h 2 198.51.100.14; m 2 16004 0 1 1;
+p 2 -153 33007; x 3 33008; d 3 target.lg.example; p 3 17781087 33008; x 0 33009; p 0 37369 33009;
+x 1 33010; x 2 33011; d 2 core2.fra.lg.example; p 2 32840 33011; x 3 33012; p 3 -97 33012;
+x 0 33013; x 1 33014; x 2 33015; p 2 3704002 33015; x 3 33016; p 3 -161 33016
 """,
 }
+RECORDED |= {name: re.sub("; ?\n?", "\n", text) for name, text in MTR_RECORDED.items()}
 # What it prints of the same probes with --report --report-wide --show-ips.
 TABLE_096 = """\
 HOST: vm                                   Loss%   Snt   Last   Avg  Best  Wrst StDev
@@ -1265,49 +1170,70 @@ def test_a_ping_that_sent_nothing_is_told_from_one_without_a_reply(name: str, se
     assert parse(name).parser.has_sent() == sent
 
 
-# Of each hop its number, address, name, replies and probes.
-TRACEROUTES: dict[str, list[tuple[Any, ...]]] = {
-    "traceroute": [
-        (1, "198.51.100.2", "gw.pop.lg.example", [2.959, 2.933, 2.906]),
-        (2, "198.51.100.6", "core1.ams.lg.example", [6.202, 6.177, 6.106]),
-        (3, None, None, [None, None, None]),
-        (4, "198.51.100.14", "core2.fra.lg.example", [None, 17.132, 15.696]),
-        (5, "198.51.100.254", "target.lg.example", [29.599, 29.598, 31.944]),
-    ],
-    "traceroute6, several routers at a hop, addresses without names, a zone": [
-        (1, "fe80::1", None, [0.5, 0.4, 0.3]),
-        (2, "2001:db8:0:2::2", None, [1, {"rtt": 2, "address": "2001:db8:0:2::3"}, None]),
-        (10, "2001:db8::254", "target.lg.example", [9, 9.1, 9.2]),
-    ],
-    "traceroute, unreachables": [
-        (1, "198.51.100.2", "gw.pop.lg.example", [{"rtt": 1 + n / 10, "code": "!N"} for n in range(3)]),
-        (2, "198.51.100.6", "r2.lg.example", [{"rtt": 2, "code": "!H"}, None, {"rtt": 2.2, "code": "!X"}]),
-        (
-            3,
-            "198.51.100.10",
-            "r3.lg.example",
-            [{"rtt": 3, "code": "!<13>"}, {"rtt": 3.1, "code": "!F-1400"}, 3.2],
-        ),
-    ],
-    "traceroute, a lost probe on each side": [(5, "198.51.100.254", None, [None, 1227.896, None])],
-    "traceroute, an extension": [(1, "198.51.100.2", "gw.pop.lg.example", [])],
-    "traceroute, numeric": [(1, "198.51.100.2", None, [1, {"rtt": 1.1, "address": "198.51.100.3"}, None])],
-    "traceroute, a name that is markup": [(1, "198.51.100.2", None, [1, 1.1, 1.2])],
-    "traceroute, the root as a name": [(1, "198.51.100.2", None, [1, 1.1, 1.2])],
-    "traceroute, cut off": [
-        (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
-        (2, "198.51.100.6", "core1.ams.lg.example", [None]),
-    ],
-    "traceroute, no route": [],
+# Of each hop its number, address, name and probes, and of each note its first word.
+TRACEROUTES: dict[str, tuple[list[tuple[Any, ...]], list[str]]] = {
+    "traceroute": (
+        [
+            (1, "198.51.100.2", "gw.pop.lg.example", [2.959, 2.933, 2.906]),
+            (2, "198.51.100.6", "core1.ams.lg.example", [6.202, 6.177, 6.106]),
+            (3, None, None, [None, None, None]),
+            (4, "198.51.100.14", "core2.fra.lg.example", [None, 17.132, 15.696]),
+            (5, "198.51.100.254", "target.lg.example", [29.599, 29.598, 31.944]),
+        ],
+        [],
+    ),
+    "traceroute6, several routers at a hop, addresses without names, a zone": (
+        [
+            (1, "fe80::1", None, [0.5, 0.4, 0.3]),
+            (2, "2001:db8:0:2::2", None, [1, (2, "2001:db8:0:2::3"), None]),
+            (10, "2001:db8::254", "target.lg.example", [9, 9.1, 9.2]),
+        ],
+        [],
+    ),
+    "traceroute, unreachables, losses and addresses alone": (
+        [
+            (1, "198.51.100.2", "gw.pop.lg.example", [(1, "!N"), (1.1, "!N"), (1.2, "!N")]),
+            (2, "198.51.100.6", "r2.lg.example", [(2, "!H"), None, (2.2, "!X")]),
+            (3, "198.51.100.10", "r3.lg.example", [(3, "!<13>"), (3.1, "!F-1400"), 3.2]),
+            (4, "198.51.100.2", None, [1, (1.1, "198.51.100.3"), None]),
+            (5, "198.51.100.254", None, [None, 1227.896, None]),
+        ],
+        [],
+    ),
+    "traceroute, an extension, and names that are none": (
+        [
+            (1, "198.51.100.2", "gw.pop.lg.example", []),
+            (2, "198.51.100.2", None, [1, 1.1, 1.2]),
+            (3, "198.51.100.2", None, [1, 1.1, 1.2]),
+        ],
+        ["1", "2", "3"],
+    ),
+    "traceroute, cut off": (
+        [
+            (1, "198.51.100.2", "gw.pop.lg.example", [1, 1.1, 1.2]),
+            (2, "198.51.100.6", "core1.ams.lg.example", [None]),
+        ],
+        ["2"],
+    ),
+    "traceroute, no route": ([], ["connect:"]),
 }
 
 
-@pytest.mark.parametrize(("name", "hops"), TRACEROUTES.items())
-def test_each_hop_of_traceroute_is_an_event_with_its_probes(name: str, hops: list[tuple[Any, ...]]) -> None:
-    shown = [(each["hop"], each["address"], each["hostname"], each["probes"]) for each in parse(name).hops]
-    assert shown == [
-        (*hop[:3], [probe if isinstance(probe, dict) else {"rtt": probe} for probe in hop[3]]) for hop in hops
-    ]
+@pytest.mark.parametrize("name", TRACEROUTES)
+def test_each_hop_of_traceroute_is_an_event_with_its_probes(name: str) -> None:
+    assert [
+        (
+            *(event["hop"], event["address"], event["hostname"]),
+            [tuple(probe.values()) if len(probe) > 1 else probe["rtt"] for probe in event["probes"]],
+        )
+        for event in parse(name).hops
+    ] == TRACEROUTES[name][0]
+
+
+def test_a_probe_of_traceroute_has_the_code_and_the_router_that_is_not_the_hops() -> None:
+    hops = parse("traceroute, unreachables, losses and addresses alone").hops
+    assert hops[1]["probes"][0] == {"rtt": 2, "code": "!H"}
+    assert hops[3]["probes"][1] == {"rtt": 1.1, "address": "198.51.100.3"}
 
 
 def result_hop(event: dict[str, Any]) -> dict[str, Any]:
@@ -1338,9 +1264,7 @@ def test_several_routers_of_a_traceroute_hop_are_its_addresses() -> None:
 
 @pytest.mark.parametrize("name", TRACEROUTES)
 def test_what_the_probes_of_a_traceroute_hop_cannot_carry_is_a_note(name: str) -> None:
-    starts = {"markup": ["1"], "root": ["1"], "extension": ["1"], "cut off": ["2"], "no route": ["connect:"]}
-    expected = next((found for word, found in starts.items() if word in name), [])
-    assert [line.split()[0] for line in parse(name).notes] == expected
+    assert [line.split()[0] for line in parse(name).notes] == TRACEROUTES[name][1]
 
 
 def test_the_hops_of_mtr_are_events_as_they_stand() -> None:
