@@ -1357,6 +1357,7 @@ class MtrParser(OutputParser):
         self.changed: set[int] = set()  # positions to send an event for
         self.reported: set[int] = set()  # positions whose events are valid
         self.printed: set[int] = set()  # hops that are in the text
+        self.length, self.ending = 0, ""  # of the path
         self.opening = time.strftime("Start: %Y-%m-%dT%H:%M:%S%z\n").encode()
 
     def feed(self, chunk: bytes) -> tuple[bytes, list[Event]]:
@@ -1400,45 +1401,40 @@ class MtrParser(OutputParser):
 
     def changes(self) -> Iterator[Event]:
         """The events of positions that changed, within the path as it is now known."""
-        length = self.path_length()
-        if void := {position for position in self.reported if position >= length}:
+        self.length, self.ending = self.path()
+        if void := {position for position in self.reported if position >= self.length}:
             self.reported -= void
             self.changed |= void  # in case the path grows again
-            yield {"event": "path", "hops": length}
-        due = {position for position in self.changed if position < length}
+            yield {"event": "path", "hops": self.length}
+        due = {position for position in self.changed if position < self.length}
         self.changed -= due
         self.reported |= due
         for position in sorted(due):
             yield {**self.event_at(position), "stats": self.hops[position].stats()}
 
-    def path_length(self) -> int:
-        """The number of positions up to the target, else up to a router that returns "unreachable".
+    def path(self) -> tuple[int, str]:
+        """The number of positions up to the target, and what to note on a path that ends before it.
 
-        Otherwise the path ends one position after the last that answered, as in mtr's table.
+        Raw output does not mark a router that returns "unreachable", at which mtr ends its report. It answers
+        at each position from its own on. So does a router in a loop or behind NAT, but its times grow from
+        position to position, in nine of ten pairs at least. Measured, a loop has 1.0 of them, a host that is
+        absent from its network 0.5, an "unreachable" that is limited in its rate 0.2. Else the path ends one
+        position after the last that answered, as in mtr's table.
         """
-        last = max((position for position, hop in self.hops.items() if hop.times), default=-1)
-        if ends := self.positions_of(self.address) or self.unreachable_positions():
-            return ends[0] + 1
-        return 0 if last < 0 else max(last + 1, min(last + 2, self.MAX_HOPS))
-
-    def positions_of(self, address: str | None) -> list[int]:
-        """Where a router answered at any time."""
-        return sorted(position for position, hop in self.hops.items() if address in hop.routers)
-
-    def unreachable_positions(self) -> list[int]:
-        """The positions of a router that returned "unreachable", which raw output does not mark; else none.
-
-        It answers at each position from its own on. So does a router in a loop or behind NAT, but its times
-        grow from position to position, in nine of ten pairs at least. Measured, a loop has 1.0 of them, a
-        host that is absent from its network 0.5, an "unreachable" that is limited in its rate 0.2.
-        """
-        answered = [self.hops[position] for position in sorted(self.hops) if self.hops[position].times]
-        address = answered[-1].address if answered else None
-        alone = list(takewhile(lambda hop: hop.routers.keys() == {address}, reversed(answered)))
-        grows = [earlier.best < later.best for later, earlier in combinations(alone, 2)]
-        if len(alone) < 3 or 10 * sum(grows) >= 9 * len(grows):
-            return []
-        return self.positions_of(address)
+        answered = {position: hop for position, hop in sorted(self.hops.items()) if hop.times}
+        if not answered:
+            return 0, ""
+        if reached := [position for position, hop in answered.items() if self.address in hop.routers]:
+            return reached[0] + 1, ""
+        end = max(answered)
+        router = answered[end].address
+        alone = takewhile(lambda hop: hop.routers.keys() == {router}, reversed(answered.values()))
+        grows = [earlier < later for later, earlier in combinations([hop.best for hop in alone], 2)]
+        if len(grows) < 3 or 10 * sum(grows) >= 9 * len(grows):  # three positions have three pairs
+            return max(end + 1, min(end + 2, self.MAX_HOPS)), ""
+        hops = [position + 1 for position, hop in answered.items() if router in hop.routers]
+        answers = f"hop {hops[0]} ({router}) also answered for hops {hops[1]} to {hops[-1]}"
+        return hops[0], f"{answers}: unreachable, or a loop"
 
     def event_at(self, position: int) -> HopEvent:
         hop = self.hops[position]
@@ -1450,13 +1446,10 @@ class MtrParser(OutputParser):
             if complete and hop.in_flight:
                 hop.in_flight = False
                 self.changed.add(position)
-        self.changed.update(set(range(self.path_length())) - self.reported)
+        self.changed.update(set(range(self.path()[0])) - self.reported)
         yield from self.changes()
-        positions = self.unreachable_positions()
-        if positions and not self.positions_of(self.address):
-            first, second, *_, last = (position + 1 for position in positions)
-            router = f"hop {first} ({self.hops[positions[-1]].address})"
-            yield note(f"{router} also answered for hops {second} to {last}: unreachable, or a loop")
+        if self.ending:
+            yield note(self.ending)
 
     def render(self, events: Sequence[Event]) -> bytes:
         """Notes, and each hop when it first answers; the first time with mtr's first line."""
@@ -1470,8 +1463,8 @@ class MtrParser(OutputParser):
         return b"".join(lines)
 
     def table(self) -> Iterator[str]:
-        """The lines of mtr's report, or of `mtr -z`: each router once, its MPLS labels below it."""
-        hops = [self.hops[position] for position in range(self.path_length())]
+        """The lines of mtr's report, with each router once and its MPLS labels below it."""
+        hops = [self.hops[position] for position in range(self.length)]
         mark, extra = (".", 1) if self.asn_database else (".|--", 0)
         hostname = socket.gethostname()
         width = max(map(len, [hostname, *(self.row(hop.address) for hop in hops)]))
@@ -1494,7 +1487,7 @@ class MtrParser(OutputParser):
 
     def result(self, status: Status = "finished", raw_output: str = "") -> MtrResult:
         hops: list[MtrResultHop] = []
-        for position in range(self.path_length()):
+        for position in range(self.length):
             event, hop = self.event_at(position), self.hops[position]
             timings: list[Timing] = [{"rtt": time / 1000} for time in hop.times]
             hops.append({**result_hop(event, timings), "stats": hop.stats()})
