@@ -987,6 +987,21 @@ PATHS: dict[str, tuple[list[tuple[int, str, float]], list[list[str] | None], str
         [[GW], [CORE1], [CORE2], [CORE2], [CORE2], None],
         "",
     ),
+    "times that grow in nine of ten pairs": (
+        [*START, *probes_of(CORE2, 3, [40, 50, 60, 80, 70])],
+        [[GW], [CORE1], *([[CORE2]] * 5), None],
+        "",
+    ),
+    "times that grow in eight of ten pairs": (
+        [*START, *probes_of(CORE2, 3, [40, 60, 50, 80, 70])],
+        [[GW], [CORE1], [CORE2]],
+        f"hop 3 ({CORE2}) also answered for hops 4 to 7",
+    ),
+    "two routers at three hops": (
+        [*START, *probes_of(CORE3, 3, [9, 8, 9]), *probes_of(CORE2, 3, [9, 8, 9])],
+        [[GW], [CORE1], *([[CORE2, CORE3]] * 3), None],
+        "",
+    ),
     "the same address twice": (
         [*START, *probes_of(CORE2, 3, [9, 8])],
         [[GW], [CORE1], [CORE2], [CORE2], None],
@@ -1163,6 +1178,12 @@ def test_the_result_of_ping(name: str, case: PingCase) -> None:
         "stats": dict(zip(("min", "avg", "max", "total", "rcv", "drop", "loss"), case.stats, strict=True)),
         "rawOutput": "",
     }
+
+
+def test_losses_that_only_the_summary_of_ping_tells_of_are_bounded() -> None:
+    parser = parser_of("ping")
+    parser.feed(b"999999 packets transmitted, 0 received, 100% packet loss, time 0ms\n")
+    assert len(parser.finish(complete=True)[1]) == lg.MAX_LOSSES
 
 
 @pytest.mark.parametrize(("name", "sent"), [("ping, no route", False), ("ping6, nothing comes back", True)])
