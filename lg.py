@@ -1072,7 +1072,7 @@ def hostname_of(name: str, address: str | None) -> str | None:
 class OutputParser:
     """Parses what a tool writes, any bytes, into text for people, events for programs, and a result.
 
-    This one is for tools without a parser of their own: each line is a note. A line takes constant time.
+    This one is for tools without a parser of their own: each line is a note. Parsing a line takes constant time.
     """
 
     def __init__(self, address: IPAddress, asn_database: AsnDatabase | None) -> None:
@@ -1288,19 +1288,20 @@ class MtrHop:
         if len(self.routers) > MAX_ROUTERS:
             del self.routers[next(iter(self.routers))]
 
-    def reply(self, time: int) -> None:
+    def reply(self, rtt: int) -> None:
+        """`rtt` is in µs."""
         self.in_flight = False
         if self.times:
-            jitter = abs(time - self.times[-1])
+            jitter = abs(rtt - self.times[-1])
             self.jitter_sum += jitter
             self.jitter_best = min(self.jitter_best, jitter) if len(self.times) > 1 else jitter
             self.jitter_worst = max(self.jitter_worst, jitter)
-        self.best = min(self.best, time) if self.times else time
-        self.worst = max(self.worst, time) if self.times else time
-        self.times.append(time)
+        self.best = min(self.best, rtt) if self.times else rtt
+        self.worst = max(self.worst, rtt) if self.times else rtt
+        self.times.append(rtt)
         before = self.average
-        self.average = int(before + (time - before) / len(self.times))
-        self.squares = int(self.squares + float(time - before) * (time - self.average))
+        self.average = int(before + (rtt - before) / len(self.times))
+        self.squares = int(self.squares + float(rtt - before) * (rtt - self.average))
 
     def deviation(self) -> int:
         return int(math.sqrt(self.squares / (len(self.times) - 1))) if len(self.times) > 1 else 0
@@ -1361,7 +1362,7 @@ class MtrParser(OutputParser):
         self.opening = time.strftime("Start: %Y-%m-%dT%H:%M:%S%z\n").encode()
 
     def feed(self, chunk: bytes) -> tuple[bytes, list[Event]]:
-        """Hops are looked at once for all lines of a chunk, which bounds the work for a line."""
+        """Hop events are made once for all lines of a chunk, which bounds the work for a line."""
         events = [*super().feed(chunk)[1], *self.changes()]
         return self.render(events), events
 
@@ -1489,7 +1490,7 @@ class MtrParser(OutputParser):
         hops: list[MtrResultHop] = []
         for position in range(self.length):
             event, hop = self.event_at(position), self.hops[position]
-            timings: list[Timing] = [{"rtt": time / 1000} for time in hop.times]
+            timings: list[Timing] = [{"rtt": rtt / 1000} for rtt in hop.times]
             hops.append({**result_hop(event, timings), "stats": hop.stats()})
         common = super().result(status, raw_output)
         return {**common, "resolvedHostname": self.names.get(self.address), "hops": hops}
