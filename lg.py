@@ -1072,7 +1072,8 @@ def hostname_of(name: str, address: str | None) -> str | None:
 class OutputParser:
     """Parses what a tool writes, any bytes, into text for people, events for programs, and a result.
 
-    This one is for tools without a parser of their own: each line is a note. Parsing a line takes constant time.
+    This one is for tools without a parser of their own: each line is a note. Parsing a line takes constant
+    time.
     """
 
     def __init__(self, address: IPAddress, asn_database: AsnDatabase | None) -> None:
