@@ -1356,7 +1356,7 @@ class MtrParser(OutputParser):
         super().__init__(address, asn_database)
         self.hops: defaultdict[int, MtrHop] = defaultdict(MtrHop)
         self.names: dict[str, str] = {}
-        self.changed: set[int] = set()  # positions to send an event for
+        self.changed: dict[int, None] = {}  # positions to send an event for, in the order of their changes
         self.reported: set[int] = set()  # positions whose events are valid
         self.printed: set[int] = set()  # hops that are in the text
         self.length, self.ending = 0, ""  # of the path
@@ -1383,7 +1383,7 @@ class MtrParser(OutputParser):
         match match[1]:
             case "x":
                 if hop.in_flight:  # the probe before is lost
-                    self.changed.add(position)
+                    self.changed[position] = None
                 hop.sent, hop.in_flight = hop.sent + 1, True
             case "h":
                 hop.set_address(value[0])
@@ -1396,22 +1396,23 @@ class MtrParser(OutputParser):
             case "d" if hop.address and hop.address not in self.names:
                 if hostname := hostname_of(value[0], hop.address):
                     self.names[hop.address] = hostname
-                    self.changed.update(at for at, each in self.hops.items() if each.address == hop.address)
+                    named = [at for at, each in self.hops.items() if each.address == hop.address]
+                    self.changed.update(dict.fromkeys(named))
             case "p":
                 hop.reply(int(value[1]))
-                self.changed.add(position)
+                self.changed[position] = None
 
     def changes(self) -> Iterator[Event]:
         """The events of positions that changed, within the path as it is now known."""
         self.length, self.ending = self.path()
         if void := {position for position in self.reported if position >= self.length}:
             self.reported -= void
-            self.changed |= void  # in case the path grows again
+            self.changed |= dict.fromkeys(sorted(void))  # in case the path grows again
             yield {"event": "path", "hops": self.length}
-        due = {position for position in self.changed if position < self.length}
-        self.changed -= due
-        self.reported |= due
-        for position in sorted(due):
+        due = [position for position in self.changed if position < self.length]
+        self.reported.update(due)
+        for position in due:
+            del self.changed[position]
             yield {**self.event_at(position), "stats": self.hops[position].stats()}
 
     def path(self) -> tuple[int, str]:
@@ -1447,8 +1448,8 @@ class MtrParser(OutputParser):
         for position, hop in self.hops.items():
             if complete and hop.in_flight:
                 hop.in_flight = False
-                self.changed.add(position)
-        self.changed.update(set(range(self.path()[0])) - self.reported)
+                self.changed[position] = None
+        self.changed |= dict.fromkeys(sorted(set(range(self.path()[0])) - self.reported))
         yield from self.changes()
         if self.ending:
             yield note(self.ending)

@@ -1310,6 +1310,11 @@ def test_the_text_of_mtr_has_each_hop_when_it_first_answers() -> None:
     assert re.fullmatch(live, parse("mtr").text)
 
 
+def test_hops_that_answer_within_one_chunk_stand_in_the_text_in_their_order() -> None:
+    text, _ = parser_of("mtr").feed(mtr_raw((2, CORE1, 3), (3, CORE2, 9), (1, GW, 1)).encode())
+    assert re.findall(r"^ +(\d)\.", text.decode(), re.M) == ["2", "3", "1"]
+
+
 NO_TIMES = dict.fromkeys(("min", "avg", "max", "stDev", "jMin", "jAvg", "jMax"))
 MTR_STATS = {
     0: dict(zip(NO_TIMES, (2.622, 2.697, 2.827, 0.112, 0.022, 0.102, 0.183), strict=True))
@@ -1391,7 +1396,7 @@ def test_a_hop_that_belongs_to_the_path_again_has_an_event_again() -> None:
     paths = [*START, *probes_of(CORE2, 3, [9, 10])], [(5, CORE2, 8)], [(6, CORE3, 12)]
     fed = [cast(Any, parser.feed(mtr_raw(*probes).encode())[1]) for probes in paths]
     assert [[event.get("hop", "path") for event in events] for events in fed] == [
-        *([1, 2, 3, 4], ["path"], [4, 5, 6])
+        *([1, 2, 3, 4], ["path"], [5, 4, 6])
     ]
 
 
