@@ -5932,7 +5932,7 @@ def test_ipv6_clients_have_slots_by_their_64(serve: Start) -> None:
         ("127.0.0.1", {"X-Forwarded-For": "::ffff:192.0.2.9"}, "192.0.2.9"),
         ("127.0.0.1", {"X-Real-IP": "192.0.2.9"}, "192.0.2.9"),
         ("127.0.0.1", {"X-Forwarded-For": "192.0.2.8", "X-Real-IP": "192.0.2.9"}, "192.0.2.8"),
-        ("127.0.0.1", {"X-Forwarded-For": "unknown", "X-Real-IP": "192.0.2.9"}, "192.0.2.9"),
+        ("127.0.0.1", {"X-Forwarded-For": "unknown", "X-Real-IP": "192.0.2.9"}, "127.0.0.1"),
         ("127.0.0.1", {"X-Forwarded-For": "192.0.2.9, <script>"}, "127.0.0.1"),
         ("127.0.0.1", {"X-Forwarded-For": "", "X-Real-IP": "localhost"}, "127.0.0.1"),
         ("127.0.0.1", {"X-Forwarded-For": "192.0.2.9%lo"}, "127.0.0.1"),
@@ -6062,11 +6062,10 @@ def test_server_starts_without_its_redis_cluster(serve: Start) -> None:
     assert "The rate-limit store fails" in server.log
 
 
-def test_health_is_printed_without_the_redis_cluster(serve: Start) -> None:
-    server = serve(tools=every_tool(ECHO))
+def test_check_asks_no_store() -> None:
     uri = f"redis+cluster://127.0.0.1:{free_port()}"
-    asked = run_lg("health", PORT=str(server.port), RATE_LIMIT_STORAGE_URI=uri)
-    assert (asked.returncode, asked.stdout) == (0, '{"status":"ok"}\n')
+    checked = run_lg("check", COMMANDS="", RATE_LIMIT_STORAGE_URI=uri)
+    assert (checked.returncode, checked.stdout) == (0, "lg.py: these settings can be used\n")
 
 
 def has_recovered(server: Server) -> bool:
@@ -6079,7 +6078,8 @@ def test_redis_cluster_is_used_when_it_is_up(serve: Start, redis: Redis) -> None
         "RATE_LIMIT_DIAGNOSTICS": "3/hour",
         "RATE_LIMIT_STORAGE_URI": f"redis+cluster://127.0.0.1:{redis.port}",
     }
-    servers = [serve(tools={"ping": ECHO}, constants={"STORE_RETRY_SECONDS": 0}, **options) for _ in range(2)]
+    constants = {"STORE_RETRY_SECONDS": 0}
+    servers = [serve(tools=every_tool(ECHO), constants=constants, **options) for _ in range(2)]
     redis.start("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     with socket.create_connection(("127.0.0.1", redis.port)) as connection:
         connection.sendall(b"CLUSTER ADDSLOTSRANGE 0 16383\r\n")
@@ -6099,8 +6099,7 @@ def test_server_starts_without_redis(serve: Start, redis: Redis) -> None:
 SCRIPTS = pytest.mark.parametrize(
     "script", [ENDLESS, SILENT, STUBBORN, FORKING], ids=["endless", "silent", "stubborn", "forking"]
 )
-# Beside its own group, a child in a group of its own, as a newer mtr's resolver, and one that forks while it is
-# killed.
+# It has a child in a group of its own, as a newer mtr has, and one that forks while it is killed.
 SPREADING = """#!/bin/bash
 if [ "$1" = again ]; then sleep 0.01; "$0" again & exit; fi
 set -m
@@ -6110,7 +6109,7 @@ sleep 1000 &
 
 
 def session_members(leader: int) -> list[int]:
-    """The living members of the session of this process; zombies wait for the server, or for this machine's init."""
+    """The living members of a session; zombies wait for the server, or for this machine's init."""
     members = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
@@ -7126,7 +7125,7 @@ ODD_FIELDS += [f"Content-Length: {length}" for length in LENGTHS]
 
 @st.composite
 def requests(draw: st.DrawFn, odd: bool, lengths: list[int]) -> tuple[bytes, bytes]:
-    """A request, and what stock uvicorn is sent for it, without what ours accepts besides (RFC 9112, 2.2, 3.2.2)."""
+    """A request, and what stock uvicorn is sent for it: not what ours accepts by RFC 9112, 2.2 and 3.2.2."""
 
     def choose(usual: list[Any], strange: list[Any]) -> Any:
         return draw(st.sampled_from(usual + strange * odd))
@@ -7195,7 +7194,7 @@ def asked(path: str, *fields: str, body: bytes = b"") -> bytes:
     return "\r\n".join(lines).encode() + body
 
 
-# What ours answers otherwise, beyond what `requests` leaves out and `Rivals` hides: the statuses, and whether the
+# What ours answers otherwise, beyond what `requests` and `Rivals` leave out: the statuses, and whether the
 # connection is closed, of ours and of stock.
 DIFFERENCES = {
     "both framings: proxies differ on which of them counts": (
@@ -7586,47 +7585,60 @@ def events_of(server: Server, command: str, target: str) -> list[dict[str, Any]]
     return [json.loads(line) for line in response.text.splitlines()]
 
 
-def test_extra_command_runs_for_ipv4_and_ipv6(serve: Start) -> None:
-    server = serve(tools={"birdc": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
-    assert server.run("bgp", "127.0.0.1").text.startswith("argv -r show route for 127.0.0.1 all\n")
-    assert server.run("bgp6", "::1").text.startswith("argv -r show route for ::1 all\n")
+EXTRA = {
+    **BGP,
+    "tcp": "tcp -{version} --to={address}",
+    "shell": "print 'show route' $(id) {address} ; reboot",
+    "missing": "no-such-tool {address}",
+}
 
 
-def test_extra_command_gets_the_ip_version_where_it_wants_it(serve: Start) -> None:
-    extra = {"tcp": "mtr -{version} --raw -T -P 443 --to={address}"}
-    server = serve(tools={"mtr": '#!/bin/sh\necho "$@" >&2\n'}, EXTRA_COMMANDS=json.dumps(extra))
-    assert "-6 --raw -T -P 443 --to=::1\n" in server.run("tcp6", "::1").text
+@pytest.fixture(scope="session")
+def extended(shared: Start) -> Server:
+    """A server with extra commands."""
+    tools = {"birdc": ECHO, "tcp": ECHO, "print": '#!/bin/sh\nprintf "%s\\n" "$@"\n'}
+    return cast(Server, shared(tools=tools, EXTRA_COMMANDS=json.dumps(EXTRA)))
 
 
-def test_extra_command_passes_no_shell(serve: Start) -> None:
-    extra = {"route": "birdc 'show route' $(id) {address} ; reboot"}
-    server = serve(tools={"birdc": '#!/bin/sh\nprintf "%s\\n" "$@"\n'}, EXTRA_COMMANDS=json.dumps(extra))
-    assert server.run("route").text == "show route\n$(id)\n127.0.0.1\n;\nreboot\n"
+@pytest.mark.parametrize(
+    ("command", "target", "argv"),
+    [
+        ("bgp", "127.0.0.1", "-r show route for 127.0.0.1 all"),
+        ("bgp6", "::1", "-r show route for ::1 all"),
+        ("tcp", "127.0.0.1", "-4 --to=127.0.0.1"),
+        ("tcp6", "::1", "-6 --to=::1"),
+    ],
+)
+def test_extra_command_runs_for_both_ip_versions(
+    extended: Server, command: str, target: str, argv: str
+) -> None:
+    assert extended.run(command, target).text.startswith(f"argv {argv}\n")
 
 
-def test_each_line_of_an_extra_command_is_a_note(serve: Start) -> None:
-    server = serve(tools={"birdc": "#!/bin/sh\necho one\necho two\n"}, EXTRA_COMMANDS=json.dumps(BGP))
-    events = events_of(server, "bgp", "127.0.0.1")
-    assert [event["text"] for event in events if event["event"] == "note"] == ["one", "two"]
-    assert events[-1]["result"] == {
-        "status": "finished",
-        "resolvedAddress": "127.0.0.1",
-        "rawOutput": "one\ntwo\n",
-    }
+def test_extra_command_passes_no_shell(extended: Server) -> None:
+    assert extended.run("shell").text == "show route\n$(id)\n127.0.0.1\n;\nreboot\n"
+
+
+def test_each_line_of_an_extra_command_is_a_note(extended: Server) -> None:
+    events = events_of(extended, "shell", "127.0.0.1")
+    lines = ["show route", "$(id)", "127.0.0.1", ";", "reboot"]
+    assert [event["text"] for event in events if event["event"] == "note"] == lines
+    output = "".join(f"{line}\n" for line in lines)
+    result = {"status": "finished", "resolvedAddress": "127.0.0.1", "rawOutput": output}
+    assert events[-1]["result"] == result
 
 
 def test_ping_of_an_extra_command_by_its_path_may_have_no_reply(serve: Start, tmp_path: Path) -> None:
     recorded = RECORDED["ping6, nothing comes back"]
     (tmp_path / "ping").write_text(f"#!/bin/sh\ncat <<'END'\n{recorded}END\nexit 1\n")
     (tmp_path / "ping").chmod(0o755)
-    server = serve(EXTRA_COMMANDS=json.dumps({"far": f"{tmp_path}/ping {{address}}"}))
+    server = serve(EXTRA_COMMANDS=json.dumps({"far": f"{shlex.quote(str(tmp_path))}/ping {{address}}"}))
     end = events_of(server, "far6", "::1")[-1]
     assert (end["status"], end["result"]["stats"]["loss"]) == ("finished", 100)
 
 
-def test_extra_command_is_refused_an_address_that_may_not_be_measured(serve: Start) -> None:
-    server = serve(tools={"birdc": ECHO}, EXTRA_COMMANDS=json.dumps(BGP))
-    assert server.run("bgp", "10.0.0.1").status_code == 422
+def test_extra_command_is_refused_an_address_that_may_not_be_measured(extended: Server) -> None:
+    assert extended.run("bgp", "10.0.0.1").status_code == 422
 
 
 def test_extra_command_has_a_rate_limit_of_its_own(serve: Start) -> None:
@@ -7641,20 +7653,33 @@ def test_extra_command_is_stopped_at_the_time_limit(serve: Start) -> None:
     assert server.run("bgp").text == "--- bgp: stopped after 1 s ---\n"
 
 
-def test_missing_tool_of_an_extra_command_is_named_by_health(serve: Start) -> None:
-    server = serve(EXTRA_COMMANDS='{"route": "no-such-tool {address}"}')
-    assert "no-such-tool" in server.http.get("/health").json()["missing"]
+def test_missing_tool_of_an_extra_command_is_named_by_health(extended: Server) -> None:
+    assert "no-such-tool" in extended.http.get("/health").json()["missing"]
 
 
-def test_extra_command_is_in_the_description_and_the_usage(serve: Start) -> None:
-    server = serve(EXTRA_COMMANDS=json.dumps(BGP))
-    assert {"/lookingglass/bgp", "/lookingglass/bgp6"} <= described(server)["paths"].keys()
-    assert "/lookingglass/bgp6\n" in server.http.get("/").text
+def test_extra_command_is_in_the_description_and_the_usage(extended: Server) -> None:
+    assert {"/lookingglass/bgp", "/lookingglass/bgp6"} <= described(extended)["paths"].keys()
+    assert "/lookingglass/bgp6\n" in extended.http.get("/").text
 
 
-def test_address_of_the_other_version_names_the_extra_command_to_use(serve: Start) -> None:
-    server = serve(EXTRA_COMMANDS=json.dumps(BGP))
-    assert "use bgp6" in server.run("bgp", "::1").text
+def test_address_of_the_other_version_names_the_extra_command_to_use(extended: Server) -> None:
+    assert "use bgp6" in extended.run("bgp", "::1").text
+
+
+def test_replaced_command_runs_in_place_of_the_built_in_one(serve: Start) -> None:
+    extra = json.dumps({"ping": "ping -{version} -I eth1 {address}"})
+    server = serve(tools={"ping": ECHO}, EXTRA_COMMANDS=extra)
+    texts = [server.run("ping").text, server.run("ping6", "::1").text]
+    assert [text.split("\n")[0] for text in texts] == ["argv -4 -I eth1 127.0.0.1", "argv -6 -I eth1 ::1"]
+
+
+def test_extra_command_may_be_offered_for_one_ip_version(serve: Start) -> None:
+    server = serve(tools={"birdc": ECHO}, EXTRA_COMMANDS=json.dumps(BGP), COMMANDS="bgp")
+    assert [server.run(*each).status_code for each in (("bgp",), ("bgp6", "::1"), ("ping",))] == [
+        200,
+        404,
+        404,
+    ]
 
 
 BIRD = """
@@ -7706,10 +7731,10 @@ def bgp(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iter
     until(learned)
     extra = {
         "bgp": f"birdc -s {control} -r show route for {{address}} all",
-        "tcp": "mtr -{version} --raw -T -P 443 {address}",
+        "tcp": "traceroute -{version} -T -p 443 -q 3 -w 3,3,10 -m 30 {address}",
     }
     allow = "198.51.100.0/24,203.0.113.0/24,2001:db8::/32"
-    server = Server(folder, prefix=hops, EXTRA_COMMANDS=json.dumps(extra), TARGET_ALLOW=allow)
+    server = SpawnedServer(folder, prefix=hops, EXTRA_COMMANDS=json.dumps(extra), TARGET_ALLOW=allow)
     yield server
     server.stop()
     for bird in birds:
@@ -7736,10 +7761,9 @@ def test_route_learned_over_bgp_is_shown_as_events(bgp: Server, command: str, ta
 
 
 @pytest.mark.parametrize(("command", "target"), [("tcp", TARGET4), ("tcp6", TARGET6)])
-def test_trace_over_tcp_is_a_live_table_of_hops(bgp: Server, command: str, target: str) -> None:
+def test_trace_over_tcp_reaches_the_target_hop_by_hop(bgp: Server, command: str, target: str) -> None:
     events = events_of(bgp, command, target)
-    hops = [event for event in events if event["event"] == "hop"]
-    assert len(hops) > 5
+    assert [event["hop"] for event in events if event["event"] == "hop"] == [1, 2, 3, 4, 5]
     assert events[-1]["result"]["hops"][4]["resolvedAddress"] == target
 
 
@@ -7833,61 +7857,69 @@ def test_lookups_have_a_rate_limit_of_their_own(serve: Start) -> None:
 
 # What may not send.
 
-DENIALS = {
-    "iputils": ("ping: socktype: SOCK_RAW\nping: socket: Operation not permitted", 2),
-    "BusyBox": ("ping: permission denied (are you root?)", 1),
-    "GNU inetutils": ("ping: Lacking privilege for icmp socket.", 1),
+# What each tool prints when it has measured loopback.
+REPLIES = {
+    "ping": "64 bytes from 127.0.0.1: icmp_seq=1 ttl=64 time=0.052 ms",
+    "traceroute": " 1  127.0.0.1  0.040 ms  0.010 ms  0.010 ms",
+    "mtr": "h 0 127.0.0.1\\np 0 52 33000",
+}
+WORKING = {tool: f"#!/bin/sh\nprintf '{reply}\\n'\n" for tool, reply in REPLIES.items()}
+FAULTS = {  # of ping: the state that it shows, what the log says, and what ping prints, with its exit status
+    "iputils": ("forbidden", "ping: socket: Operation not permitted", 2),
+    "BusyBox": ("forbidden", "ping: permission denied (are you root?)", 1),
+    "GNU inetutils": ("forbidden", "ping: Lacking privilege for icmp socket.", 1),
+    "setuid": ("failing", "mtr: mtr should not run suid", 1),
+    "of another maker": ("failing", "ping: invalid option -- O", 2),
+    "no reply": ("failing", "exit status 1, and no reply from 127.0.0.1", 1),
 }
 
 
-def denying(maker: str) -> str:
-    message, status = DENIALS[maker]
-    return f"#!/bin/sh\necho '{message}' >&2\nexit {status}\n"
+def failing(maker: str) -> str:
+    _, message, status = FAULTS[maker]
+    printed = "" if maker == "no reply" else f"echo first; echo '{message}' >&2"
+    return f"#!/bin/sh\n{printed}\nexit {status}\n"
 
 
-@pytest.mark.parametrize("maker", DENIALS)
-def test_tool_that_may_not_send_is_named_by_health(serve: Start, maker: str) -> None:
-    server = serve(tools={"ping": denying(maker), "traceroute": ECHO, "mtr": ECHO})
-    until(lambda: server.http.get("/health").json() == {"status": "degraded", "forbidden": ["ping"]})
+def health(server: Server) -> dict[str, Any]:
+    return cast(dict[str, Any], server.http.get("/health").json())
 
 
-@pytest.mark.parametrize("maker", DENIALS)
-def test_tool_that_may_not_send_is_logged_with_what_to_grant(serve: Start, maker: str) -> None:
-    server = serve(tools={"ping": denying(maker), "traceroute": ECHO, "mtr": ECHO})
-    until(lambda: "lacks the permission" in server.log)
+@pytest.mark.parametrize("maker", FAULTS)
+def test_tool_that_fails_on_loopback_is_named_by_health_log_and_metrics(serve: Start, maker: str) -> None:
+    server = serve(tools=WORKING | {"ping": failing(maker)}, trials=True)
+    state, message, _ = FAULTS[maker]
+    until(lambda: health(server) == {"status": "degraded", state: ["ping"]})
     (warning,) = [record for record in records(server) if record["level"] == "warning"]
-    assert "NET_RAW" in warning["msg"]
-    assert "net.ipv4.ping_group_range" in warning["msg"]
+    assert (warning["tool"], warning["error"]) == ("ping", message)
+    assert ("NET_RAW" in warning["remedy"]) == (state == "forbidden")
+    until(lambda: scrape(server)['lg_tool_up{tool="mtr"}'])
+    assert scrape(server)['lg_tool_up{tool="ping"}'] == 0
+
+
+def test_tool_that_fails_on_loopback_still_runs(serve: Start) -> None:
+    server = serve(tools=WORKING | {"ping": failing("setuid")}, trials=True)
+    until(lambda: health(server) == {"status": "degraded", "failing": ["ping"]})
+    assert "--- ping: exit status 1 ---\n" in server.run("ping").text
 
 
 @pytest.mark.parametrize(
-    "message",
-    [
-        "ping: invalid option -- O\nBusyBox v1.35.0 multi-call binary.",
-        "ping: unrecognized option: O",
-        "ping: unknown option -- n",
-    ],
+    "script", [failing("setuid"), failing("iputils"), SILENT], ids=["fails", "denied", "silent"]
 )
-def test_ping_of_another_maker_is_missing_in_health(serve: Start, message: str) -> None:
-    other = f"#!/bin/sh\nprintf '%s\\n' '{message}' >&2\nexit 1\n"
-    server = serve(tools={"ping": other, "traceroute": ECHO, "mtr": ECHO})
-    until(lambda: server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]})
+def test_tool_is_tried_again_until_it_has_measured_loopback(serve: Start, script: str) -> None:
+    constants = {"TRIAL_SECONDS": 0.5, "TRIAL_REPEAT_SECONDS": 0.2}
+    server = serve(tools=WORKING | {"ping": script}, constants=constants)
+    until(lambda: health(server)["status"] == "degraded")
+    server.stand_in("ping", WORKING["ping"])
+    until(lambda: health(server) == {"status": "ok"})
+    assert records_of(server, "A tool works again", tool="ping")
 
 
-def test_expected_ping_that_is_installed_later_is_not_missing(serve: Start) -> None:
-    other = "#!/bin/sh\necho 'ping: invalid option -- O' >&2\nexit 1\n"
-    server = serve(tools={"ping": other, "traceroute": ECHO, "mtr": ECHO})
-    until(lambda: server.http.get("/health").json() == {"status": "degraded", "missing": ["ping"]})
-    server.stand_in("ping", ECHO)
-    until(lambda: server.http.get("/health").json() == {"status": "ok"})
-
-
-def test_ping_of_another_maker_is_logged_with_what_to_install(serve: Start) -> None:
-    other = "#!/bin/sh\necho 'ping: invalid option -- O' >&2\nexit 1\n"
-    server = serve(tools={"ping": other, "traceroute": ECHO, "mtr": ECHO})
-    until(lambda: "iputils-ping" in server.log)
-    (warning,) = [record for record in records(server) if record["level"] == "warning"]
-    assert warning["msg"] == "ping is not the program that is expected here"
+def test_tool_that_has_measured_loopback_is_not_tried_again(serve: Start) -> None:
+    server = serve(tools=WORKING, constants={"TRIAL_REPEAT_SECONDS": 0.05})
+    until(lambda: scrape(server)['lg_tool_up{tool="ping"}'])
+    server.stand_in("ping", failing("setuid"))
+    time.sleep(0.5)
+    assert health(server) == {"status": "ok"}
 
 
 @pytest.mark.parametrize("options", [(), ("--no-new-privs",)], ids=str)
@@ -7900,23 +7932,43 @@ def test_real_tools_that_may_not_send_are_named_by_health(
     # The small internet's ping_group_range is the kernel's default, which nobody is in.
     drop = (setpriv, "--bounding-set=-net_raw", "--inh-caps=-all", *options)
     server = serve(prefix=hops, command=(*drop, sys.executable, "lg.py"))
-    until(lambda: server.http.get("/health").json().get("forbidden") == ["mtr", "ping"])
+    until(lambda: health(server).get("forbidden") == ["mtr", "ping"])
 
 
 def test_listening_does_not_wait_for_the_tools(serve: Start) -> None:
-    begun = time.monotonic()
-    server = serve(
-        tools=dict.fromkeys(("ping", "traceroute", "mtr"), STUBBORN), constants={"PROBE_SECONDS": 60}
-    )
-    assert server.http.get("/health").json() == {"status": "ok"}
-    assert time.monotonic() - begun < 30
+    server = serve(tools=every_tool(STUBBORN), constants={"TRIAL_SECONDS": 60})
+    assert running(f"{server.folder}/bin/")
 
 
 def test_tools_that_are_tried_at_the_start_leave_no_process(serve: Start) -> None:
-    server = serve(tools=dict.fromkeys(("ping", "traceroute", "mtr"), STUBBORN))
+    server = serve(tools=every_tool(SPREADING + STUBBORN), trials=True, constants={"TRIAL_SECONDS": 1})
     until(lambda: running(f"{server.folder}/bin/"))
-    until(lambda: not running(f"{server.folder}/bin/"))
-    assert server.http.get("/health").json() == {"status": "ok"}
+    until(lambda: health(server).get("failing") == ["mtr", "ping", "traceroute"])
+    until(server.idle, SOON)
+
+
+# Start and stop.
+
+
+def test_systemd_is_told_once_the_service_listens(serve: Start, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path := str(tmp_path / "notify"))
+        systemd.settimeout(PATIENCE)
+        serve(spawned=True, NOTIFY_SOCKET=path)
+        assert systemd.recv(100) == b"READY=1"
+
+
+def test_check_works_beside_the_running_service(serve: Start) -> None:
+    server = serve(tools=WORKING)
+    checked = run_lg("check", PATH=server.environment["PATH"], PORT=str(server.port))
+    assert (checked.returncode, checked.stdout) == (0, "lg.py: these settings can be used\n")
+
+
+def test_check_warns_of_a_tool_that_fails(serve: Start) -> None:
+    server = serve(tools=WORKING | {"ping": failing("setuid")})
+    checked = run_lg("check", PATH=server.environment["PATH"])
+    (warning, _) = checked.stdout.splitlines()
+    assert (checked.returncode, "tool=ping" in warning, "should not run suid" in warning) == (0, True, True)
 
 
 # Metrics.
@@ -7937,13 +7989,37 @@ def test_metrics_count_runs_and_their_seconds_by_command_and_outcome(serve: Star
     assert 0.4 <= counted['lg_run_seconds_total{command="ping",outcome="finished"}'] < 10
 
 
+def test_metrics_show_whether_the_last_run_of_a_command_was_ok(serve: Start) -> None:
+    server = serve(tools={"ping": "#!/bin/sh\nexit 3\n", "mtr": SILENT})
+    server.run("ping")
+    failed = scrape(server)
+    server.stand_in("ping", ECHO)
+    server.run("ping")
+    server.begin("mtr").close()
+    until(lambda: scrape(server).get('lg_runs_total{command="mtr",outcome="client gone"}'))
+    ok = scrape(server)
+    name = 'lg_last_run_ok{{command="{}"}}'.format
+    assert (failed[name("ping")], ok[name("ping")], name("mtr") in ok) == (0, 1, False)
+
+
 def test_metrics_count_refusals_by_reason(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
-    for target in ("127.0.0.1", "127.0.0.1", "10.0.0.1", "no target"):
+    server = serve(tools={"ping": ECHO}, names=NAMES, RATE_LIMIT_DIAGNOSTICS="1/hour")
+    for target in ("broken.example", "127.0.0.1", "127.0.0.1", "10.0.0.1", "no target"):
         server.run("ping", target)
     counted = scrape(server)
-    reasons = ("rate limit", "target", "invalid", "server slots")
-    assert [counted[f'lg_refusals_total{{reason="{reason}"}}'] for reason in reasons] == [2, 0, 1, 0]
+    reasons = ("resolver", "rate limit", "target", "invalid", "server slots")
+    assert [counted[f'lg_refusals_total{{reason="{reason}"}}'] for reason in reasons] == [1, 2, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("gib", "gauges"), [("0", [None, None]), ("1", [2**30, 100 * 2**20])])
+def test_metrics_show_the_budget_where_there_is_one(
+    serve: Start, gib: str, gauges: list[float | None]
+) -> None:
+    server = serve(SPEEDTEST_GIB_PER_DAY=gib)
+    server.http.get("/speedtest/100M")
+    counted = scrape(server)
+    names = ("lg_speedtest_budget_bytes", "lg_speedtest_budget_used_bytes")
+    assert [counted.get(name) for name in names] == gauges
 
 
 def test_metrics_count_bytes_of_speed_tests_by_direction(serve: Start) -> None:
