@@ -44,7 +44,7 @@ from http import HTTPStatus
 from importlib.util import find_spec
 from inspect import cleandoc
 from io import StringIO
-from itertools import islice
+from itertools import combinations, islice, takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, TypeVar, cast
