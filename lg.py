@@ -384,7 +384,6 @@ def unknown_settings(names: Iterable[str]) -> Iterator[str]:
 # ---- targets -----------------------------------------------------------------------------------------------
 
 RESOLVE_SECONDS = 5
-RESOLVE_SECONDS = 5
 RETRY_LATER = {"Retry-After": "5"}  # where no slot is free: commands end at different times, after about 15 s
 # Limits on a service's threads, abandoned ones included: a resolver may take minutes to give up.
 # Lookups stop first, which leaves threads for the shared store.
@@ -458,10 +457,14 @@ def validation_error(
     return RequestError(422, {"detail": [error]}, reason=reason)
 
 
+def busy(message: str, reason: str = "unavailable", headers: Headers = RETRY_LATER) -> RequestError:
+    """503 for what this server cannot do now."""
+    return RequestError(503, {"error": message}, headers, reason)
+
+
 def shutdown_error() -> RequestError:
     """The answer to a request that would start something while the server stops."""
-    body = {"error": "The server is shutting down: try again in a moment"}
-    return RequestError(503, body, RETRY_LATER, "unavailable")
+    return busy("The server is shutting down: try again in a moment")
 
 
 def parse_form(text: str) -> dict[str, str | list[str]]:
@@ -750,8 +753,7 @@ class Slots:
         old = [slot for slot in self.taken if slot.give_way and slot.begun <= latest]
         slot = max(old, key=lambda each: (by_client[each.client], -each.begun), default=None)
         if by_client[client] or not slot or not slot.give_way:
-            message = f"All {self.total} slots for {self.what} are taken: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER, "server slots")
+            raise busy(f"All {self.total} slots for {self.what} are taken: try again soon", "server slots")
         self.taken.discard(slot)
         slot.gave_way = True
         slot.give_way()
@@ -818,8 +820,7 @@ class RateLimits:
         try:
             outcome = check_rates(self.local, *arguments) if outcome is None else outcome
         except RuntimeError:  # the storage starts a thread that removes expired entries
-            message = "The server has no thread left: try again soon"
-            outcome = RequestError(503, {"error": message}, RETRY_LATER, "unavailable")
+            outcome = busy("The server has no thread left: try again soon")
         if isinstance(outcome, RequestError):
             raise outcome
         return outcome
@@ -831,10 +832,12 @@ class RateLimits:
         """What the shared store answers, None where it does not. Its failure and recovery are logged."""
         if not (limiter := self.shared) or time.monotonic() < self.retry_at:
             return None
+
+        def query() -> Headers | RequestError:
+            return check_rates(limiter(), rates, consume, *key)
+
         try:
-            outcome = await self.threads.call(
-                lambda: check_rates(limiter(), rates, consume, *key), STORE_SECONDS, STORE_THREADS
-            )
+            outcome = await self.threads.call(query, STORE_SECONDS, STORE_THREADS)
         except RequestError:  # the server stops
             raise
         except Exception as error:  # each client library has its own
@@ -860,16 +863,8 @@ class RateLimits:
         self.swept = now
 
 
-REFUSALS = (
-    "invalid",
-    "target",
-    "resolver",
-    "rate limit",
-    "client slots",
-    "server slots",
-    "budget",
-    "unavailable",
-)
+REFUSALS = ["invalid", "target", "resolver", "rate limit", "budget", "unavailable"]
+REFUSALS += ["client slots", "server slots"]
 
 
 class Limits:
@@ -2013,9 +2008,8 @@ class Runner:
                 log(logging.ERROR, "A tool cannot be started", tool=command.tool, error=error, install=hint)
             if absent or isinstance(error, PermissionError):
                 message = f"{command.tool} is not installed on this server, or may not run"
-                raise RequestError(503, {"error": message}, reason="unavailable") from None
-            message = f"The server cannot start {command.tool} now: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER, "unavailable") from None
+                raise busy(message, headers={}) from None
+            raise busy(f"The server cannot start {command.tool} now: try again soon") from None
 
     def open(self, command: Command, address: IPAddress, seconds: float) -> Process:
         return Process(command.argv_for(address), self.tools.environment, seconds, self.processes)
@@ -2285,12 +2279,10 @@ class Exchange:
             self.started = True
             headers = [*self.connection.server_state.default_headers, *message["headers"]]
             # The client's system could throw away an answer that is followed by a reset (RFC 9112, 9.6).
-            close = [] if self.complete else [CLOSE]
-            status = message["status"]
-            self.write(
-                h11.Response(status_code=status, headers=[*headers, *close], reason=HTTPStatus(status).phrase)
-            )
-            log(logging.DEBUG, "request", target=self.request.target.decode(), status=status)
+            headers += [] if self.complete else [CLOSE]
+            status = HTTPStatus(message["status"])
+            self.write(h11.Response(status_code=status, headers=headers, reason=status.phrase))
+            log(logging.DEBUG, "request", target=self.request.target.decode(), status=int(status))
             return
         self.write(h11.Data(data=b"" if self.request.method == b"HEAD" else message.get("body", b"")))
         if not message.get("more_body"):
@@ -2427,9 +2419,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.closing = True
                 self.unparsed.clear()
             return
-        if not self.searched and self.unparsed.startswith(
-            b"\r\n"
-        ):  # one empty line is ignored (RFC 9112, 2.2)
+        if not self.searched and self.unparsed.startswith(b"\r\n"):  # is ignored (RFC 9112, 2.2)
             del self.unparsed[:2]
         if not self.unparsed:
             return
@@ -2619,12 +2609,11 @@ class Budget:
         """Yields a function that takes the bytes moved; the rest is given back. Raises RequestError."""
         used, rest = self.used_today(), length
         if self.limit and used + self.reserved + length > self.limit:
-            message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
-            wait = {"Retry-After": str(math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS))}
             if used + length <= self.limit:  # a transfer that runs may give back enough
-                message = "The speed tests that run may use up today's budget: try again soon"
-                wait = RETRY_LATER
-            raise RequestError(503, {"error": message}, wait, "budget")
+                raise busy("The speed tests that run may use up today's budget: try again soon", "budget")
+            midnight = {"Retry-After": str(math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS))}
+            message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
+            raise busy(message, "budget", midnight)
 
         def move(moved: int) -> None:
             nonlocal rest
@@ -2820,6 +2809,9 @@ def entity_tag(body: bytes) -> str:
     return f'"{sha256(body).hexdigest()[:32]}"'
 
 
+ANSWERED: tuple[type[Exception], ...] = (RequestError, HTTPException, ClientDisconnect, Exception)
+
+
 class NetworkInfo(TypedDict):
     """Where this server is, and who asks."""
 
@@ -2949,8 +2941,7 @@ class Service:
         try:
             answer, rate_headers = await self.speedtests.receive_upload(request, size, client)
         except TransferAborted:
-            message = "This upload was stopped for a client that had none: try again soon"
-            raise RequestError(503, {"error": message}, RETRY_LATER, "server slots") from None
+            raise busy("This upload was stopped for a client that had none: try again soon") from None
         return json_response(answer, headers={**headers, **rate_headers})
 
     # About this server
@@ -3038,8 +3029,15 @@ class Service:
 
     # Errors
 
-    async def answer_request_error(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestError)
+    async def answer_error(self, request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            return self.answer_unrouted(request, error)
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=400)  # it reads nothing
+        if not isinstance(error, RequestError):
+            return json_response(
+                {"detail": "Internal Server Error"}, 500
+            )  # the connection logs the traceback
         client = self.proxies.client_address(request)
         self.limits.count_refusal(client, request.scope["path"], error.reason)
         try:
@@ -3049,21 +3047,14 @@ class Service:
             body = {"detail": [{**each, "input": None} for each in detail]}
             return json_response(body, error.status, error.headers)
 
-    async def answer_http_exception(self, request: Request, error: Exception) -> Response:
-        """Answers the router's 404 and 405; redirects a path with a slash at its end to the one without."""
-        assert isinstance(error, HTTPException)
+    def answer_unrouted(self, request: Request, error: HTTPException) -> Response:
+        """The router's 404 and 405; redirects a path with a slash at its end to the one without."""
         path, query = request.scope["path"].rstrip("/"), request.url.query
         paths = {route.path for route in request.app.routes}
         if error.status_code == 404 and path != request.scope["path"] and path in paths:
             location = f"../{path.rpartition('/')[2]}" + (f"?{query}" if query else "")
             return Response(status_code=307, headers={**NO_STORE, "Location": location})
         return json_response({"detail": error.detail}, error.status_code, error.headers)
-
-    async def answer_disconnected(self, request: Request, error: Exception) -> Response:
-        return Response(status_code=400)  # the client is gone, and reads nothing
-
-    async def answer_internal_error(self, request: Request, error: Exception) -> Response:
-        return json_response({"detail": "Internal Server Error"}, 500)  # the connection logs the traceback
 
 
 # ---- OpenAPI -----------------------------------------------------------------------------------------------
@@ -3189,9 +3180,8 @@ def response(when: str, kind: str, headers: Iterable[str] = ()) -> Schema:
     """A response: when it comes, its bodies' schemas by media type, its headers by name."""
     content = {media_type: {"schema": schema_of(hint)} for media_type, hint in TYPES[kind].items()}
     meanings = {name: HEADER_MEANINGS[name] for name in headers if name in HEADER_MEANINGS}
-    described = {
-        name: {"description": text, "schema": {"type": "integer"}} for name, text in meanings.items()
-    }
+    integer_schema = {"schema": {"type": "integer"}}
+    described = {name: {"description": text, **integer_schema} for name, text in meanings.items()}
     return {"description": when, "content": content} | ({"headers": described} if described else {})
 
 
@@ -3216,6 +3206,19 @@ def rate_limits_text(settings: Settings, commands: Iterable[str], sizes: Iterabl
     return ", ".join(parts)
 
 
+def describe_command(command: Command, settings: Settings, errors: Mapping[str, Schema]) -> Schema:
+    values = {"name": command.name, "tool": command.tool, "version": command.version}
+    post: Schema = operations("/lookingglass/{name}", errors, **values)["post"]
+    argv, limit = " ".join(command.argv_for("ADDRESS")), describe_rates(settings.RATE_LIMIT_DIAGNOSTICS)
+    post["description"] = f"Runs `{argv}`, at most {settings.DIAGNOSTIC_TIMEOUT} s. Limit: {limit}."
+    body = {"schema": schema_of(TargetRequest if command.version == 4 else Target6Request)}
+    post["requestBody"] = {"required": True, "content": {JSON_TYPE: body}}
+    examples = zip(typing.get_args(Event), EXAMPLES, strict=True)
+    events = {cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples}
+    post["responses"]["200"]["content"][EVENTS_TYPE]["examples"] = events
+    return post
+
+
 def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Mapping[str, Size]) -> Schema:
     """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
     errors = {}
@@ -3224,23 +3227,13 @@ def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Map
         errors[status] = response(when, kind, headers.split(","))
     described = partial(operations, errors=errors)
     paths: dict[str, dict[str, Schema]] = {}
-    examples = zip(typing.get_args(Event), EXAMPLES, strict=True)
-    events = {cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples}
     schemas = {cls.__name__: schema_of(cls, inside=False) for cls in SCHEMAS}
     for cls, version in ((TargetRequest, 4), (Target6Request, 6)):
         forms = [{"format": f"ipv{version}"}, {"pattern": f"^(?:{HOST_NAME.pattern})$"}]
         target = {"type": "string", "anyOf": forms, "examples": ["example.com"]}
         schemas[cls.__name__] |= {"properties": {"target": target}, "additionalProperties": True}
     for name, command in commands.items():
-        found = described("/lookingglass/{name}", name=name, tool=command.tool, version=command.version)
-        body = TargetRequest if command.version == 4 else Target6Request
-        argv, limit = " ".join(command.argv_for("ADDRESS")), describe_rates(settings.RATE_LIMIT_DIAGNOSTICS)
-        found["post"] |= {
-            "description": f"Runs `{argv}`, at most {settings.DIAGNOSTIC_TIMEOUT} s. Limit: {limit}.",
-            "requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema_of(body)}}},
-        }
-        found["post"]["responses"]["200"]["content"][EVENTS_TYPE]["examples"] = events
-        paths[f"/lookingglass/{name}"] = found
+        paths[f"/lookingglass/{name}"] = {"post": describe_command(command, settings, errors)}
     for name, size in sizes.items():
         paths[f"/speedtest/{name}"] = described("/speedtest/{name}", name=name, length=size.length)
     if sizes:
@@ -3251,10 +3244,8 @@ def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Map
         paths["/speedtest/upload"] = found
     for path in ("/network/info", "/health", "/", "/openapi.json", "/docs", "/redoc"):
         paths[path] = described(path)
-    offers = [
-        *dict.fromkeys(each.base_name for each in commands.values()),
-        *(["speed tests"] if sizes else ()),
-    ]
+    offers = list(dict.fromkeys(each.base_name for each in commands.values()))
+    offers += ["speed tests"] if sizes else []
     description = f"{', '.join(offers)}, from {settings.NETWORK_LOCATION}. "
     description += f"Limits for each client: {rate_limits_text(settings, commands, sizes)}."
     info = {"title": "Looking glass", "version": VERSION, "description": description}
@@ -3318,10 +3309,8 @@ async def api_docs(name: str, request: Request) -> Response:
 # ---- routes and app ----------------------------------------------------------------------------------------
 
 
-def create_app(settings: Settings | None = None) -> Starlette:
-    """The application, with these settings or those of `.env` and the environment. Raises SettingsError."""
-    settings = settings or load_settings()
-    service = Service(settings)
+def make_routes(service: Service) -> list[Route]:
+    """The Route table; what is not offered has no route."""
 
     def command(path: str) -> Iterator[Route]:
         if offered := service.commands.get(path.rpartition("/")[2]):
@@ -3331,48 +3320,47 @@ def create_app(settings: Settings | None = None) -> Starlette:
         if offered := service.sizes.get(path.rpartition("/")[2]):
             yield Route(path, partial(service.download, offered))
 
-    app = Starlette(
-        routes=[
-            Route("/", service.front),
-            Route("/health", service.health),
-            Route("/network/info", service.network_info),
-            *command("/lookingglass/ping"),
-            *command("/lookingglass/ping6"),
-            *command("/lookingglass/traceroute"),
-            *command("/lookingglass/traceroute6"),
-            *command("/lookingglass/mtr"),
-            *command("/lookingglass/mtr6"),
-            *(route for name in settings.EXTRA_COMMANDS for route in command(f"/lookingglass/{name}")),
-            *(route for name in settings.EXTRA_COMMANDS for route in command(f"/lookingglass/{name}6")),
-            *download("/speedtest/100M"),
-            *download("/speedtest/1G"),
-            *download("/speedtest/10G"),
-            *([Route("/speedtest/upload", service.upload, methods=["GET", "POST"])] if service.sizes else []),
-            Route("/metrics", service.metrics),
-            Route("/openapi.json", service.openapi),
-            Route("/docs", partial(api_docs, "docs")),
-            Route("/redoc", partial(api_docs, "redoc")),
-        ],
-        middleware=[
-            Middleware(
-                CORSMiddleware,
-                allow_origins=settings.CORS_ORIGINS,
-                allow_methods=settings.CORS_METHODS,
-                allow_headers=settings.CORS_HEADERS,
-                allow_credentials=settings.CORS_CREDENTIALS and "*" not in settings.CORS_ORIGINS,
-                allow_private_network=True,
-                expose_headers=["Retry-After", *RATE_HEADERS],
-            )
-        ],
-        exception_handlers={
-            RequestError: service.answer_request_error,
-            HTTPException: service.answer_http_exception,
-            ClientDisconnect: service.answer_disconnected,
-            Exception: service.answer_internal_error,
-        },
-        lifespan=service.lifespan,
+    extra = [
+        f"/lookingglass/{name}{suffix}" for name in service.settings.EXTRA_COMMANDS for suffix in ("", "6")
+    ]
+    return [
+        Route("/", service.front),
+        Route("/health", service.health),
+        Route("/network/info", service.network_info),
+        *command("/lookingglass/ping"),
+        *command("/lookingglass/ping6"),
+        *command("/lookingglass/traceroute"),
+        *command("/lookingglass/traceroute6"),
+        *command("/lookingglass/mtr"),
+        *command("/lookingglass/mtr6"),
+        *(route for path in extra for route in command(path)),
+        *download("/speedtest/100M"),
+        *download("/speedtest/1G"),
+        *download("/speedtest/10G"),
+        *([Route("/speedtest/upload", service.upload, methods=["GET", "POST"])] if service.sizes else []),
+        Route("/metrics", service.metrics),
+        Route("/openapi.json", service.openapi),
+        Route("/docs", partial(api_docs, "docs")),
+        Route("/redoc", partial(api_docs, "redoc")),
+    ]
+
+
+def create_app(settings: Settings | None = None) -> Starlette:
+    """The application, with these settings or those of `.env` and the environment. Raises SettingsError."""
+    settings = settings or load_settings()
+    service = Service(settings)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.CORS_ORIGINS,
+        allow_methods=settings.CORS_METHODS,
+        allow_headers=settings.CORS_HEADERS,
+        allow_credentials=settings.CORS_CREDENTIALS and "*" not in settings.CORS_ORIGINS,
+        allow_private_network=True,
+        expose_headers=["Retry-After", *RATE_HEADERS],
     )
-    app.router.redirect_slashes = False  # the client's Host would be in Location: see answer_http_exception
+    handlers = dict.fromkeys(ANSWERED, service.answer_error)
+    app = Starlette(False, make_routes(service), [cors], handlers, lifespan=service.lifespan)
+    app.router.redirect_slashes = False  # the client's Host would be in Location: see answer_unrouted
     app.state.service = service
     return app
 
@@ -3559,9 +3547,7 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lg.py {VERSION}")
-    parser.add_argument(
-        "command", nargs="?", choices=["check"], help="check the settings and the tools, and end"
-    )
+    parser.add_argument("command", nargs="?", choices=["check"], help="check the settings and the tools")
     action = check if parser.parse_args().command else serve
     try:
         action(load_settings())
