@@ -2722,7 +2722,7 @@ class SpeedTests:
     async def receive_upload(self, request: Request, size: Size, client: IPAddress) -> tuple[Upload, Headers]:
         """Receive and discard an upload. Returns its measurement and the headers of the rate limit.
 
-        After UPLOAD_SECONDS it is measured by what has come by then. Raises RequestError, or ClientDisconnect.
+        After UPLOAD_SECONDS it is measured by what has come by then. Raises RequestError or ClientDisconnect.
         """
         loop = asyncio.get_running_loop()
         begun = first = last = loop.time()
@@ -3309,42 +3309,6 @@ async def api_docs(name: str, request: Request) -> Response:
 # ---- routes and app ----------------------------------------------------------------------------------------
 
 
-def make_routes(service: Service) -> list[Route]:
-    """The Route table; what is not offered has no route."""
-
-    def command(path: str) -> Iterator[Route]:
-        if offered := service.commands.get(path.rpartition("/")[2]):
-            yield Route(path, partial(service.run_command, offered), methods=["POST"])
-
-    def download(path: str) -> Iterator[Route]:
-        if offered := service.sizes.get(path.rpartition("/")[2]):
-            yield Route(path, partial(service.download, offered))
-
-    extra = [
-        f"/lookingglass/{name}{suffix}" for name in service.settings.EXTRA_COMMANDS for suffix in ("", "6")
-    ]
-    return [
-        Route("/", service.front),
-        Route("/health", service.health),
-        Route("/network/info", service.network_info),
-        *command("/lookingglass/ping"),
-        *command("/lookingglass/ping6"),
-        *command("/lookingglass/traceroute"),
-        *command("/lookingglass/traceroute6"),
-        *command("/lookingglass/mtr"),
-        *command("/lookingglass/mtr6"),
-        *(route for path in extra for route in command(path)),
-        *download("/speedtest/100M"),
-        *download("/speedtest/1G"),
-        *download("/speedtest/10G"),
-        *([Route("/speedtest/upload", service.upload, methods=["GET", "POST"])] if service.sizes else []),
-        Route("/metrics", service.metrics),
-        Route("/openapi.json", service.openapi),
-        Route("/docs", partial(api_docs, "docs")),
-        Route("/redoc", partial(api_docs, "redoc")),
-    ]
-
-
 def create_app(settings: Settings | None = None) -> Starlette:
     """The application, with these settings or those of `.env` and the environment. Raises SettingsError."""
     settings = settings or load_settings()
@@ -3358,8 +3322,27 @@ def create_app(settings: Settings | None = None) -> Starlette:
         allow_private_network=True,
         expose_headers=["Retry-After", *RATE_HEADERS],
     )
+    commands = [
+        Route(f"/lookingglass/{name}", partial(service.run_command, command), methods=["POST"])
+        for name, command in service.commands.items()
+    ]
+    downloads = [
+        Route(f"/speedtest/{name}", partial(service.download, size)) for name, size in service.sizes.items()
+    ]
+    upload = Route("/speedtest/upload", service.upload, methods=["GET", "POST"])
+    routes = [  # what is not offered has no route
+        Route("/", service.front),
+        Route("/health", service.health),
+        Route("/network/info", service.network_info),
+        *commands,
+        *([*downloads, upload] if downloads else []),
+        Route("/metrics", service.metrics),
+        Route("/openapi.json", service.openapi),
+        Route("/docs", partial(api_docs, "docs")),
+        Route("/redoc", partial(api_docs, "redoc")),
+    ]
     handlers = dict.fromkeys(ANSWERED, service.answer_error)
-    app = Starlette(False, make_routes(service), [cors], handlers, lifespan=service.lifespan)
+    app = Starlette(False, routes, [cors], handlers, lifespan=service.lifespan)
     app.router.redirect_slashes = False  # the client's Host would be in Location: see answer_unrouted
     app.state.service = service
     return app
