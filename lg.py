@@ -759,12 +759,10 @@ class Slots:
         slot.give_way()
 
 
-def check_rates(
-    limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *key: str
-) -> Headers | RequestError:
+def check_rates(limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *key: str) -> Headers:
     """Test each rate, and consume one of each if `consume`: the headers of the tightest.
 
-    Where a rate is exhausted, nothing is consumed, and the outcome is an error (429).
+    Where a rate is exhausted, nothing is consumed. Raises RequestError (429).
     """
     exhausted = [rate for rate in rates if not limiter.test(rate, *key)]
     if consume and not exhausted:  # each hit succeeds, unless another server with the same store was faster
@@ -775,10 +773,10 @@ def check_rates(
     reset = max(now, stats.reset_time)  # that of a window without hits may be in the past
     values = (rate.amount, max(0, stats.remaining), math.ceil(reset))
     headers = dict(zip(RATE_HEADERS, map(str, values), strict=True))
-    if not exhausted:
-        return headers
-    headers["Retry-After"] = str(max(1, math.ceil(reset - now)))
-    return RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers, "rate limit")
+    if exhausted:
+        headers["Retry-After"] = str(max(1, math.ceil(reset - now)))
+        raise RequestError(429, {"error": f"Rate limit exceeded: {rate}"}, headers, "rate limit")
+    return headers
 
 
 def shared_limiter(uri: str) -> Callable[[], MovingWindowRateLimiter]:
@@ -815,41 +813,31 @@ class RateLimits:
         if not rates or is_in(client, self.exempt):
             return {}
         self.sweep()
-        arguments = (rates, consume, name, rate_limit_key(client))
-        outcome = await self.ask_shared(*arguments)
+        key = (name, rate_limit_key(client))
+        if self.shared and time.monotonic() >= self.retry_at:
+            open_limiter = self.shared
+            try:
+                headers = await self.threads.call(
+                    lambda: check_rates(open_limiter(), rates, consume, *key), STORE_SECONDS, STORE_THREADS
+                )
+                if self.retry_at:
+                    log(logging.WARNING, "The rate-limit store answers again")
+                self.retry_at = 0.0
+                return headers
+            except RequestError:
+                raise
+            except Exception as error:  # each client library has its own
+                if not self.retry_at:
+                    message = "The rate-limit store fails: limits are kept in memory until it answers"
+                    log(logging.WARNING, message, error=repr(error))
+                self.retry_at = time.monotonic() + STORE_RETRY_SECONDS
         try:
-            outcome = check_rates(self.local, *arguments) if outcome is None else outcome
+            return check_rates(self.local, rates, consume, *key)
         except RuntimeError:  # the storage starts a thread that removes expired entries
-            outcome = busy("The server has no thread left: try again soon")
-        if isinstance(outcome, RequestError):
-            raise outcome
-        return outcome
+            raise busy("The server has no thread left: try again soon") from None
 
     async def check_and_consume(self, rates: Rates, name: str, client: IPAddress) -> Headers:
         return await self.check(rates, name, client, consume=True)
-
-    async def ask_shared(self, rates: Rates, consume: bool, *key: str) -> Headers | RequestError | None:
-        """What the shared store answers, None where it does not. Its failure and recovery are logged."""
-        if not (limiter := self.shared) or time.monotonic() < self.retry_at:
-            return None
-
-        def query() -> Headers | RequestError:
-            return check_rates(limiter(), rates, consume, *key)
-
-        try:
-            outcome = await self.threads.call(query, STORE_SECONDS, STORE_THREADS)
-        except RequestError:  # the server stops
-            raise
-        except Exception as error:  # each client library has its own
-            if not self.retry_at:
-                message = "The rate-limit store fails: limits are kept in memory until it answers"
-                log(logging.WARNING, message, error=repr(error))
-            self.retry_at = time.monotonic() + STORE_RETRY_SECONDS
-            return None
-        if self.retry_at:
-            log(logging.WARNING, "The rate-limit store answers again")
-        self.retry_at = 0.0
-        return outcome
 
     def sweep(self) -> None:
         """Once a minute, remove the clients whose hits have expired: `limits` keeps their empty lists."""
