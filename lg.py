@@ -539,7 +539,7 @@ class Threads:
 
     def __init__(self, stopping: asyncio.Event) -> None:
         self.stopping = stopping
-        self.running: set[threading.Thread] = set()
+        self.running: list[threading.Thread] = []
 
     async def call(self, function: Callable[[], T], seconds: float, limit: int) -> T:
         """What `function` returns. A thread that is late is abandoned.
@@ -547,6 +547,7 @@ class Threads:
         Raises TimeoutError after `seconds`, RuntimeError beyond `limit` threads, RequestError when the server
         stops.
         """
+        self.running = [thread for thread in self.running if thread.is_alive()]
         if len(self.running) >= limit:
             raise RuntimeError("too many threads")
         outcome: Future[T] = Future()
@@ -557,16 +558,10 @@ class Threads:
                 outcome.set_result(function())
             except Exception as error:
                 outcome.set_exception(error)
-            finally:
-                self.running.discard(thread)
 
         thread = threading.Thread(target=work, daemon=True)
-        self.running.add(thread)
-        try:
-            thread.start()
-        except RuntimeError:
-            self.running.discard(thread)
-            raise
+        thread.start()
+        self.running.append(thread)
         result, stop = asyncio.wrap_future(outcome), asyncio.create_task(self.stopping.wait())
         try:
             await asyncio.wait((result, stop), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
