@@ -453,6 +453,10 @@ def validation_error(
     message: str, value: object, kind: str = "value_error", reason: str = "invalid"
 ) -> RequestError:
     """422 for the field `target`, in FastAPI's shape; `message` tells a person what to do."""
+    try:
+        JSONResponse(value)
+    except (ValueError, RecursionError):  # what the client sent cannot be echoed
+        value = None
     error = {"type": kind, "loc": ["body", "target"], "msg": message, "input": value}
     return RequestError(422, {"detail": [error]}, reason=reason)
 
@@ -2792,9 +2796,6 @@ def entity_tag(body: bytes) -> str:
     return f'"{sha256(body).hexdigest()[:32]}"'
 
 
-ANSWERED: tuple[type[Exception], ...] = (RequestError, HTTPException, ClientDisconnect, Exception)
-
-
 class NetworkInfo(TypedDict):
     """Where this server is, and who asks."""
 
@@ -3012,25 +3013,18 @@ class Service:
 
     # Errors
 
-    async def answer_error(self, request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException):
-            return self.answer_unrouted(request, error)
-        if isinstance(error, ClientDisconnect):
-            return Response(status_code=400)  # it reads nothing
-        if not isinstance(error, RequestError):
-            return json_response(
-                {"detail": "Internal Server Error"}, 500
-            )  # the connection logs the traceback
+    async def answer_refused(self, request: Request, error: RequestError) -> Response:
         client = self.proxies.client_address(request)
         self.limits.count_refusal(client, request.scope["path"], error.reason)
-        try:
-            return json_response(error.body, error.status, error.headers)
-        except (ValueError, RecursionError):  # the client's input, which is echoed, cannot be written as JSON
-            detail = cast(list[dict[str, object]], error.body["detail"])
-            body = {"detail": [{**each, "input": None} for each in detail]}
-            return json_response(body, error.status, error.headers)
+        return json_response(error.body, error.status, error.headers)
 
-    def answer_unrouted(self, request: Request, error: HTTPException) -> Response:
+    async def answer_gone(self, request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # nobody reads it
+
+    async def answer_failed(self, request: Request, error: Exception) -> Response:
+        return json_response({"detail": "Internal Server Error"}, 500)  # the connection logs the traceback
+
+    async def answer_unrouted(self, request: Request, error: HTTPException) -> Response:
         """The router's 404 and 405; redirects a path with a slash at its end to the one without."""
         path, query = request.scope["path"].rstrip("/"), request.url.query
         paths = {route.path for route in request.app.routes}
@@ -3324,7 +3318,12 @@ def create_app(settings: Settings | None = None) -> Starlette:
         Route("/docs", partial(api_docs, "docs")),
         Route("/redoc", partial(api_docs, "redoc")),
     ]
-    handlers = dict.fromkeys(ANSWERED, service.answer_error)
+    handlers: dict[Any, Any] = {
+        RequestError: service.answer_refused,
+        HTTPException: service.answer_unrouted,
+        ClientDisconnect: service.answer_gone,
+        Exception: service.answer_failed,
+    }
     app = Starlette(False, routes, [cors], handlers, lifespan=service.lifespan)
     app.router.redirect_slashes = False  # the client's Host would be in Location: see answer_unrouted
     app.state.service = service
