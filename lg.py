@@ -716,6 +716,7 @@ class Slot:
     give_way: Callable[[], None] | None
     begun: float = field(default_factory=time.monotonic)
     gave_way: bool = False
+    reserved: int = 0  # bytes that a speed test may still move
 
 
 class Slots:
@@ -2583,7 +2584,6 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # 0 is none
-        self.reserved = 0  # what the running transfers may still move
         self.day, self.used = 0, 0
 
     def used_today(self) -> int:
@@ -2591,28 +2591,16 @@ class Budget:
             self.day, self.used = day, 0
         return self.used
 
-    @contextmanager
-    def reserve(self, length: int) -> Iterator[CountBytes]:
-        """Yields a function that takes the bytes moved; the rest is given back. Raises RequestError."""
-        used, rest = self.used_today(), length
-        if self.limit and used + self.reserved + length > self.limit:
-            if used + length <= self.limit:  # a transfer that runs may give back enough
-                raise busy("The speed tests that run may use up today's budget: try again soon", "budget")
-            midnight = {"Retry-After": str(math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS))}
-            message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
-            raise busy(message, "budget", midnight)
-
-        def move(moved: int) -> None:
-            nonlocal rest
-            self.used = self.used_today() + moved
-            self.reserved -= moved
-            rest -= moved
-
-        self.reserved += length
-        try:
-            yield move
-        finally:
-            self.reserved -= rest
+    def check(self, length: int, reserved: int) -> None:
+        """Raises RequestError where `length` does not fit beside what running transfers may still move."""
+        used = self.used_today()
+        if not self.limit or used + reserved + length <= self.limit:
+            return
+        if used + length <= self.limit:  # a transfer that runs may give back enough
+            raise busy("The speed tests that run may use up today's budget: try again soon", "budget")
+        midnight = {"Retry-After": str(math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS))}
+        message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
+        raise busy(message, "budget", midnight)
 
 
 class Upload(TypedDict):
@@ -2660,18 +2648,16 @@ class SpeedTests:
         """
         slots, direction = self.limits.speedtests, "upload" if size.name == "upload" else "download"
         async with interruptible() as give_way:
-            with (
-                slots.take(rate_limit_key(client), give_way) as slot,
-                self.budget.reserve(size.length) as move,
-            ):
+            with slots.take(rate_limit_key(client), give_way) as slot:
+                self.budget.check(size.length, sum(each.reserved for each in slots.taken))
+                slot.reserved = size.length
                 name = f"speedtest {size.name}"
                 headers = await self.limits.rates.check_and_consume(size.rates, name, client)
-                begun, total, outcome = time.monotonic(), 0, "broken off"
+                begun, outcome = time.monotonic(), "broken off"
 
                 def count(moved: int) -> None:
-                    nonlocal total
-                    total += moved
-                    move(moved)
+                    slot.reserved -= moved
+                    self.budget.used = self.budget.used_today() + moved
                     self.limits.counters.add("lg_speedtest_bytes_total", moved, direction=direction)
 
                 try:
@@ -2679,7 +2665,8 @@ class SpeedTests:
                     outcome = "finished"
                 finally:
                     outcome = "gave way" if slot.gave_way else outcome
-                    pairs = {"size": size.name, "client": client, "outcome": outcome, "bytes": total}
+                    moved = size.length - slot.reserved
+                    pairs = {"size": size.name, "client": client, "outcome": outcome, "bytes": moved}
                     log(logging.INFO, "speedtest", **pairs, seconds=f"{time.monotonic() - begun:.1f}")
 
     @asynccontextmanager
