@@ -3330,11 +3330,8 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service, self.sockets = service, sockets
 
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().serve(self.sockets)
-
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup(self.sockets)
         notify_systemd("READY=1")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -3349,7 +3346,7 @@ class Server(uvicorn.Server):
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=2 * GRACE_SECONDS)
         asyncio.get_running_loop().call_later(GRACE_SECONDS, self.drop)
-        await super().shutdown(sockets)
+        await super().shutdown(self.sockets)
 
     def drop(self) -> None:
         """Abort what is still open: downloads, unread answers, incomplete requests."""
@@ -3459,11 +3456,8 @@ def serve(settings: Settings) -> None:
     try:
         sockets = listen(settings.HOST, settings.PORT)
     except (OSError, UnicodeError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            fault = setting_error("expected a port that is not in use", PORT=settings.PORT)
-        else:
-            reason = f"expected an address of this machine and a port that this user may use ({error})"
-            fault = setting_error(reason, HOST=settings.HOST, PORT=settings.PORT)
+        reason = f"expected an address of this machine and a port that is free and may be used ({error})"
+        fault = setting_error(reason, HOST=settings.HOST, PORT=settings.PORT)
         raise SystemExit(f"lg.py: {fault}") from None  # not EX_CONFIG: the address may come later
     server = make_server(settings, sockets)
     place = {"location": settings.NETWORK_LOCATION, "facility": settings.NETWORK_FACILITY}
