@@ -119,13 +119,10 @@ Parser = Callable[[str], T]  # raises ValueError("expected …") for a text that
 class SettingsError(Exception):
     """What stops the start, in one line; passwords in URIs are not shown."""
 
-    def __init__(self, line: str) -> None:
+    def __init__(self, reason: str, **values: object) -> None:
+        named = ", ".join(f"{name}={str(value)!r}" for name, value in values.items())
+        line = f"{named} cannot be used: {reason}" if values else reason
         super().__init__(re.sub(r"(?<=://)\S*@", "***@", line))
-
-
-def setting_error(reason: str, **values: object) -> SettingsError:
-    named = ", ".join(f"{name}={str(value)!r}" for name, value in values.items())
-    return SettingsError(f"{named} cannot be used: {reason}")
 
 
 def plain_text(value: str) -> str:
@@ -365,10 +362,10 @@ def load_settings(environment: Mapping[str, str | None] | None = None) -> Settin
             value.encode()  # raises for bytes that are not UTF-8
             values[row.name] = parse(value)
         except UnicodeEncodeError:
-            raise setting_error("expected UTF-8", **{row.name: value}) from None
+            raise SettingsError("expected UTF-8", **{row.name: value}) from None
         except ValueError as error:
             if value:
-                raise setting_error(str(error), **{row.name: value}) from None
+                raise SettingsError(str(error), **{row.name: value}) from None
             values[row.name] = parse(default)
     return Settings(**values)
 
@@ -788,7 +785,7 @@ def shared_limiter(uri: str) -> Callable[[], MovingWindowRateLimiter]:
         if "+cluster:" not in uri:  # its client connects at once, and fails while the cluster is down
             limiter()
     except Exception as error:  # each client library has its own
-        raise setting_error(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
+        raise SettingsError(str(error) or repr(error), RATE_LIMIT_STORAGE_URI=uri) from None
     return limiter
 
 
@@ -909,7 +906,7 @@ def make_commands(settings: Settings) -> dict[str, Command]:
     offered = {name.lower() for name in settings.COMMANDS}
     for name in offered - known - {"*"}:
         expected = f"expected names of {', '.join(sorted(known))}, or *, not {name!r}"
-        raise setting_error(expected, COMMANDS=",".join(settings.COMMANDS))
+        raise SettingsError(expected, COMMANDS=",".join(settings.COMMANDS))
     offered = known if "*" in offered else offered
     commands = {}
     for base, line in lines.items():
@@ -1935,7 +1932,7 @@ class Runner:
         try:
             self.asn_database = AsnDatabase(settings.ASN_DATABASE) if settings.ASN_DATABASE else None
         except ValueError as error:
-            raise setting_error(str(error), ASN_DATABASE=settings.ASN_DATABASE) from None
+            raise SettingsError(str(error), ASN_DATABASE=settings.ASN_DATABASE) from None
 
     async def measure(self, command: Command, target: Target, client: IPAddress, as_events: bool) -> Steps:
         """Run a command: yields the headers of its rate limit, then what the client reads.
@@ -2812,7 +2809,7 @@ class Service:
         self.settings, self.stopping = settings, asyncio.Event()
         self.commands, self.sizes = make_commands(settings), make_sizes(settings)
         if not self.commands and not self.sizes:
-            raise setting_error("expected a command or speed tests to offer", COMMANDS="", MAX_SPEEDTESTS=0)
+            raise SettingsError("expected a command or speed tests to offer", COMMANDS="", MAX_SPEEDTESTS=0)
         threads = Threads(self.stopping)
         self.limits = Limits(settings, threads)
         self.tools = Tools(self.commands, settings)
@@ -3457,7 +3454,7 @@ def serve(settings: Settings) -> None:
         sockets = listen(settings.HOST, settings.PORT)
     except (OSError, UnicodeError) as error:
         reason = f"expected an address of this machine and a port that is free and may be used ({error})"
-        fault = setting_error(reason, HOST=settings.HOST, PORT=settings.PORT)
+        fault = SettingsError(reason, HOST=settings.HOST, PORT=settings.PORT)
         raise SystemExit(f"lg.py: {fault}") from None  # not EX_CONFIG: the address may come later
     server = make_server(settings, sockets)
     place = {"location": settings.NETWORK_LOCATION, "facility": settings.NETWORK_FACILITY}
