@@ -2818,6 +2818,7 @@ class Service:
         self.proxies = Proxies(settings, self.limits.once)
         self.connections = Connections(settings, self.proxies)
         self.speedtests = SpeedTests(settings, self.limits)
+        self.rates_text = rate_limits_text(settings, self.commands, self.sizes)
         self.description = describe_api(settings, self.commands, self.sizes)
         self.description_json = json.dumps(self.description, separators=(",", ":")).encode()
         page, policy = make_page(settings, self.commands, self.sizes)
@@ -2851,7 +2852,7 @@ class Service:
         """Log the limits and everything that needs the operator's attention."""
         slots = {"commands": self.limits.commands} if self.commands else {}
         slots |= {"speedtests": self.limits.speedtests} if self.sizes else {}
-        log(logging.INFO, "limits", rates=self.rate_limits_text(), **slots)
+        log(logging.INFO, "limits", rates=self.rates_text, **slots)
         for message, pairs in self.warnings():
             log(logging.WARNING, message, **pairs)
         background = asyncio.gather(self.runner.keep_trying_tools(), self.ask_store())
@@ -2952,9 +2953,6 @@ class Service:
             lines += [f"# HELP {name} {description}", f"# TYPE {name} {kind}", *counters.samples(name)]
         return PlainTextResponse("\n".join([*lines, ""]), 200, NO_STORE, "text/plain; version=0.0.4")
 
-    def rate_limits_text(self) -> str:
-        return rate_limits_text(self.settings, self.commands, self.sizes)
-
     async def front(self, request: Request) -> Response:
         """The page for browsers, the usage for others."""
         if "text/html" not in request.headers.get("accept", "").lower():
@@ -2986,7 +2984,7 @@ class Service:
             diagnostics=DIAGNOSTICS_USAGE.format(base=base, commands=commands, command=example) * bool(names),
             about="Speed tests, server" if self.sizes else "Server",
             speedtests=SPEEDTESTS_USAGE.format(base=base) * bool(self.sizes),
-            limits=self.rate_limits_text(),
+            limits=self.rates_text,
         )
         return PlainTextResponse(text, headers={**NO_STORE, "Vary": "Accept"})
 
