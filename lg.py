@@ -3085,19 +3085,19 @@ TYPES = {cls.__name__: {JSON_TYPE: cls} for cls in SCHEMAS} | {
     "stream": {TEXT_TYPE: str, EVENTS_TYPE: Event},
     "bytes": {"application/octet-stream": object},
 }
-# Method, path, operationId, tag, what is answered, statuses of errors; then the summary.
+# Method, path, operationId, tag, request's body, what is answered, statuses of errors; then the summary.
 OPERATIONS = """
-    post /lookingglass/{name} {name} LookingGlass stream 408,413,422,429,503 {tool} over IPv{version}
-    get  /speedtest/{name} speedtest_{name} SpeedTest bytes 429,503 {length} zero bytes
-    head /speedtest/{name} speedtest_{name}_headers SpeedTest bytes - {length} zero bytes: the headers alone
-    post /speedtest/upload upload SpeedTest Upload 408,411,413,429,503 Measures and discards the body
-    get  /speedtest/upload upload_so_far SpeedTest Upload - What the uploads of a test have brought so far
-    get  /network/info network_info Network NetworkInfo - Where this is, and who you are
-    get  /health health Network Health - Whether the tools work
-    get  / front Network front - How to use it; for browsers, the page
-    get  /openapi.json openapi Network json - This description
-    get  /docs docs Network html - This description in Swagger UI
-    get  /redoc redoc Network html - This description in ReDoc
+    post /lookingglass/{name} {name} LookingGlass {body} stream 408,413,422,429,503 {tool} over IPv{version}
+    get  /speedtest/{name} speedtest_{name} SpeedTest - bytes 429,503 {length} zero bytes
+    head /speedtest/{name} speedtest_{name}_headers SpeedTest - bytes - {length} zero bytes: the headers alone
+    post /speedtest/upload upload SpeedTest bytes Upload 408,411,413,429,503 Measures and discards the body
+    get  /speedtest/upload upload_so_far SpeedTest - Upload - What the uploads of a test have brought so far
+    get  /network/info network_info Network - NetworkInfo - Where this is, and who you are
+    get  /health health Network - Health - Whether the tools work
+    get  / front Network - front - How to use it; for browsers, the page
+    get  /openapi.json openapi Network - json - This description
+    get  /docs docs Network - html - This description in Swagger UI
+    get  /redoc redoc Network - html - This description in ReDoc
 """
 # Status, the body's type, headers; then when.
 ERRORS = """
@@ -3135,26 +3135,38 @@ def schema_of(hint: Any, inside: bool = True) -> Schema:
     return {"anyOf": [schema_of(each) for each in arguments]}
 
 
+def content(kind: str) -> Schema:
+    """The schemas of a body by media type."""
+    return {media_type: {"schema": schema_of(hint)} for media_type, hint in TYPES[kind].items()}
+
+
 def response(when: str, kind: str, headers: Iterable[str] = ()) -> Schema:
     """A response: when it comes, its bodies' schemas by media type, its headers by name."""
-    content = {media_type: {"schema": schema_of(hint)} for media_type, hint in TYPES[kind].items()}
     meanings = {name: HEADER_MEANINGS[name] for name in headers if name in HEADER_MEANINGS}
     integer_schema = {"schema": {"type": "integer"}}
     described = {name: {"description": text, **integer_schema} for name, text in meanings.items()}
-    return {"description": when, "content": content} | ({"headers": described} if described else {})
+    return {"description": when, "content": content(kind)} | ({"headers": described} if described else {})
 
 
-def operations(paths: str, errors: Mapping[str, Schema], **values: object) -> dict[str, Schema]:
-    """The operations of the table whose path is `paths`, by method, with `values` put in."""
-    found = {}
+def describe_errors() -> dict[str, Schema]:
+    """The responses of the table, by status."""
+    rows = ERRORS.format(limits=",".join(RATE_HEADERS)).strip().split("\n")
+    errors = (row.split(maxsplit=3) for row in rows)
+    return {status: response(when, kind, headers.split(",")) for status, kind, headers, when in errors}
+
+
+def operations(values_by_path: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Schema]]:
+    """The operations of the table by path and method: each once, or with each of its path's values put in."""
+    errors, paths = describe_errors(), defaultdict[str, dict[str, Schema]](dict)
     for row in OPERATIONS.strip().split("\n"):
-        if row.split()[1] == paths:
-            method, _, name, tag, kind, statuses, summary = row.format(**values).split(maxsplit=6)
-            limits = RATE_HEADERS if "429" in statuses else ()
-            responses = {"200": response(summary, kind, limits)}
+        for values in values_by_path.get(row.split()[1], [{}]):
+            method, path, name, tag, body, kind, statuses, summary = row.format(**values).split(maxsplit=7)
+            responses = {"200": response(summary, kind, RATE_HEADERS if "429" in statuses else ())}
             responses |= {status: errors[status] for status in statuses.split(",") if status in errors}
-            found[method] = {"operationId": name, "tags": [tag], "summary": summary, "responses": responses}
-    return found
+            operation = {"operationId": name, "tags": [tag], "summary": summary, "responses": responses}
+            operation |= {"requestBody": {"content": content(body)}} if body in TYPES else {}
+            paths[path][method] = operation
+    return paths
 
 
 def rate_limits_text(settings: Settings, commands: Iterable[str], sizes: Iterable[str]) -> str:
@@ -3165,44 +3177,30 @@ def rate_limits_text(settings: Settings, commands: Iterable[str], sizes: Iterabl
     return ", ".join(parts)
 
 
-def describe_command(command: Command, settings: Settings, errors: Mapping[str, Schema]) -> Schema:
-    values = {"name": command.name, "tool": command.tool, "version": command.version}
-    post: Schema = operations("/lookingglass/{name}", errors, **values)["post"]
-    argv, limit = " ".join(command.argv_for("ADDRESS")), describe_rates(settings.RATE_LIMIT_DIAGNOSTICS)
-    post["description"] = f"Runs `{argv}`, at most {settings.DIAGNOSTIC_TIMEOUT} s. Limit: {limit}."
-    body = {"schema": schema_of(TargetRequest if command.version == 4 else Target6Request)}
-    post["requestBody"] = {"required": True, "content": {JSON_TYPE: body}}
-    examples = zip(typing.get_args(Event), EXAMPLES, strict=True)
-    events = {cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples}
-    post["responses"]["200"]["content"][EVENTS_TYPE]["examples"] = events
-    return post
-
-
 def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Mapping[str, Size]) -> Schema:
     """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
-    errors = {}
-    for line in ERRORS.strip().split("\n"):
-        status, kind, headers, when = line.format(limits=",".join(RATE_HEADERS)).split(maxsplit=3)
-        errors[status] = response(when, kind, headers.split(","))
-    described = partial(operations, errors=errors)
-    paths: dict[str, dict[str, Schema]] = {}
+    targets = {4: TargetRequest.__name__, 6: Target6Request.__name__}
+    runs = [
+        {"tool": each.tool, "body": targets[each.version], **each._asdict()} for each in commands.values()
+    ]
+    downloads = [size._asdict() for size in sizes.values()]
+    values = {"/lookingglass/{name}": runs, "/speedtest/{name}": downloads}
+    paths = operations(values | {"/speedtest/upload": [{}] if sizes else []})
+    examples = zip(typing.get_args(Event), EXAMPLES, strict=True)
+    events = {cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples}
+    limit = describe_rates(settings.RATE_LIMIT_DIAGNOSTICS)
+    for name, command in commands.items():
+        post, argv = paths[f"/lookingglass/{name}"]["post"], " ".join(command.argv_for("ADDRESS"))
+        post["description"] = f"Runs `{argv}`, at most {settings.DIAGNOSTIC_TIMEOUT} s. Limit: {limit}."
+        post["responses"]["200"]["content"][EVENTS_TYPE]["examples"] = events
+        post["requestBody"]["required"] = True
+    for upload in paths.get("/speedtest/upload", {}).values():
+        upload["parameters"] = [{"name": "test", "in": "query", "schema": {"type": "string"}}]
     schemas = {cls.__name__: schema_of(cls, inside=False) for cls in SCHEMAS}
-    for cls, version in ((TargetRequest, 4), (Target6Request, 6)):
+    for version, name in targets.items():
         forms = [{"format": f"ipv{version}"}, {"pattern": f"^(?:{HOST_NAME.pattern})$"}]
         target = {"type": "string", "anyOf": forms, "examples": ["example.com"]}
-        schemas[cls.__name__] |= {"properties": {"target": target}, "additionalProperties": True}
-    for name, command in commands.items():
-        paths[f"/lookingglass/{name}"] = {"post": describe_command(command, settings, errors)}
-    for name, size in sizes.items():
-        paths[f"/speedtest/{name}"] = described("/speedtest/{name}", name=name, length=size.length)
-    if sizes:
-        found = described("/speedtest/upload")
-        for each in found.values():
-            each["parameters"] = [{"name": "test", "in": "query", "schema": {"type": "string"}}]
-        found["post"]["requestBody"] = {"content": {"application/octet-stream": {"schema": {}}}}
-        paths["/speedtest/upload"] = found
-    for path in ("/network/info", "/health", "/", "/openapi.json", "/docs", "/redoc"):
-        paths[path] = described(path)
+        schemas[name] |= {"properties": {"target": target}, "additionalProperties": True}
     offers = list(dict.fromkeys(each.base_name for each in commands.values()))
     offers += ["speed tests"] if sizes else []
     description = f"{', '.join(offers)}, from {settings.NETWORK_LOCATION}. "
