@@ -2185,7 +2185,9 @@ class Exchange:
         return bytes(data[len(mine) :])
 
     def feed_chunks(self, data: bytes) -> bytes:
-        if self.ended or self.received > BODY_BYTES:  # it is discarded, or too large for every endpoint
+        if (
+            self.ended or self.gone or self.received > BODY_BYTES
+        ):  # discarded, or too large for every endpoint
             return b""
         piece = data[: CHUNKED_BYTES - self.parsed]
         self.parsed += len(piece)
@@ -2253,7 +2255,7 @@ class Exchange:
             self.connection.reset()
         except Exception:
             logger.exception(logfmt(msg="An answer failed", path=self.request.target.decode()))
-        if not self.ended:
+        if not (self.ended or self.gone):  # who is gone has been closed, or has been refused and lingers
             self.connection.transport.close()
 
     async def send(self, message: Message) -> None:
@@ -2474,6 +2476,7 @@ class Connection(asyncio.BufferedProtocol):
         body = json.dumps({"detail": message})
         fields = ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         fields += ["Cache-Control: no-store", "Connection: close"]
+        self.connections.waiting[self] = None
         line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"
         self.transport.write("\r\n".join([line, *fields, "", body]).encode())
         self.linger()
