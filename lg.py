@@ -2060,6 +2060,7 @@ BODY_SECONDS = 10  # within which it must be complete
 LINGER_SECONDS = 5  # for the rest of a body after its answer
 STALL_SECONDS = 120  # after which the kernel drops a peer that takes nothing: a slow reader pauses for 30 s
 STOP_SECONDS = 3  # uvicorn's time limit for requests to end at the shutdown; ours end earlier
+FORWARDED_HOPS = 32  # the last entries of X-Forwarded-For that are parsed: a header has room for thousands
 ADDRESS_CHARS = 64  # the longest text that is parsed, and cached, as an address: one with its zone is shorter
 CLOSE = (b"connection", b"close")
 HEADER_END = re.compile(rb"\n\r?\n")
@@ -2115,7 +2116,7 @@ class Proxies:
         """
         peer = peer_address(request)
         forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
-        entries = (forwarded or request.headers.get("x-real-ip", "")).split(",")
+        entries = (forwarded or request.headers.get("x-real-ip", "")).split(",")[-FORWARDED_HOPS:]
         if entries == [""]:
             return peer
         addresses = map(parse_forwarded, reversed(entries))
