@@ -1708,7 +1708,7 @@ class Process:
     def __init__(
         self, argv: Sequence[str], environment: Mapping[str, str], seconds: float, running: set[Process]
     ) -> None:
-        """Start it for at most `seconds`; `running` holds it until it has ended. Raises OSError."""
+        """Start it for at most `seconds`; `running` holds it until the context is left. Raises OSError."""
         self.stopped = ""  # why it was stopped, if it was
         self.status = 0  # when it has been reaped; negative is a signal
         self.loop = asyncio.get_running_loop()
@@ -1735,6 +1735,7 @@ class Process:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        self.running.discard(self)  # so that nothing stops it any more: its number may soon be another's
         self.timer.cancel()
         self.loop.remove_reader(self.pipe.fileno())
         self.pipe.close()
@@ -1749,7 +1750,6 @@ class Process:
         except RuntimeError:  # no thread can be started
             kill_session(self.tool.pid)
         self.status = self.tool.wait()
-        self.running.discard(self)
 
     async def wait(self) -> None:
         """Wait until the tool has ended. Not reaped yet, it keeps the number of its group and session."""
