@@ -3012,7 +3012,7 @@ class Service:
 
     async def answer_unrouted(self, request: Request, error: HTTPException) -> Response:
         """The router's 404 and 405; redirects a path with a slash at its end to the one without."""
-        path, query = request.scope["path"].rstrip("/"), request.url.query
+        path, query = request.scope["path"].removesuffix("/"), request.url.query
         paths = {route.path for route in request.app.routes}
         if error.status_code == 404 and path != request.scope["path"] and path in paths:
             location = f"../{path.rpartition('/')[2]}" + (f"?{query}" if query else "")
@@ -3355,7 +3355,7 @@ def notify_systemd(state: str) -> None:
     """Tell systemd the state of a unit with Type=notify (sd_notify(3))."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, suppress(OSError):
-            notify.sendto(state.encode(), address.replace("@", "\0", 1))
+            notify.sendto(state.encode(), re.sub("^@", "\0", address))  # an abstract name
 
 
 def make_server(settings: Settings, sockets: list[socket.socket]) -> Server:
@@ -3442,7 +3442,7 @@ def configure_logging(settings: Settings) -> None:
     handler.setFormatter(Logfmt())
     logging.raiseExceptions = False  # a full disk, a pipe without a reader
     logging.basicConfig(handlers=[handler], level=settings.LOG_LEVEL.upper())
-    if settings.LOG_LEVEL != "debug":  # uvicorn logs what is of no use to an operator
+    if settings.LOG_LEVEL.lower() != "debug":  # uvicorn logs what is of no use to an operator
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
 
 
