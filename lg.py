@@ -566,9 +566,11 @@ class Threads:
         result, stop = asyncio.wrap_future(outcome), asyncio.create_task(self.stopping.wait())
         try:
             await asyncio.wait((result, stop), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if result.done():
-                return result.result()
-            raise shutdown_error() if stop.done() else TimeoutError()
+            if self.stopping.is_set():  # also where it has a result: nothing may be started any more
+                raise shutdown_error()
+            if not result.done():
+                raise TimeoutError
+            return result.result()
         finally:
             result.cancel()
             stop.cancel()
@@ -857,13 +859,11 @@ class Limits:
 
     def __init__(self, settings: Settings, threads: Threads) -> None:
         """Raises SettingsError."""
-        self.threads, self.stopping = threads, threads.stopping
-        self.once, self.counters = Once(), Counters()
+        self.once, self.counters, self.rates = Once(), Counters(), RateLimits(settings, threads)
         total, per_client = settings.MAX_DIAGNOSTICS, settings.MAX_DIAGNOSTICS_PER_CLIENT
-        self.commands = Slots("commands", total, per_client, self.stopping)
+        self.commands = Slots("commands", total, per_client, threads.stopping)
         total, per_client = settings.MAX_SPEEDTESTS, settings.MAX_SPEEDTESTS_PER_CLIENT
-        self.speedtests = Slots("speed tests", total, per_client, self.stopping)
-        self.rates = RateLimits(settings, threads)
+        self.speedtests = Slots("speed tests", total, per_client, threads.stopping)
         for reason in REFUSALS:  # known samples start at 0, so that Prometheus sees their first increase
             self.counters.set("lg_refusals_total", 0, reason=reason)
 
@@ -1982,8 +1982,6 @@ class Runner:
 
     def start(self, command: Command, address: IPAddress) -> Process:
         """The command's tool, started towards an address. Raises RequestError."""
-        if self.limits.stopping.is_set():
-            raise shutdown_error()
         try:
             return self.open(command, address, self.settings.DIAGNOSTIC_TIMEOUT)
         except OSError as error:
