@@ -2140,11 +2140,6 @@ class Proxies:
         return prefix if PREFIX.fullmatch(prefix) else ""
 
 
-def declared_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
-    """The Content-Length, whose form the parser has checked; None where there is none."""
-    return next((int(value) for name, value in headers if name == b"content-length"), None)
-
-
 class Exchange:
     """One request and its answer, as ASGI and the connection see them."""
 
@@ -2155,7 +2150,7 @@ class Exchange:
         self.chunked = b"transfer-encoding" in headers
         if self.chunked and b"content-length" in headers:  # proxies differ on which of them counts
             raise h11.RemoteProtocolError("Send Content-Length or Transfer-Encoding, not both")
-        self.length = self.to_come = declared_length(request.headers) or 0
+        self.length = self.to_come = int(headers.get(b"content-length", 0))
         self.body, self.counted = bytearray(), 0  # what the application has not received: bytes; their number
         self.received = self.parsed = self.lines = self.chunks = 0
         self.complete = not (self.chunked or self.length)  # the body has come
@@ -2496,7 +2491,7 @@ async def read_body(request: Request) -> bytes:
     """The body of a small request. Raises RequestError when it is too large or too slow."""
     message = f"The body is larger than {BODY_BYTES} bytes: send the target alone"
     too_large = RequestError(413, {"detail": message})
-    if (declared_length(request.scope["headers"]) or 0) > BODY_BYTES:
+    if int(request.headers.get("content-length", 0)) > BODY_BYTES:
         raise too_large
     body = b""
     try:
@@ -2902,8 +2897,8 @@ class Service:
         headers = {"Timing-Allow-Origin": "*"}
         if request.method != "POST":
             return json_response(self.speedtests.upload_so_far(request), headers=headers)
-        length = declared_length(request.scope["headers"])
-        if length is None:
+        length = int(request.headers.get("content-length", -1))  # the parser has checked its form
+        if length < 0:
             raise RequestError(411, {"detail": "Send Content-Length: an upload without it is not accepted"})
         if length > UPLOAD_BYTES:
             raise RequestError(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
