@@ -951,14 +951,10 @@ class Tools:
         self.trials = {command.tool: command for command in reversed(tried)}
         # What the last trial of a tool on loopback found, once it has ended; an operator's command has none.
         self.states: dict[str, ToolState] = {}
-        self.looked: tuple[float, list[str]] = (-math.inf, [])
 
     def missing(self) -> list[str]:
-        """The tools that are not installed or not executable; looked for at most once a second."""
-        if (now := time.monotonic()) > self.looked[0] + 1:
-            path = self.environment["PATH"]
-            self.looked = now, [tool for tool in self.names if not shutil.which(tool, path=path)]
-        return self.looked[1]
+        """The tools that are not installed or not executable."""
+        return [tool for tool in self.names if not shutil.which(tool, path=self.environment["PATH"])]
 
     def faults(self) -> dict[str, list[str]]:
         """The tools with a fault, by its kind."""
