@@ -813,12 +813,13 @@ class RateLimits:
             return {}
         self.sweep()
         key = (name, rate_limit_key(client))
-        if self.shared and time.monotonic() >= self.retry_at:
-            open_limiter = self.shared
+        if (limiter := self.shared) and time.monotonic() >= self.retry_at:
+
+            def query() -> Headers:
+                return check_rates(limiter(), rates, consume, *key)
+
             try:
-                headers = await self.threads.call(
-                    lambda: check_rates(open_limiter(), rates, consume, *key), STORE_SECONDS, STORE_THREADS
-                )
+                headers = await self.threads.call(query, STORE_SECONDS, STORE_THREADS)
                 if self.retry_at:
                     log(logging.WARNING, "The rate-limit store answers again")
                 self.retry_at = 0.0
