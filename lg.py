@@ -95,8 +95,7 @@ BUILT_IN = {
     "mtr": "mtr -{version} --raw -e -c 10 -i 1 -G 1 -Z 2 -m 30 {address}",
 }
 LOGO_BYTES = 2**16  # the logo is embedded in the page
-BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
-BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
+BOOLEANS = dict.fromkeys(["true", "yes", "on", "1"], True) | dict.fromkeys(["false", "no", "off", "0"], False)
 # What no line of the log, of the page or of an argv can hold: control characters and lone surrogates.
 UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # As a content security policy writes it: without a syntax for IPv6 addresses.
@@ -2101,7 +2100,6 @@ class Proxies:
 
     def __init__(self, settings: Settings, once: Once) -> None:
         self.once = once
-        self.is_trusted: Callable[[IPAddress | None], bool]
         self.is_trusted = lru_cache(1000)(partial(is_in, prefixes=settings.FORWARDED_ALLOW_IPS))
 
     def client_address(self, request: Request) -> IPAddress:
@@ -2956,8 +2954,8 @@ class Service:
             return self.usage(request)
         encoding = "gzip" if ACCEPTS_GZIP.search(request.headers.get("accept-encoding", "")) else ""
         body, headers = self.page[encoding]
-        tags = request.headers.get("if-none-match", "").split(",")
-        if {tag.strip().removeprefix("W/") for tag in tags} & {headers["ETag"], "*"}:
+        tags = request.headers.get("if-none-match", "")
+        if headers["ETag"] in tags or tags.strip() == "*":  # no other tag can contain one with its quotes
             return Response(status_code=304, headers=headers)
         return HTMLResponse(body, headers=headers)
 
