@@ -2216,15 +2216,12 @@ class Exchange:
             "state": self.connection.app_state.copy(),
         }
 
-    def leave(self) -> None:
-        """Note that the client is gone."""
-        self.gone = True
-        self.changed.set()
-
     async def receive(self) -> Message:
         if self.http.they_are_waiting_for_100_continue and not (self.received or self.started):
             self.write(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
-        while not (self.body or self.counted or self.gone or self.ended or self.complete > self.reported):
+        while not (self.body or self.counted or self.gone or self.ended):
+            if self.complete and not self.reported:
+                break
             self.changed.clear()
             await self.changed.wait()
         if self.gone or self.ended:
@@ -2385,7 +2382,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.unparsed += data
                 self.parse_header()
         except h11.RemoteProtocolError:
-            self.refuse(400, "Invalid HTTP request received.")
+            self.refuse()
 
     # The requests, one after another
 
@@ -2410,7 +2407,7 @@ class Connection(asyncio.BufferedProtocol):
         elif end:
             self.begin(length)
         elif self.unparsed[0] <= 0x20 and self.unparsed != b"\r":  # no method: HTTPS, for example
-            self.refuse(400, "Invalid HTTP request received.")
+            self.refuse()
 
     def begin(self, length: int) -> None:
         header, rest = bytes(self.unparsed[:length]), bytes(self.unparsed[length:])
@@ -2449,7 +2446,7 @@ class Connection(asyncio.BufferedProtocol):
             try:
                 self.parse_header()
             except h11.RemoteProtocolError:
-                self.refuse(400, "Invalid HTTP request received.")
+                self.refuse()
 
     def linger(self) -> None:
         """End the answers, and discard what still comes: a reset could destroy the last of them."""
@@ -2457,7 +2454,7 @@ class Connection(asyncio.BufferedProtocol):
         self.close_in(LINGER_SECONDS)
         self.transport.write_eof()
 
-    def refuse(self, status: int, message: str) -> None:
+    def refuse(self, status: int = 400, message: str = "Invalid HTTP request received.") -> None:
         """Answer what cannot be parsed; also a body that turns out to be malformed in mid-answer."""
         self.leave()
         if self.exchange and self.exchange.started:
@@ -2472,9 +2469,11 @@ class Connection(asyncio.BufferedProtocol):
         self.linger()
 
     def leave(self) -> None:
-        if self.exchange:
-            self.exchange.leave()
+        """Tell the request that is being answered that its client is gone."""
         self.writable.set()
+        if self.exchange:
+            self.exchange.gone = True
+            self.exchange.changed.set()
 
     def reset(self) -> None:
         self.connections.waiting.pop(self, None)
