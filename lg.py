@@ -2,7 +2,8 @@
 """A looking glass: streamed ping, traceroute and mtr from this server, and speed tests.
 
 `python lg.py` starts the server, `python lg.py check` checks its settings. Importing does nothing.
-It reads from top to bottom: settings, limits, commands, connections, answers, the server, the page's texts.
+It reads from top to bottom: settings, targets, limits, commands, parsing, running, connections, speed tests,
+endpoints, OpenAPI, routes, serving, the page.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 Target = IPAddress | str  # an address, or a host name in ASCII
 Headers = Mapping[str, str]
 T = TypeVar("T")
+
 # ---- settings ----------------------------------------------------------------------------------------------
 
 # In the notation of EXTRA_COMMANDS: NAME is the command for IPv4, NAME6 the one for IPv6.
@@ -949,6 +951,7 @@ class Tools:
         self.names = tuple(dict.fromkeys(command.argv[0] for command in commands.values()))
         extra = settings.EXTRA_COMMANDS
         tried = [each for each in commands.values() if each.base_name in BUILT_IN.keys() - extra.keys()]
+        # Of each tool the first of its commands: over IPv4, where that is offered.
         self.trials = {command.tool: command for command in reversed(tried)}
         # What the last trial of a tool on loopback found, once it has ended; an operator's command has none.
         self.states: dict[str, ToolState] = {}
@@ -1937,17 +1940,17 @@ class Runner:
         Raises RequestError.
         """
         begun, outcome, address = time.monotonic(), "client gone", None
-        allowed, rates = self.settings.RATE_LIMIT_DIAGNOSTICS, self.limits.rates
+        rates, rate_limits = self.settings.RATE_LIMIT_DIAGNOSTICS, self.limits.rates
         with self.limits.commands.take(rate_limit_key(client)):
-            headers = await rates.check(allowed, command.name, client)
+            headers = await rate_limits.check(rates, command.name, client)
             try:
                 if isinstance(target, str):
-                    await rates.check_and_consume(self.settings.RATE_LIMIT_LOOKUPS, "lookup", client)
+                    await rate_limits.check_and_consume(self.settings.RATE_LIMIT_LOOKUPS, "lookup", client)
                 hint = f"check the name, or use {command.twin}" if command.twin else "check the name"
                 address = await self.targets.resolve(target, command.version, hint)
                 async with self.start(command, address) as process:
                     # Charged now, since what starts no tool costs nothing.
-                    headers = await rates.check_and_consume(allowed, command.name, client)
+                    headers = await rate_limits.check_and_consume(rates, command.name, client)
                     yield headers
                     parser = parser_for(command)(address, self.asn_database)
                     transcript = Transcript(command, target, parser, as_events)
