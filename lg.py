@@ -3263,6 +3263,29 @@ async def api_docs(name: str, request: Request) -> Response:
 # ---- routes and app ----------------------------------------------------------------------------------------
 
 
+def make_routes(service: Service) -> list[Route]:
+    """The Route table; what is not offered has no route."""
+    commands = [
+        Route(f"/lookingglass/{name}", partial(service.run_command, command), methods=["POST"])
+        for name, command in service.commands.items()
+    ]
+    downloads = [
+        Route(f"/speedtest/{name}", partial(service.download, size)) for name, size in service.sizes.items()
+    ]
+    upload = Route("/speedtest/upload", service.upload, methods=["GET", "POST"])
+    return [
+        Route("/", service.front),
+        Route("/health", service.health),
+        Route("/network/info", service.network_info),
+        *commands,
+        *([*downloads, upload] if downloads else []),
+        Route("/metrics", service.metrics),
+        Route("/openapi.json", service.openapi),
+        Route("/docs", partial(api_docs, "docs")),
+        Route("/redoc", partial(api_docs, "redoc")),
+    ]
+
+
 def create_app(settings: Settings | None = None) -> Starlette:
     """The application, with these settings or those of `.env` and the environment. Raises SettingsError."""
     settings = settings or load_settings()
@@ -3276,32 +3299,13 @@ def create_app(settings: Settings | None = None) -> Starlette:
         allow_private_network=True,
         expose_headers=["Retry-After", *RATE_HEADERS],
     )
-    commands = [
-        Route(f"/lookingglass/{name}", partial(service.run_command, command), methods=["POST"])
-        for name, command in service.commands.items()
-    ]
-    downloads = [
-        Route(f"/speedtest/{name}", partial(service.download, size)) for name, size in service.sizes.items()
-    ]
-    upload = Route("/speedtest/upload", service.upload, methods=["GET", "POST"])
-    routes = [  # what is not offered has no route
-        Route("/", service.front),
-        Route("/health", service.health),
-        Route("/network/info", service.network_info),
-        *commands,
-        *([*downloads, upload] if downloads else []),
-        Route("/metrics", service.metrics),
-        Route("/openapi.json", service.openapi),
-        Route("/docs", partial(api_docs, "docs")),
-        Route("/redoc", partial(api_docs, "redoc")),
-    ]
     handlers: dict[Any, Any] = {
         RequestError: service.answer_refused,
         HTTPException: service.answer_unrouted,
         ClientDisconnect: service.answer_gone,
         Exception: service.answer_failed,
     }
-    app = Starlette(False, routes, [cors], handlers, lifespan=service.lifespan)
+    app = Starlette(False, make_routes(service), [cors], handlers, lifespan=service.lifespan)
     app.router.redirect_slashes = False  # the client's Host would be in Location: see answer_unrouted
     app.state.service = service
     return app
