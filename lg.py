@@ -3286,20 +3286,21 @@ async def api_docs(name: str, request: Request) -> Response:
 
 def make_routes(service: Service) -> list[Route]:
     """The Route table; what is not offered has no route."""
-    commands = [
-        Route(f"/lookingglass/{name}", partial(service.run_command, command), methods=["POST"])
-        for name, command in service.commands.items()
-    ]
-    downloads = [
-        Route(f"/speedtest/{name}", partial(service.download, size)) for name, size in service.sizes.items()
-    ]
-    upload = Route("/speedtest/upload", service.upload, methods=["GET", "POST"])
+    commands, sizes = service.commands.items(), service.sizes.items()
+    uploads = [Route("/speedtest/upload", service.upload, methods=["GET", "POST"])]
     return [
         Route("/", service.front),
         Route("/health", service.health),
         Route("/network/info", service.network_info),
-        *commands,
-        *([*downloads, upload] if downloads else []),
+        # /lookingglass/ping, /lookingglass/ping6, /lookingglass/traceroute, /lookingglass/traceroute6,
+        # /lookingglass/mtr, /lookingglass/mtr6, and those of EXTRA_COMMANDS
+        *(
+            Route(f"/lookingglass/{name}", partial(service.run_command, each), methods=["POST"])
+            for name, each in commands
+        ),
+        # /speedtest/100M, /speedtest/1G, /speedtest/10G
+        *(Route(f"/speedtest/{name}", partial(service.download, size)) for name, size in sizes),
+        *(uploads if sizes else []),
         Route("/metrics", service.metrics),
         Route("/openapi.json", service.openapi),
         Route("/docs", partial(api_docs, "docs")),
