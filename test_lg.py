@@ -7822,7 +7822,7 @@ def test_speed_tests_that_are_off_are_neither_described_nor_in_the_usage(serve: 
     ("settings", "offers"),
     [
         ({}, "ping, traceroute, mtr, speed tests"),
-        ({"COMMANDS": "ping,mtr6,bgp", "EXTRA_COMMANDS": json.dumps(BGP)}, "ping, mtr6, bgp, speed tests"),
+        ({"COMMANDS": "ping,mtr6,bgp", "EXTRA_COMMANDS": json.dumps(BGP)}, "ping, mtr, bgp, speed tests"),
         ({"COMMANDS": "mtr", "MAX_SPEEDTESTS": "0"}, "mtr"),
         ({"COMMANDS": ""}, "speed tests"),
     ],
