@@ -5890,7 +5890,7 @@ def test_request_without_a_free_slot_costs_nothing_of_the_rate_limit(serve: Star
     server = serve(tools={"ping": SILENT}, MAX_DIAGNOSTICS="1", RATE_LIMIT_DIAGNOSTICS="100/hour")
     with server.http.stream("POST", "/lookingglass/ping", json={"target": "127.0.0.1"}):
         assert server.run("ping").status_code == 503
-    until(server.idle)
+    until(lambda: not slots_taken(server))
     server.stand_in("ping", ECHO)
     assert server.run("ping").headers["X-RateLimit-Remaining"] == "98"
 
@@ -6100,6 +6100,7 @@ def test_server_starts_without_redis(serve: Start, redis: Redis) -> None:
 SCRIPTS = pytest.mark.parametrize(
     "script", [ENDLESS, SILENT, STUBBORN, FORKING], ids=["endless", "silent", "stubborn", "forking"]
 )
+FLOODING = "#!/bin/sh\nexec yes $(printf %01000d 0)\n"
 # It has a child in a group of its own, as a newer mtr has, and one that forks while it is killed.
 SPREADING = """#!/bin/bash
 if [ "$1" = again ]; then sleep 0.01; "$0" again & exit; fi
@@ -6109,14 +6110,15 @@ sleep 1000 &
 """
 
 
-def session_members(leader: int) -> list[int]:
-    """The living members of a session; zombies wait for the server, or for this machine's init."""
-    members = []
+def session_members(leader: int) -> dict[int, int]:
+    """The living members of a session, with their groups; zombies wait for the server or for init."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
-            state, _, _, session, *_ = path.read_text(errors="replace").rpartition(") ")[2].split()
-            members += [int(path.parent.name)] * (int(session) == leader and state not in "ZX")
-    return members
+            state, _, group, session, *_ = path.read_text(errors="replace").rpartition(") ")[2].split()
+            if int(session) == leader and state not in "ZX":
+                found[int(path.parent.name)] = int(group)
+    return found
 
 
 def leave(connection: socket.socket, with_reset: bool) -> None:
@@ -6146,7 +6148,7 @@ def test_end_of_a_run_ends_every_process_of_its_session(serve: Start, gate: Gate
     server = serve(tools={"ping": SPREADING + gate.wait + last}, **limit)
     connection = server.begin("ping", address := lone_address())
     leader = group_of(address)
-    until(lambda: {os.getpgid(pid) for pid in session_members(leader)} - {leader})
+    until(lambda: len(set(session_members(leader).values()) - {leader}) == 2)
     gate.open()
     if way == "client gone":
         connection.close()
@@ -6330,7 +6332,7 @@ def test_time_limit_ends_the_answer_and_the_processes(serve: Start, script: str)
 
 
 def test_output_is_cut_at_1_mib_and_the_tool_ended(shared: Start) -> None:
-    text = shared(tools={"ping": "#!/bin/sh\nexec yes\n"}).run("ping", address := lone_address()).text
+    text = shared(tools={"ping": FLOODING}).run("ping", address := lone_address()).text
     assert len(text.removesuffix("\n--- ping: output cut at 1 MiB ---\n")) in (2**20, 2**20 - 1)
     assert not running(address)
 
@@ -6370,7 +6372,7 @@ def test_large_output_as_events_gives_way_to_other_requests(serve: Start) -> Non
 
 
 def test_client_that_does_not_read_holds_neither_slot_nor_process(serve: Start) -> None:
-    server = serve(tools={"ping": "#!/bin/sh\nexec yes\n", "mtr": ECHO}, MAX_DIAGNOSTICS="1")
+    server = serve(tools={"ping": FLOODING, "mtr": ECHO}, MAX_DIAGNOSTICS="1")
     connection = server.begin("ping", address := lone_address(), receive_bytes=4096)
     until(lambda: 'outcome="output cut at 1 MiB"' in server.log)
     assert (running(address), server.run("mtr").status_code) == ([], 200)
