@@ -905,7 +905,7 @@ class Command(NamedTuple):
     name: str
     argv: tuple[str, ...]  # {address} stands for the target's
     version: int  # of IP
-    twin: str  # the same command for the other IP version, "" where that is not offered
+    twin: str = ""  # the same command for the other IP version, "" where that is not offered
 
     @property
     def tool(self) -> str:
