@@ -2419,13 +2419,6 @@ class Connection(asyncio.BufferedProtocol):
                 self.closing = True
                 self.unparsed.clear()
             return
-<<<<<<< HEAD
-        if not self.searched and self.unparsed.startswith(b"\r\n"):  # is ignored (RFC 9112, 2.2)
-            del self.unparsed[:2]
-        if not self.unparsed:
-            return
-=======
->>>>>>> tests2
         if not self.searched:
             self.unparsed = self.unparsed.lstrip(b"\r\n")  # empty lines are ignored (RFC 9112, 2.2)
             if not self.unparsed:
