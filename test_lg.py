@@ -42,7 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NoReturn, TypedDict, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, cast, get_args
 from unittest.mock import patch
 from urllib.parse import quote
 
@@ -3032,7 +3032,7 @@ def test_tools_that_measured_loopback_are_ok_and_not_logged(
             "ping: Operation not permitted",
         ),
         ("mtr", "echo mtr: Failure to start mtr-packet", "forbidden", "mtr: Failure to start mtr-packet"),
-        ("mtr", "echo; echo mtr: mtr should not run suid", "failing", "mtr: mtr should not run suid"),
+        ("mtr", "echo odd; echo mtr: mtr should not run suid", "failing", "mtr: mtr should not run suid"),
         ("ping", "exit 0", "failing", "exit status 0, and no reply from 127.0.0.1"),
     ],
 )
