@@ -713,9 +713,20 @@ def test_tool_gets_a_minimal_environment(echo: Server) -> None:
     assert line in echo.run("ping").text
 
 
-@pytest.mark.parametrize("line", ["stdin 0", "leads its session: 1"])
-def test_tool_has_no_input_and_a_session_of_its_own(echo: Server, line: str) -> None:
-    assert f"\n{line}\n" in echo.run("ping").text
+def test_tool_leads_a_session_of_its_own(echo: Server) -> None:
+    assert "leads its session: 1\n" in echo.run("ping").text
+
+
+def test_tool_reads_nothing_of_the_standard_input_of_the_service(echo: Server, tmp_path: Path) -> None:
+    (tmp_path / "typed").write_text("typed\n")
+    with (tmp_path / "typed").open() as typed:
+        kept = os.dup(0)
+        os.dup2(typed.fileno(), 0)
+    try:
+        assert "\nstdin 0\n" in echo.run("ping").text
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
 
 
 def test_stream_has_headers_against_caching_and_buffering(echo: Server) -> None:
@@ -5223,52 +5234,55 @@ def test_import_does_nothing_whatever_the_environment_and_the_arguments() -> Non
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+UPLOADER = r"""
+import socket, sys
+connection, answer = socket.create_connection(("127.0.0.1", int(sys.argv[1]))), b""
+connection.sendall(b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nContent-Length: 500000000\r\n\r\n")
+for _ in range(500):
+    connection.sendall(bytes(10**6))
+while not answer.endswith(b"}"):
+    answer += connection.recv(65536)
+print(answer.partition(b"\r\n\r\n")[2].decode())
+"""
+
+
 @pytest.fixture
-def neighbours(serve: Start) -> Iterator[list[tuple[Server, socket.socket]]]:
-    """Two services in threads of this process, each with a command under way, and a connection to each."""
+def neighbours(serve: Start) -> Iterator[list[tuple[Server, subprocess.Popen[str]]]]:
+    """Two services in threads of this process, each with a command and an upload under way."""
+    servers = [serve(tools={"ping": ENDLESS}, NETWORK_LOCATION=name) for name in ("first", "second")]
     with contextlib.ExitStack() as stack:
-        found = []
-        for name in ("first", "second"):
-            server = serve(tools={"ping": ENDLESS}, NETWORK_LOCATION=name, RATE_LIMIT_SPEEDTEST="1/hour")
+        for server in servers:
             assert stack.enter_context(server.begin()).recv(12) == b"HTTP/1.1 200"
-            found.append((server, stack.enter_context(server.connect())))
-        yield found
+        lines = [[sys.executable, "-c", UPLOADER, str(server.port)] for server in servers]
+        uploads = [stack.enter_context(subprocess.Popen(line, stdout=-1, text=True)) for line in lines]
+        yield list(zip(servers, uploads, strict=True))
 
 
 def test_two_services_in_one_process_keep_their_requests_apart(
-    neighbours: list[tuple[Server, socket.socket]],
+    neighbours: list[tuple[Server, subprocess.Popen[str]]],
 ) -> None:
     """A receive buffer in common was seen to mix the bytes of two loops."""
 
-    def use(server: Server, connection: socket.socket) -> list[object]:
-        seen = list[object]()
-        connection.sendall(UPLOAD % 100_000_000)
-        for number in range(50):
-            connection.sendall(bytes(2_000_000))
-            target = f"no target {server.port} {number}"
-            seen.append(server.run("mtr", target).json()["detail"][0]["input"] == target)
-        answer = received(connection, b"}").partition(b"\r\n\r\n")[2]
-        return [set(seen), json.loads(answer)["bytes"], server.http.get("/network/info").json()["location"]]
+    def use(server: Server, upload: subprocess.Popen[str]) -> list[object]:
+        echoed, number = set(), itertools.count()
+        while upload.poll() is None:
+            target = f"no target, {next(number)}"
+            echoed.add(server.run("mtr", target).json()["detail"][0]["input"] == target)
+        assert upload.stdout
+        location = server.http.get("/network/info").json()["location"]
+        return [echoed, json.load(upload.stdout)["bytes"], location]
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda each: use(*each), neighbours))
-    assert found == [[{True}, 100_000_000, "first"], [{True}, 100_000_000, "second"]]
+    assert found == [[{True}, 500_000_000, "first"], [{True}, 500_000_000, "second"]]
 
 
-def test_two_services_in_one_process_count_for_themselves(
-    neighbours: list[tuple[Server, socket.socket]],
-) -> None:
-    (first, _), (second, _) = neighbours
+def test_two_services_in_one_process_count_for_themselves(serve: Start) -> None:
+    first, second = (serve(RATE_LIMIT_SPEEDTEST="1/hour") for _ in range(2))
     assert [begun(server, "1G") for server in (first, second, first)] == [200, 200, 429]
     second.run("ping", "no target")
-    refused = [
-        re.findall(
-            r'^lg_refusals_total\{reason="(?:rate limit|invalid)"\} (\d+)',
-            server.http.get("/metrics").text,
-            re.M,
-        )
-        for server in (first, second)
-    ]
+    count = r'^lg_refusals_total\{reason="(?:rate limit|invalid)"\} (\d+)'
+    refused = [re.findall(count, server.http.get("/metrics").text, re.M) for server in (first, second)]
     assert refused == [["0", "1"], ["1", "0"]]
 
 
