@@ -698,9 +698,26 @@ class Counters:
 
 
 @lru_cache(1000)
-def rate_limit_key(client: IPAddress) -> str:
-    """The key under which a client is limited: its IPv4 address, or the /64 of its IPv6 address."""
-    return str(client) if client.version == 4 else str(ipaddress.IPv6Network((client, 64), strict=False))
+def rate_limit_key(address: IPAddress) -> str:
+    """The key under which an address is limited: itself, or its /64 of IPv6."""
+    return str(address) if address.version == 4 else str(ipaddress.IPv6Network((address, 64), strict=False))
+
+
+class Client(NamedTuple):
+    """Who is limited and logged; `is_named` unless a trusted proxy names its client by nothing readable."""
+
+    address: IPAddress  # without a name the proxy's
+    is_named: bool = True
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+    @property
+    def key(self) -> str:
+        return rate_limit_key(self.address)
+
+    def is_in(self, networks: Iterable[IPNetwork]) -> bool:
+        return self.is_named and is_in(self.address, networks)
 
 
 def describe_rates(rates: Rates) -> str:
@@ -810,12 +827,12 @@ class RateLimits:
         self.retry_at = 0.0  # when a store that failed is queried again; 0 while it answers
         self.swept = 0.0
 
-    async def check(self, rates: Rates, name: str, client: IPAddress, consume: bool = False) -> Headers:
+    async def check(self, rates: Rates, name: str, client: Client, consume: bool = False) -> Headers:
         """The headers for a request of this client, which is counted if `consume`. Raises RequestError."""
-        if not rates or is_in(client, self.exempt):
+        if not rates or client.is_in(self.exempt):
             return {}
         self.sweep()
-        key = (name, rate_limit_key(client))
+        key = (name, client.key)
         if (limiter := self.shared) and time.monotonic() >= self.retry_at:
 
             def query() -> Headers:
@@ -839,7 +856,7 @@ class RateLimits:
         except RuntimeError:  # the storage starts a thread that removes expired entries
             raise busy("The server has no thread left: try again soon") from None
 
-    async def check_and_consume(self, rates: Rates, name: str, client: IPAddress) -> Headers:
+    async def check_and_consume(self, rates: Rates, name: str, client: Client) -> Headers:
         return await self.check(rates, name, client, consume=True)
 
     def sweep(self) -> None:
@@ -871,10 +888,10 @@ class Limits:
         for reason in REFUSALS:  # known samples start at 0, so that Prometheus sees their first increase
             self.counters.set("lg_refusals_total", 0, reason=reason)
 
-    def count_refusal(self, client: IPAddress, path: str, reason: str) -> None:
+    def count_refusal(self, client: Client, path: str, reason: str) -> None:
         """Count a refused request, and log it, at most once a minute for each client."""
         self.counters.add("lg_refusals_total", 1, reason=reason)
-        key = ("refusal", rate_limit_key(client))
+        key = ("refusal", client.key)
         if reason != "invalid" and self.once(key, LOG_REPEAT_SECONDS):
             log(logging.INFO, "refused", path=path, client=client, reason=reason)
 
@@ -1932,14 +1949,14 @@ class Runner:
         except ValueError as error:
             raise SettingsError(str(error), ASN_DATABASE=settings.ASN_DATABASE) from None
 
-    async def measure(self, command: Command, target: Target, client: IPAddress, as_events: bool) -> Steps:
+    async def measure(self, command: Command, target: Target, client: Client, as_events: bool) -> Steps:
         """Run a command: yields the headers of its rate limit, then what the client reads.
 
         Raises RequestError.
         """
         begun, outcome, address = time.monotonic(), "client gone", None
         rates, rate_limits = self.settings.RATE_LIMIT_DIAGNOSTICS, self.limits.rates
-        with self.limits.commands.take(rate_limit_key(client)):
+        with self.limits.commands.take(client.key):
             headers = await rate_limits.check(rates, command.name, client)
             try:
                 if isinstance(target, str):
@@ -2103,7 +2120,7 @@ class Proxies:
         self.once = once
         self.is_trusted = lru_cache(1000)(partial(is_in, prefixes=settings.FORWARDED_ALLOW_IPS))
 
-    def client_address(self, request: Request) -> IPAddress:
+    def client(self, request: Request) -> Client:
         """Who is limited, logged and shown as `your_ip`: the peer, or the client that a trusted proxy names.
 
         That is the rightmost address of X-Forwarded-For that is no trusted proxy: the client itself may have
@@ -2113,14 +2130,15 @@ class Proxies:
         forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
         entries = (forwarded or request.headers.get("x-real-ip", "")).split(",")[-FORWARDED_HOPS:]
         if entries == [""]:
-            return peer
+            return Client(peer)
         addresses = map(parse_forwarded, reversed(entries))
         if self.is_trusted(peer):
-            return next((each for each in addresses if not self.is_trusted(each)), None) or peer
+            named = next((each for each in addresses if not self.is_trusted(each)), peer)
+            return Client(named or peer, named is not None)
         # Under `uvicorn --factory lg:create_app`, uvicorn may have put the client in the peer's place.
         if peer not in addresses and self.once("untrusted proxy", math.inf):
             log(logging.WARNING, UNTRUSTED_PROXY, peer=peer)
-        return peer
+        return Client(peer)
 
     def named_by_proxy(self, request: Request, header: str) -> str:
         """A header of a trusted proxy; "" from others."""
@@ -2632,14 +2650,14 @@ class SpeedTests:
             limits.counters.set("lg_speedtest_bytes_total", 0, direction=direction)
 
     @asynccontextmanager
-    async def transfer(self, size: Size, client: IPAddress) -> AsyncIterator[tuple[Headers, CountBytes]]:
+    async def transfer(self, size: Size, client: Client) -> AsyncIterator[tuple[Headers, CountBytes]]:
         """Hold a slot, and log what was moved: yields the rate limit's headers, and counts bytes.
 
         Raises RequestError, or TransferAborted where it has given way.
         """
         slots, direction = self.limits.speedtests, "upload" if size.name == "upload" else "download"
         async with interruptible() as give_way:
-            with slots.take(rate_limit_key(client), give_way) as slot:
+            with slots.take(client.key, give_way) as slot:
                 self.budget.check(size.length, sum(each.reserved for each in slots.taken))
                 slot.reserved = size.length
                 name = f"speedtest {size.name}"
@@ -2661,7 +2679,7 @@ class SpeedTests:
                     log(logging.INFO, "speedtest", **pairs, seconds=f"{time.monotonic() - begun:.1f}")
 
     @asynccontextmanager
-    async def download(self, size: Size, client: IPAddress) -> AsyncIterator[Stream]:
+    async def download(self, size: Size, client: Client) -> AsyncIterator[Stream]:
         """The headers of the rate limit, and `size.length` zero bytes in blocks. Raises RequestError."""
 
         async def blocks() -> AsyncGenerator[bytes]:
@@ -2684,7 +2702,7 @@ class SpeedTests:
         upload_test = self.upload_tests.get(test_name(request)) or UploadTest(now)
         return measured(upload_test.length, now - upload_test.begun)
 
-    async def receive_upload(self, request: Request, size: Size, client: IPAddress) -> tuple[Upload, Headers]:
+    async def receive_upload(self, request: Request, size: Size, client: Client) -> tuple[Upload, Headers]:
         """Receive and discard an upload. Returns its measurement and the headers of the rate limit.
 
         After UPLOAD_SECONDS it is measured by what has come by then. Raises RequestError or ClientDisconnect.
@@ -2836,6 +2854,9 @@ class Service:
             yield message, {"commands": " ".join(sorted(hidden))}
         if settings.CORS_CREDENTIALS and "*" in settings.CORS_ORIGINS:
             yield "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: list the origins instead", {}
+        if self.connections.limit < MAX_CONNECTIONS:
+            message = "The limit for open files (ulimit -n) allows few connections"
+            yield message, {"connections": self.connections.limit, "wanted": MAX_CONNECTIONS}
         limit = self.speedtests.budget.limit
         if limit and (large := [size.name for size in self.sizes.values() if size.length > limit]):
             message = "SPEEDTEST_GIB_PER_DAY is smaller than downloads that are offered: they answer 503"
@@ -2849,7 +2870,8 @@ class Service:
         log(logging.INFO, "limits", rates=self.rates_text, **slots)
         for message, pairs in self.warnings():
             log(logging.WARNING, message, **pairs)
-        background = asyncio.gather(self.runner.keep_trying_tools(), self.ask_store())
+        jobs = self.runner.keep_trying_tools(), self.ask_store()
+        background = asyncio.gather(*jobs, return_exceptions=True)
         yield {"connections": self.connections}
         background.cancel()
         with suppress(asyncio.CancelledError):
@@ -2858,7 +2880,9 @@ class Service:
     async def ask_store(self) -> None:
         """Query the shared store, so that its failure is logged before the first request."""
         with suppress(RequestError):
-            await self.limits.rates.check((limits.parse("1/minute"),), "start", ipaddress.IPv4Address(0))
+            await self.limits.rates.check(
+                (limits.parse("1/minute"),), "start", Client(ipaddress.IPv4Address(0))
+            )
 
     def stop(self) -> None:
         """Start nothing any more, and stop the commands that run."""
@@ -2874,7 +2898,7 @@ class Service:
         headers = STREAM_HEADERS | {"Content-Type": EVENTS_TYPE if as_events else TEXT_TYPE}
         if as_events:  # after an abort, browsers may read on for 5 s to reuse the connection
             headers["Connection"] = "close"
-        client = self.proxies.client_address(request)
+        client = self.proxies.client(request)
         steps = self.runner.measure(command, target, client, as_events)
         return StreamedResponse(self.runner.unread.run_ahead(steps), headers)
 
@@ -2888,7 +2912,7 @@ class Service:
         }
         if request.method == "HEAD":
             return Response(headers=headers)
-        return StreamedResponse(self.speedtests.download(size, self.proxies.client_address(request)), headers)
+        return StreamedResponse(self.speedtests.download(size, self.proxies.client(request)), headers)
 
     async def upload(self, request: Request) -> Response:
         headers = {"Timing-Allow-Origin": "*"}
@@ -2899,7 +2923,7 @@ class Service:
             raise RequestError(411, {"detail": "Send Content-Length: an upload without it is not accepted"})
         if length > UPLOAD_BYTES:
             raise RequestError(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
-        client = self.proxies.client_address(request)
+        client = self.proxies.client(request)
         size = Size("upload", length, self.settings.RATE_LIMIT_SPEEDTEST)
         try:
             answer, rate_headers = await self.speedtests.receive_upload(request, size, client)
@@ -2922,12 +2946,12 @@ class Service:
             "facility_url": settings.NETWORK_FACILITY_URL,
             "looking_glass_ipv4": settings.NETWORK_IPV4,
             "looking_glass_ipv6": settings.NETWORK_IPV6,
-            "your_ip": str(self.proxies.client_address(request)),
+            "your_ip": str(self.proxies.client(request)),
         }
         return json_response(info)
 
     async def metrics(self, request: Request) -> Response:
-        if not is_in(self.proxies.client_address(request), self.settings.METRICS_ALLOW_IPS):
+        if not self.proxies.client(request).is_in(self.settings.METRICS_ALLOW_IPS):
             raise HTTPException(404)
         counters, budget = self.limits.counters, self.speedtests.budget
         place = {"location": self.settings.NETWORK_LOCATION, "facility": self.settings.NETWORK_FACILITY}
@@ -2990,7 +3014,7 @@ class Service:
     # Errors
 
     async def answer_refused(self, request: Request, error: RequestError) -> Response:
-        client = self.proxies.client_address(request)
+        client = self.proxies.client(request)
         self.limits.count_refusal(client, request.scope["path"], error.reason)
         return json_response(error.body, error.status, error.headers)
 
@@ -3262,20 +3286,21 @@ async def api_docs(name: str, request: Request) -> Response:
 
 def make_routes(service: Service) -> list[Route]:
     """The Route table; what is not offered has no route."""
-    commands = [
-        Route(f"/lookingglass/{name}", partial(service.run_command, command), methods=["POST"])
-        for name, command in service.commands.items()
-    ]
-    downloads = [
-        Route(f"/speedtest/{name}", partial(service.download, size)) for name, size in service.sizes.items()
-    ]
-    upload = Route("/speedtest/upload", service.upload, methods=["GET", "POST"])
+    commands, sizes = service.commands.items(), service.sizes.items()
+    uploads = [Route("/speedtest/upload", service.upload, methods=["GET", "POST"])]
     return [
         Route("/", service.front),
         Route("/health", service.health),
         Route("/network/info", service.network_info),
-        *commands,
-        *([*downloads, upload] if downloads else []),
+        # /lookingglass/ping, /lookingglass/ping6, /lookingglass/traceroute, /lookingglass/traceroute6,
+        # /lookingglass/mtr, /lookingglass/mtr6, and those of EXTRA_COMMANDS
+        *(
+            Route(f"/lookingglass/{name}", partial(service.run_command, each), methods=["POST"])
+            for name, each in commands
+        ),
+        # /speedtest/100M, /speedtest/1G, /speedtest/10G
+        *(Route(f"/speedtest/{name}", partial(service.download, size)) for name, size in sizes),
+        *(uploads if sizes else []),
         Route("/metrics", service.metrics),
         Route("/openapi.json", service.openapi),
         Route("/docs", partial(api_docs, "docs")),
@@ -3416,8 +3441,8 @@ class LogHandler(logging.handlers.QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         super().enqueue(record)
-        if dropped := self.dropped:
-            self.dropped = 0
+        if (dropped := self.dropped) and not self.lines.full():
+            self.dropped -= dropped
             log(logging.WARNING, "log lines dropped", lines=dropped)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
@@ -3442,8 +3467,6 @@ def configure_logging(settings: Settings) -> None:
 
 def serve(settings: Settings) -> None:
     configure_logging(settings)
-    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     try:
         sockets = listen(settings.HOST, settings.PORT)
     except (OSError, UnicodeError) as error:
@@ -3486,6 +3509,8 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=f"lg.py {VERSION}")
     parser.add_argument("command", nargs="?", choices=["check"], help="check the settings and the tools")
     action = check if parser.parse_args().command else serve
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     try:
         action(load_settings())
     except SettingsError as error:
