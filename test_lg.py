@@ -97,10 +97,10 @@ def outcome(coroutine: Coroutine[Any, Any, T]) -> T:
 
 # ---- the server under test ---------------------------------------------------------------------------------
 
-# Loaded into the server: answers for names with addresses, or as a word says; records what was looked up; and
-# makes a fault while a file of its name exists.
+# Loaded into a server's process: answers for names with addresses, and makes a fault while a file of its name
+# exists.
 SITE = r"""
-import ipaddress, json, os, socket, subprocess, threading, time
+import json, os, socket, subprocess, threading, time
 
 folder = os.path.dirname(os.path.dirname(__file__))
 names = json.loads(os.environ.get("LG_TEST_NAMES", "{}"))
@@ -111,27 +111,12 @@ real_getaddrinfo, real_popen, real_start, real_time = (
 def exists(name):
     return os.path.exists(f"{folder}/{name}")
 
-def is_name(host):
-    try:
-        return not ipaddress.ip_address(host)
-    except ValueError:
-        return host is not None
-
 def getaddrinfo(host, port, family=0, *rest, **more):
-    host = host.decode() if isinstance(host, bytes) else host
-    if not is_name(host):
+    if not isinstance(host, bytes):  # not a target's name
         return real_getaddrinfo(host, port, family, *rest, **more)
-    with open(f"{folder}/lookups", "a") as lookups:
-        lookups.write(host + "\n")
-    answer = names.get(host.rstrip(".").lower(), names.get("*", []))
+    answer = names.get(host.decode().rstrip(".").lower(), names.get("*", []))
     if answer == "hang":
         time.sleep(3600)
-    if answer == "wait":
-        while not exists("go-on"):
-            time.sleep(0.01)
-        answer = ["127.0.0.1"]
-    if answer == "fail":
-        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
     found = [address for address in answer if (":" in address) == (family == socket.AF_INET6)]
     if not found:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -403,7 +388,11 @@ class SpawnedServer(Server):
             )
         if prefix:
             self.http = self.client(transport=NamespaceTransport(self.process.pid))
-        until(self.answers)
+        try:
+            until(self.answers)
+        except BaseException:
+            self.process.kill()
+            raise
 
     def answers(self) -> bool:
         assert self.process.poll() is None, self.log
@@ -417,11 +406,6 @@ class SpawnedServer(Server):
     @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
-
-    @property
-    def lookups(self) -> list[str]:
-        path = self.folder / "lookups"
-        return path.read_text().splitlines() if path.exists() else []
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))  # noqa: PTH208
