@@ -3091,6 +3091,14 @@ def test_x_real_ip_counts_only_where_no_x_forwarded_for_was_sent(
     assert echo.http.get("/network/info", headers=headers).json()["your_ip"] == client
 
 
+def test_client_that_a_proxy_does_not_name_is_limited_as_the_proxy_and_in_no_list(serve: Start) -> None:
+    unnamed = {"X-Forwarded-For": "unknown"}
+    server = serve(RATE_LIMIT_EXEMPT="127.0.0.1", RATE_LIMIT_SPEEDTEST="1/hour")
+    uploads = [server.http.post("/speedtest/upload", headers=headers) for headers in (unnamed, unnamed, {})]
+    assert [upload.status_code for upload in uploads] == [200, 429, 200]
+    assert server.http.get("/metrics", headers=unnamed).status_code == 404
+
+
 def test_health_with_all_tools_is_ok_and_nothing_else(echo: Server) -> None:
     assert echo.http.get("/health").content == b'{"status":"ok"}'
 
