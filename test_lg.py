@@ -6142,7 +6142,10 @@ def shell(line: str) -> tuple[str, ...]:
 
 
 def test_exit_status_is_reported_where_the_parent_ignores_its_children(serve: Start) -> None:
-    server = serve(command=shell("trap '' CHLD"), tools={"ping": "#!/bin/sh\nexit 3\n"})
+    ignoring = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+    code = f"{ignoring}; os.execv(sys.argv[1], sys.argv[1:])"
+    command = (sys.executable, "-c", code, sys.executable, "lg.py")
+    server = serve(command=command, tools={"ping": "#!/bin/sh\nexit 3\n"})
     assert server.run("ping").text == "--- ping: exit status 3 ---\n"
 
 
@@ -7254,7 +7257,13 @@ def test_command_is_503_while_no_descriptor_is_left(serve: Start) -> None:
 def test_every_slot_has_the_descriptors_that_it_needs(serve: Start, many_files: int) -> None:
     """Beside as many connections as there can be."""
     slots = dict.fromkeys(("MAX_DIAGNOSTICS", "MAX_DIAGNOSTICS_PER_CLIENT"), "40")
-    server = serve(tools={"ping": SILENT, "mtr": ECHO}, descriptors=400, COMMANDS="ping,mtr", **slots)
+    server = serve(
+        tools={"ping": SILENT, "mtr": ECHO},
+        descriptors=400,
+        constants={"RESERVED_FILES": 60},
+        COMMANDS="ping,mtr",
+        **slots,
+    )
     idle = []
     for _ in range(20):
         idle += [server.connect() for _ in range(20)]
