@@ -905,7 +905,7 @@ class Command(NamedTuple):
     name: str
     argv: tuple[str, ...]  # {address} stands for the target's
     version: int  # of IP
-    twin: str  # the same command for the other IP version, "" where that is not offered
+    twin: str = ""  # the same command for the other IP version, "" where that is not offered
 
     @property
     def tool(self) -> str:
@@ -3520,11 +3520,1083 @@ def main() -> None:
 
 # ---- the page ----------------------------------------------------------------------------------------------
 
+TITLES = {"ping": "Ping", "traceroute": "Traceroute", "mtr": "MTR"}
+MAX_STREAMS = 4  # of one speed test: what these do not fill, more would not
+PAGE_ICON = (  # where no logo is set, so that browsers do not ask for /favicon.ico
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
+    "%3Cpath d='M1 9h3l2-6 4 11 2-5h3' fill='none' stroke='%230a58c2' stroke-width='2'/%3E%3C/svg%3E"
+)
+
+
+def page_tools(commands: Mapping[str, Command], sizes: Mapping[str, Size]) -> list[dict[str, Any]]:
+    """The tabs of the page: each command once, for one IP version or both, and the speed test."""
+    tools: dict[str, dict[str, Any]] = {}
+    for command in commands.values():
+        name, argv = command.base_name, command.argv
+        drawn = command.tool in TITLES and (command.tool != "mtr" or "--raw" in argv)
+        probes = int(argv[argv.index("-c") + 1]) if drawn and "-c" in argv[:-1] else 10
+        title, kind = TITLES.get(name, name.upper()), command.tool if drawn else "text"
+        tab = {"id": name, "title": title, "kind": kind, "tool": argv[0], "probes": probes, "versions": []}
+        tools.setdefault(name, tab)["versions"].append(command.version)
+    speed = {"id": "speedtest", "title": "Speed test", "kind": "speed", "tool": "", "versions": [4]}
+    return [*tools.values(), *([speed] if sizes else [])]
+
 
 def make_page(
     settings: Settings, commands: Mapping[str, Command], sizes: Mapping[str, Size]
 ) -> tuple[str, str]:
-    return "<!doctype html><title>x</title>", "default-src 'none'"
+    """The HTML document, the same for every visitor, and the value of its Content-Security-Policy."""
+    tools, links = page_tools(commands, sizes), [*settings.PAGE_LINKS, {"name": "API", "url": "docs"}]
+    others = [place for place in settings.LOCATIONS if place["name"] != settings.NETWORK_LOCATION]
+    style = STYLE + (f":root {{ --mark: {settings.PAGE_COLOR}; }}\n" if settings.PAGE_COLOR else "")
+    logo = f'<img src="{settings.PAGE_LOGO}" alt="">' if settings.PAGE_LOGO else ""
+    streams = [rate.amount // 2 for rate in settings.RATE_LIMIT_SPEEDTEST]  # the next test has the rest
+    here = {"location": settings.NETWORK_LOCATION, "facility": settings.NETWORK_FACILITY}
+    here |= {"map_url": settings.NETWORK_MAP_URL, "facility_url": settings.NETWORK_FACILITY_URL}
+    here |= {"looking_glass_ipv4": settings.NETWORK_IPV4, "looking_glass_ipv6": settings.NETWORK_IPV6}
+    setup = {
+        "tools": tools,
+        "places": [{"name": settings.NETWORK_LOCATION, "url": "", "info": here}, *others],
+        "sizes": [f"speedtest/{name}" for name in [*sizes][::-1]],
+        "streams": min(MAX_STREAMS, settings.MAX_SPEEDTESTS_PER_CLIENT - 1, *streams),
+        "seconds": settings.DIAGNOSTIC_TIMEOUT,
+    }
+    page = PAGE.format(
+        style=style,
+        script=SCRIPT,
+        setup=json.dumps(setup, separators=(",", ":")).replace("<", "\\u003c"),
+        location=escape(settings.NETWORK_LOCATION),
+        operator=escape(settings.PAGE_TITLE or "Looking glass"),
+        icon=settings.PAGE_LOGO or PAGE_ICON,
+        brand=logo + (f"<b>{escape(settings.PAGE_TITLE)}</b>\n" if settings.PAGE_TITLE else ""),
+        links="\n".join(f'<a href="{escape(each["url"])}">{escape(each["name"])}</a>' for each in links),
+        command=next(iter(commands), ""),
+        buttons="\n".join(f'<button formaction="lookingglass/{each}">{each}</button>' for each in commands),
+        about="\n".join(ABOUT[tool["id"]] for tool in tools if tool["id"] in ABOUT),
+    )
+    sources = " ".join(["'self'", *(f"{place['url']}/" for place in settings.LOCATIONS)])
+    policy = f"default-src 'none'; script-src {script_hash(SCRIPT)}; style-src {script_hash(style)}; "
+    policy += f"connect-src {sources}; img-src data:; form-action 'self'; base-uri 'none'; "
+    policy += "frame-ancestors " + (" ".join(settings.FRAME_ANCESTORS) or "'none'") + "; "
+    return page, policy + "require-trusted-types-for 'script'; trusted-types 'none'"
+
+
+# The first view: what each test answers, for those that are offered.
+ABOUT = {
+    "ping": """<section><h2>Ping</h2>
+<p>Does it answer, how fast, and how steadily? 15 packets, 15 seconds.</p>
+<svg class="sketch" viewBox="0 0 240 48">
+<path d="M4 26L28 22L52 30L76 18L100 26M144 24L168 28L192 20L216 26L236 22"/>
+<path class="lost" d="M122 8V40"/></svg></section>""",
+    "traceroute": """<section><h2>Traceroute</h2>
+<p>Which way do packets take? The routers between here and the target.</p>
+<svg class="sketch" viewBox="0 0 240 48">
+<path class="grid" d="M20 24H220"/><circle cx="20" cy="24" r="6"/><circle cx="80" cy="24" r="6"/>
+<circle class="open" cx="150" cy="24" r="5"/><circle cx="220" cy="24" r="6"/></svg></section>""",
+    "mtr": """<section><h2>MTR</h2>
+<p>Where are packets lost or delayed? Ten rounds over the whole way.</p>
+<svg class="sketch" viewBox="0 0 240 48">
+<path class="tiles" d="M0 12H240M0 36H240"/><path class="tiles lost" d="M96 36H118"/></svg></section>""",
+    "speedtest": """<section><h2>Speed test</h2>
+<p>How fast is your line to this place, and does it stay responsive under load? 18 seconds.</p>
+<svg class="sketch" viewBox="0 0 240 48"><path class="curve" d="M4 46L24 6H118V46Z"/>
+<path class="curve upload" d="M124 46L144 22H236V46Z"/></svg></section>""",
+}
+
+STYLE = """\
+/* Colours, by the visitor's scheme. --mark is PAGE_COLOR where it is set: of lines, bars and marks, never of text. */
+:root {
+	color-scheme: light dark;
+	--page: #f5f7fa; --card: #fff; --line: #e0e5eb; --text: #17202b; --dim: #536070;
+	--accent: #0a58c2; --bad: #b3241c; --fair: #8a5a00; --good: #1b7a4a; --mark: var(--accent);
+	font: max(1rem, 0.8rem + 0.25vw) / 1.4 system-ui, sans-serif;
+	font-variant-numeric: tabular-nums;
+	overflow-wrap: anywhere;
+	overflow-y: scroll;
+	background: var(--page);
+	color: var(--text);
+}
+@media (prefers-color-scheme: dark) {
+	:root {
+		--page: #0d1117; --card: #171f28; --line: #2b3541; --text: #e8eef5; --dim: #a6b2c0;
+		--accent: #7ab8ff; --bad: #ffa198; --fair: #e5b567; --good: #62d596;
+	}
+}
+
+* { box-sizing: border-box; margin: 0; padding: 0; border: 0 solid var(--line); font: inherit; color: inherit; }
+[hidden], :is(p, div):empty { display: none !important; }
+body > * { padding: 0.75rem max(0.75rem, 50% - 36rem); }
+header, .card { background: var(--card); border-bottom-width: 1px; }
+header img { height: 1.75rem; }
+h1, h2, b { font-weight: 600; color: var(--text); }
+h1, #results > :first-child h2 { font-size: 1.5rem; line-height: 1.3; }
+a, .link { color: var(--accent); text-decoration: underline; }
+small, th, nav, section p, .dim, .link, .copy, .chip, #offer { font-size: 0.85rem; }
+small, th, section p, .dim, #offer { color: var(--dim); }
+h2.bad, .bad { color: var(--bad); }
+pre, code, .copy { font-family: monospace; }
+pre, code { display: block; overflow: auto; }
+code { white-space: nowrap; }
+button, summary, label { background: none; cursor: pointer; }
+:focus-visible, :focus-visible + span { outline: 2px solid var(--accent); outline-offset: 2px; }
+.hush, [type="radio"] { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 0.75rem; }
+nav, .end, #mine { margin-inline-start: auto; }
+
+main, #form, #results, #plain { display: grid; gap: 0.75rem; grid-template-columns: minmax(0, 1fr); }
+main { padding-bottom: 50vh; }
+#place { min-height: 4rem; }
+.card { container-type: inline-size; border-width: 1px; border-radius: 0.5rem; padding: 0.75rem 1rem; }
+.card > * + * { margin-top: 0.75rem; }
+#form { padding-top: 0; }
+#form > * { margin-top: 0; }
+#tabs { border-bottom-width: 1px; gap: 0 1.25rem; margin: 0 -1rem; padding: 0 1rem; }
+#tabs span { display: block; padding: 0.75rem 0; color: var(--dim); }
+#tabs :checked + span { padding-bottom: calc(0.75rem - 2px); border-bottom: 2px solid var(--mark); color: var(--text); font-weight: 600; }
+.chip { display: block; padding: calc(0.1rem + 1px) 0.75rem; border: 1px solid var(--dim); border-radius: 1rem; }
+:checked + .chip { padding: 0.1rem calc(0.75rem - 1px); border: 2px solid var(--accent); color: var(--accent); }
+#ask, #offer { flex: 9 15rem; min-width: 0; }
+.choices { min-height: 1.8rem; }
+#from { flex-wrap: nowrap; align-items: baseline; }
+#from > small { flex: none; }
+input, select, #run, #plain button { min-height: 2.75rem; padding: 0 0.75rem; background: var(--card); border: 1px solid var(--dim); border-radius: 0.5rem; }
+input { width: 100%; }
+[aria-invalid] { border: 2px solid var(--bad); }
+select { flex: 1 0 9rem; max-width: 9.5rem; }
+#run { flex: 1 8rem; min-width: max-content; max-width: 14rem; font-weight: 600; }
+#run:not(.stop) { background: var(--accent); border-color: var(--accent); color: var(--card); }
+
+#about { display: grid; margin-top: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
+section { display: grid; grid-template-rows: auto 1fr auto; gap: 0.5rem; border-top-width: 2px; padding: 0.75rem 0; }
+#results > :first-child > summary { display: block; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; }
+tr { border-bottom-width: 1px; }
+th, td { padding: 0.25rem 0.5rem; text-align: end; white-space: nowrap; }
+.at { width: 3.4rem; }
+.name { text-align: start; }
+.name > * { overflow: hidden; text-overflow: ellipsis; }
+.name:focus, .name span { white-space: normal; }
+td.name small { display: block; min-height: 1.2rem; }
+th span + span { float: right; }
+th.range { text-align: start; }
+
+svg { display: block; width: 100%; height: 1.1rem; overflow: visible; fill: var(--mark); stroke: none; }
+line, path { stroke: var(--mark); stroke-width: 2px; vector-effect: non-scaling-stroke; }
+.grid { stroke: var(--line); }
+.spread, [aria-disabled] { opacity: 0.5; }
+.lost { fill: var(--bad); stroke: var(--bad); }
+rect.lost { stroke: none; }
+.upload { --mark: var(--good); fill: var(--good); }
+.curve { fill-opacity: 0.15; }
+.curve.idle { stroke: none; }
+.latency { fill: none; stroke: var(--dim); }
+.sketch { height: 3rem; }
+.sketch path:not(.curve) { fill: none; }
+.open { fill: var(--page); stroke: var(--dim); stroke-width: 2px; }
+.tiles { stroke-width: 18px; stroke-dasharray: 22 2; vector-effect: none; }
+.tiles:not(.lost) { opacity: 0.5; }
+.plot svg { height: 7rem; border-width: 1px 0; }
+.plot .low { height: 3rem; }
+.phases { display: grid; grid-template-columns: 2fr 8fr 8fr; }
+.speed[open] h2:not(.bad) { display: none; }
+.figures { gap: 0.5rem 1rem; align-items: flex-end; }
+.figures p { flex: 0 1 8.5rem; white-space: nowrap; }
+.speed .figures p { flex-basis: auto; margin-inline-end: 1rem; min-width: 8.5rem; }
+.figures small { display: block; }
+.figures b { font-size: 1.25rem; }
+.speed .figures b { font-size: 2rem; }
+.speed .figures :first-child b { font-size: 3rem; }
+.speed .figures .grade { padding: 0 1rem; min-width: 0; border-radius: 0.5rem; background: var(--good); color: var(--card); font-size: 2rem; font-weight: 600; }
+.grade.C { background: var(--fair); }
+.grade.D, .grade.F { background: var(--bad); }
+
+@container (min-width: 52rem) {
+	th { width: 4.4rem; }
+	th.name { width: auto; }
+	th.range { width: 20%; }
+	th.strip { width: 8.5rem; }
+}
+@container (max-width: 52rem) {
+	tr { display: grid; grid-template-columns: 2.7rem 1fr 1fr 4.2rem; }
+	th, td { width: auto; padding: 0.15rem 0.25rem; }
+	.at { grid-row: span 2; width: auto; }
+	.name { grid-column: span 2; }
+	.range, .strip, .loss { order: 1; }
+	.best, .worst { display: none; }
+	.sub { min-height: 2.4rem; }
+}
+@container (max-width: 30rem) {
+	:is(.ping, .traceroute, .mtr) h2 { min-height: 2.6em; }
+	.sub { min-height: 3.6rem; }
+}
+@media (max-width: 30rem) {
+	#tabs { gap: 0 0.9rem; }
+	#run, select { max-width: none; }
+	#results > :first-child h2 { font-size: 1.25rem; }
+}
+@media print { #form { display: none; } }
+"""  # noqa: E501
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="description" content="Network tests from {location}">
+<title>{operator} · {location}</title>
+<link rel="icon" href="{icon}">
+<style>{style}</style>
+<header class="row">{brand}<span class="dim">Looking glass</span><nav class="row">{links}</nav></header>
+<main>
+<div id="place"><h1>{location}</h1></div>
+<form id="form" class="card" method="post" action="lookingglass/{command}">
+<fieldset id="tabs" class="row" aria-label="Test"></fieldset>
+<div class="row">
+<label id="ask"><span class="hush">Target</span><input name="target" required
+inputmode="url" spellcheck="false" autocapitalize="off" placeholder="Host name, address or URL"
+aria-describedby="fault"></label>
+<select name="version" aria-label="IP version" hidden></select>
+<button id="run">Run</button>
+<div id="offer"></div>
+</div>
+<p class="bad" id="fault" role="alert"></p>
+<div class="row choices"><div id="from" class="row"></div><div id="mine"></div></div>
+<div id="plain"><p>Charts need JavaScript and a browser from 2023 on (Chrome 109, Firefox 115, Safari 16).
+Without them these buttons show each test as text.</p><p class="row">{buttons}</p></div>
+</form>
+<div id="about">{about}</div>
+<div id="results"></div>
+</main>
+<output id="status" class="hush"></output>
+<script type="application/json" id="setup">{setup}</script>
+<script>{script}</script>
+</html>
+"""
+
+SCRIPT = r"""
+// The form asks, a run grows by events (`reduce`), `draw` draws all of the page from the runs. What strangers wrote
+// becomes text, never markup: `fill` knows no HTML. In an older browser the form stays as it was sent.
+
+if (!CSS.supports("container-type: inline-size")) throw new Error("This browser is from before 2023")
+
+const $ = (id) => document.getElementById(id)
+const {tools: TOOLS, places: PLACES, sizes: SIZES, streams: STREAMS, seconds} = JSON.parse($("setup").textContent)
+const SECOND = 1000
+const PATIENCE = (Math.max(seconds, 30) + 10) * SECOND // of a whole test: nothing else shows that a network is gone
+const MAX_TESTS = 6 // that are shown
+const [IDLE, LOAD, RAMP] = [2 * SECOND, 8 * SECOND, 2 * SECOND] // the ramp of a load is not counted in its rate
+const PHASES = {idle: 0, download: IDLE, upload: IDLE + LOAD} // where each begins in the charts
+const GRADES = [
+	["A+", 5, "The line stays responsive while it is full."],
+	["A", 30, "Calls and games stay smooth while the line is full."],
+	["B", 60, "Calls stay smooth while the line is full; games may lag."],
+	["C", 200, "Video calls may stutter while the line is full."],
+	["D", 400, "Calls stutter and pages are slow while the line is full."],
+	["F", Infinity, "Calls break off and pages hang while the line is full."],
+] // by the latency that load adds, in ms: Waveform's limits
+
+// Elements
+
+/** Describes an element: name and classes, what is set on it (`on…` are properties), what stands in it. */
+function h(tag, ...content) {
+	const set = content[0]?.constructor === Object && !content[0].tag ? content.shift() : {}
+	return {tag, set, content}
+}
+
+const made = new WeakMap() // what each node was made as
+const xmlns = (name) => `http://www.w3.org/${/svg|path|rect|circle|line/.test(name) ? "2000/svg" : "1999/xhtml"}`
+
+/** Makes what stands in `node` as described. Only what differs is touched: focus, selection and presses stay (WebKit
+ * loses a click when a button's text is written while it is pressed), and a text of many lines is appended to. */
+function fill(node, ...content) {
+	const wanted = content.flat(9).filter((each) => each || each === 0)
+	for (const [i, each] of wanted.entries()) {
+		const {tag = "", set: {key = "", ...set} = {}, content} = each
+		const [name, ...classes] = tag.split(".")
+		const words = name ? "" : `${each}`
+		const isSame = ({data}) => name || data === words || (words.includes("\n") && words.startsWith(data))
+		const known = [...node.childNodes].slice(i).find((child) => made.get(child) === name + key && isSame(child))
+		const child = known ?? (name ? document.createElementNS(xmlns(name), name) : document.createTextNode(words))
+		made.set(child, name + key)
+		if (node.childNodes[i] !== child) node.insertBefore(child, node.childNodes[i] ?? null)
+		if (name) fill(dress(child, {class: classes.join(" "), ...set}), content)
+		else if (child.data !== words) child.appendData(words.slice(child.data.length))
+	}
+	while (node.childNodes.length > wanted.length) node.lastChild.remove()
+}
+
+function dress(node, set) {
+	for (const [name, value] of Object.entries(set))
+		if (name.startsWith("on")) node[name] = value
+		else if (!value && value !== 0) node.removeAttribute(name)
+		else if (node.getAttribute(name) !== `${value}`) node.setAttribute(name, value)
+	return node
+}
+
+// Numbers
+
+const digits = (value) => (value >= 0 && value < 1e9 ? value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0) : "–")
+const ms = (value) => `${digits(value)}\u00a0ms`
+const sum = (values) => values.reduce((total, each) => total + each, 0)
+const median = (values) => [...values].sort((a, b) => a - b)[Math.ceil(values.length / 2) - 1]
+const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`
+const isRunning = ({status}) => status === "running"
+const sentences = (...parts) => parts.filter(Boolean).join(" ")
+const clockTime = (time) => new Date(time).toISOString().slice(11, 19)
+
+function roundUp(value) {
+	const step = 10 ** Math.floor(Math.log10(value)) / 2
+	return +(Math.ceil(value / step) * step).toPrecision(2)
+}
+
+function waitInWords(until) {
+	const wait = Math.max(0, Math.ceil((until - Date.now()) / SECOND))
+	if (wait < 100) return `${wait} s`
+	return wait < 6000 ? `${Math.ceil(wait / 60)} min` : `${Math.ceil(wait / 3600)} h`
+}
+
+// Network: knows nothing of the document
+
+const sleep = (time) => new Promise((resolve) => setTimeout(resolve, time))
+
+/** What a network does is `lost`; every other exception is the script's own. */
+function lost() {
+	throw Object.assign(new Error("lost"), {lost: true})
+}
+
+async function request({url}, path, options) {
+	const answer = await fetch(url + path, {cache: "no-store", ...options}).catch(lost)
+	if (answer.ok) return answer
+	const {error, detail} = await answer.json().catch(() => ({}))
+	const said = text(error ?? detail?.[0]?.msg ?? detail) || `The server answered with ${answer.status}.`
+	const wait = Number(answer.headers.get("Retry-After"))
+	throw Object.assign(new Error(said), {status: answer.status, until: Date.now() + wait * SECOND})
+}
+
+const ask = async (place, path, signal = AbortSignal.timeout(5 * SECOND)) =>
+	(await request(place, path, {signal})).json().catch(lost)
+
+async function* chunks(stream) {
+	const reader = stream.getReader()
+	for (;;) {
+		const {done, value} = await reader.read().catch(lost)
+		if (done) return
+		yield value
+	}
+}
+
+async function diagnose({place, command, target}, signal, emit) {
+	const headers = {Accept: "application/x-ndjson"}
+	const body = new URLSearchParams({target})
+	const answer = await request(place, `lookingglass/${command}`, {method: "POST", headers, body, signal})
+	let buffer = ""
+	for await (const chunk of chunks(answer.body.pipeThrough(new TextDecoderStream()))) {
+		const lines = (buffer + chunk).split("\n")
+		buffer = lines.pop()
+		for (const line of lines) {
+			const event = await new Response(line).json().catch(lost)
+			emit(event)
+			if (event?.event === "end") return
+		}
+	}
+	lost()
+}
+
+/** One measurement of latency, with what the server answered. */
+async function sample(place, path, signal) {
+	const begun = performance.now()
+	const answer = await ask(place, path, signal)
+	const timing = performance.getEntriesByName(place.url + path).at(-1)
+	const {requestStart, responseStart} = {...timing?.toJSON()}
+	performance.clearResourceTimings()
+	return {...answer, rtt: requestStart ? responseStart - requestStart : performance.now() - begun}
+}
+
+async function download(place, path, signal, add) {
+	const answer = await request(place, path, {signal})
+	for await (const chunk of chunks(answer.body)) add(chunk.length)
+}
+
+function upload(size, place, path, signal) {
+	const block = new Uint8Array(2 ** 20)
+	const body = new Blob(Array(Math.ceil(size / block.length)).fill(block))
+	return request(place, path, {method: "POST", body, signal})
+}
+
+/** Moves bytes by `move` along `paths` (the next where one is refused) until the clock ends it, and returns how many.
+ * The clock starts with the first byte that arrived: a browser may take seconds to prepare a body. Bytes are the
+ * server's count where it has one, since a browser counts what it has handed to the system. */
+async function phase(name, {place, path, time, move, paths = []}, signal, now, emit) {
+	const over = new AbortController()
+	const end = () => over.abort()
+	signal.addEventListener("abort", end)
+	let [moved, begun] = [0, 0]
+	const add = (more) => (moved += more)
+	async function watch() {
+		while (!over.signal.aborted) {
+			const {rtt, bytes = moved, seconds} = await sample(place, path, signal)
+			moved = Math.max(moved, bytes)
+			if (!begun && (bytes || !move)) start(now() - (seconds ?? 0) * SECOND)
+			if (begun) emit({event: "sample", phase: name, at: seconds ? begun + seconds * SECOND : now(), rtt, bytes: moved})
+			await sleep(SECOND / 10)
+		}
+	}
+	function start(at) {
+		begun = at
+		setTimeout(end, time)
+		if (move) widen(1, 0)
+	}
+	async function stream(i) {
+		const fault = await move(place, paths[i], over.signal, add).catch((error) => error)
+		if (fault?.until && paths[i + 1]) return stream(i + 1)
+		if (fault instanceof Error && !over.signal.aborted) throw fault
+	}
+	async function widen(streams, fastest) {
+		const before = moved
+		await sleep(SECOND)
+		if (streams >= STREAMS || over.signal.aborted || (fastest && moved - before <= 1.1 * fastest)) return
+		stream(0).catch(() => {})
+		widen(streams + 1, moved - before) // as long as each makes the load faster
+	}
+	emit({event: "phase", phase: name})
+	await Promise.all([move && stream(0).finally(end), watch()])
+	if (signal.aborted) lost()
+	return moved
+}
+
+async function speedTest({place}, signal, emit) {
+	const begun = performance.now()
+	const now = () => performance.now() - begun
+	await ask(place, "health")
+	emit({event: "start", address: new URL(place.url).hostname, time: new Date().toISOString()})
+	const run = (name, more) => phase(name, {place, path: "health", time: LOAD, ...more}, signal, now, emit)
+	await run("idle", {time: IDLE})
+	const moved = await run("download", {move: download, paths: SIZES})
+	const path = `speedtest/upload?test=${Math.random()}`
+	const size = Math.min(2 ** 30, Math.max(2 ** 24, 2 * moved)) // what is prepared and not sent costs time
+	await run("upload", {path, move: upload.bind(null, size), paths: [path]})
+	emit({event: "end", status: "finished", duration: now() / SECOND})
+}
+
+// Runs. Another place could send anything: what comes is made a text, a number or a list here, once.
+
+const text = (value) => (value == null || typeof value === "object" ? "" : String(value))
+const list = (value) => (Array.isArray(value) ? value.slice(0, 1000) : [])
+const count = (value) => Math.min(Math.max(0, Math.trunc(value) || 0), 1000)
+const rttOf = (value) => (typeof value === "number" ? value : null)
+
+function counted(hop) {
+	const times = hop.rtts.filter((rtt) => rtt != null)
+	return {...hop, times, lost: hop.rtts.length - times.length}
+}
+const NO_HOP = counted({address: "", name: "", more: [], codes: [], rtts: []})
+
+function newRun(place, tool, target, command) {
+	const asked = {place, tool, target, command, status: "running", error: "", refused: 0, until: 0}
+	return {...asked, address: "", time: "", duration: 0, hops: [], notes: [], phases: {}, result: null}
+}
+
+const put = (items, index, item, gap) =>
+	Array.from({length: Math.max(items.length, count(index + 1))}, (_, i) => (i === index ? item : (items[i] ?? gap)))
+
+/** The events of mtr hold sums: the probes since the last event are what these grew by. */
+function grown({rtts, times, lost}, {rcv, drop, avg}) {
+	const back = count(rcv) - times.length
+	const added = (length, value) => Array(Math.max(0, length)).fill(value)
+	return [...rtts, ...added(count(drop) - lost, null), ...added(back, (avg * rcv - sum(times)) / back)]
+}
+
+function hopOf(before, {address, hostname, addresses, asn, network, stats, timings, probes = timings}) {
+	const others = list(addresses).filter((each) => each !== address)
+	const numbers = list(asn).map((each) => `AS${text(each)}`)
+	const codes = [...new Set(list(probes).map((probe) => text(probe?.code)))].filter(Boolean)
+	const name = text(hostname) || text(address)
+	return counted({
+		address: text(address),
+		name,
+		more: [sentences(...numbers, text(network)), name === address ? "" : address, ...others, ...codes].filter(text),
+		codes,
+		rtts: stats ? grown(before, stats) : list(probes).map((probe) => rttOf(probe?.rtt)),
+	})
+}
+
+function probed({hops: [hop = NO_HOP], address}, seq, rtt) {
+	if (hop.rtts[seq - 1]) return {} // a late reply overrides a loss, never the other way
+	return {hops: [counted({...hop, address, name: address, rtts: put(hop.rtts, seq - 1, rtt, null)})]}
+}
+
+const REDUCERS = {
+	__proto__: null,
+	start: (_, {address, time}) => ({address: text(address), time: text(time)}),
+	reply: (run, {seq, rtt}) => probed(run, seq, rttOf(rtt)),
+	lost: (run, {seq}) => probed(run, seq, null),
+	hop: ({hops}, {hop: at, ...hop}) => ({hops: put(hops, at - 1, hopOf(hops[at - 1] ?? NO_HOP, hop), NO_HOP)}),
+	path: ({hops}, event) => ({hops: hops.slice(0, count(event.hops))}),
+	note: ({notes}, event) => ({notes: [...notes, text(event.text)]}),
+	phase: ({phases}, {phase}) => ({phases: {...phases, [phase]: []}}),
+	sample: ({phases}, {phase, ...sample}) => ({phases: {...phases, [phase]: [...phases[phase], sample]}}),
+	end: ({hops}, {status, error, duration, result}) => ({
+		status: text(status),
+		error: text(error),
+		duration: +duration || 0,
+		hops: hops.slice(0, result?.hops?.length),
+		result,
+	}),
+}
+
+const reduce = (run, event) => ({...run, ...REDUCERS[text(event?.event)]?.(run, event)})
+
+// Words
+
+const lossOf = ({lost, rtts}) => (rtts.length ? `${+((100 * lost) / rtts.length).toFixed(1)} %` : "–")
+const outputOf = ({result, notes}) => text(result?.rawOutput) || notes.join("\n")
+const titleOf = ({tool, target}, where) => `${tool.title} · ${where}${target && ` → ${target}`}`
+/** Loss is red where it carries on: every later hop that answers loses too. */
+const carriesOn = (hops, i) => hops.slice(i).every(({times, lost}) => !times.length || lost)
+
+function reached({hops, address}) {
+	const last = hops.at(-1) ?? NO_HOP
+	return last.times.length && [last.address, ...last.more].includes(address) ? last : NO_HOP
+}
+
+/** Each note once, with its number: "15 × From 198.51.100.6 Packet filtered". Ping's own summary is in the text. */
+function notesOf({notes}) {
+	const plain = notes.map((note) => note.replace(/ icmp_seq=\d+/, "")).filter((note) => !/^\d+ packets|^rtt/.test(note))
+	const times = (note) => plain.filter((each) => each === note).length
+	return [...new Set(plain)].map((note) => (times(note) > 1 ? `${times(note)} × ${note}` : note))
+}
+
+function lossInWords(hops) {
+	const losing = [...hops.keys()].filter((i) => hops[i].lost && hops[i].times.length)
+	const first = losing.find((i) => carriesOn(hops, i))
+	const limited = losing.filter((i) => !carriesOn(hops, i)).map((i) => i + 1)
+	const rest = `What hop${limited[1] ? "s" : ""} ${limited.join(", ")} lose${limited[1] ? "" : "s"} does not carry on: `
+	const begins = first >= 0 && `Loss begins at hop ${first + 1}.`
+	return [begins, limited[0] && `${rest}such routers probably limit their answers.`]
+}
+
+function jitterInWords(times) {
+	const steps = times.slice(1).map((time, i) => Math.abs(time - times[i]))
+	return steps[0] >= 0 && `From one reply to the next it changes by ${ms(median(steps))} (jitter).`
+}
+
+/** Head, further sentences, and whether this is bad. */
+function pathVerdict(run) {
+	const {hops, tool, target} = run
+	const {times, lost, rtts} = reached(run)
+	const isPath = tool.kind !== "ping"
+	if (times.length) {
+		const head = `${ms(median(times))}, ${lost || "none"} of ${plural(rtts.length, "probe")} lost`
+		if (!isPath) return [head, [jitterInWords(times)], lost]
+		return [head, [`Reached in ${plural(hops.length, "hop")}.`, ...lossInWords(hops)], lost]
+	}
+	if (isRunning(run)) return ["Waiting for an answer", []]
+	const [, router, reason] =
+		/^From (\S+) icmp_seq=\d+ (.+)/.exec(run.notes.findLast((note) => /^From /.test(note))) ?? []
+	const marked = hops.find(({codes}) => codes.some((code) => code.startsWith("!")))
+	const {name, codes} = marked ?? {name: router, codes: [reason]}
+	if (name) return [`${name} refuses packets to ${target}`, [`Its answer: ${codes[0]}.`], true]
+	const at = hops.findLastIndex((hop) => hop.times.length)
+	const last = isPath && at >= 0 && `The last router that answers is ${hops[at].name}, hop ${at + 1}.`
+	return [`No answer from ${target}`, [last, "The target, or a firewall on the way, may not answer."], true]
+}
+
+const rate = (from, to, least) => ((to.bytes - from.bytes) * 8e-3) / Math.max(least, to.at - from.at) // Mbit/s
+const rates = (samples) =>
+	samples.map((each) => rate(samples.findLast(({at}) => at <= each.at - SECOND) ?? samples[0], each, SECOND))
+
+/** A phase has figures when it was completed, the test a grade. While it runs, the last second's rate stands. */
+function speedFigures({phases, status}) {
+	const names = Object.keys(phases)
+	const [idle, download, upload] = Object.keys(PHASES).map((name, i) => {
+		const samples = phases[name] ?? []
+		const done = samples[0] && (status === "finished" || i < names.length - 1)
+		if (!done) return {mbps: status === "running" ? rates(samples).at(-1) : undefined}
+		const last = samples.at(-1)
+		const from = samples.find(({at}) => at >= samples[0].at + RAMP && at <= last.at - SECOND) ?? samples[0]
+		return {done, mbps: rate(from, last, 1), rtt: median(samples.map(({rtt}) => rtt))}
+	})
+	const added = Math.max(0, Math.max(download.rtt, upload.rtt) - idle.rtt)
+	const [grade, , meaning] = (status === "finished" && GRADES.find(([, most]) => added < most)) || []
+	const rtts = {"while downloading": download, "while uploading": upload, idle}
+	const known = Object.entries(rtts).filter(([, {rtt}]) => rtt)
+	const latency = known.map(([when, {rtt}]) => `${ms(rtt)} ${when}`).join(", ")
+	return {idle, download, upload, latency, grade, meaning}
+}
+
+function speedVerdict(run) {
+	const {download, upload, grade, meaning} = speedFigures(run)
+	if (isRunning(run)) return [`Measuring ${Object.keys(run.phases).at(-1) ?? ""}`, []]
+	const figure = ({done, mbps}, way) => done && `${digits(mbps)}\u00a0Mbit/s ${way}`
+	const head = [figure(download, "down"), figure(upload, "up")].filter(Boolean).join(", ")
+	return [head || "Nothing was measured", [grade && `Grade ${grade}: ${meaning}`]]
+}
+
+function verdict(run) {
+	const {status, error, until, address, tool, duration} = run
+	const kinds = {speed: speedVerdict, text: () => [isRunning(run) ? "Running" : "Done", []]}
+	const [head, sub, bad] = (kinds[tool.kind] ?? pathVerdict)(run)
+	if (status === "failed") {
+		const before = address && tool.kind !== "text" && `Before: ${head}.`
+		return {head: error, sub: sentences(before, until && `Again from ${clockTime(until)} UTC.`), bad: true}
+	}
+	const took = duration >= 1 && tool.kind !== "speed" && `Took ${Math.round(duration)} s.`
+	return {head, sub: sentences(...sub, took, status === "stopped" && "Stopped."), bad}
+}
+
+/** Of all places: those that measured are counted, those that could not are named. */
+function verdictOfAll({runs, target, tool}) {
+	if (!runs[1]) return verdict(runs[0])
+	const failed = runs.filter(({status}) => status === "failed")
+	const measured = runs.length - failed.length
+	const heard = runs.filter((run) => !failed.includes(run) && (tool.kind === "text" || reached(run).address)).length
+	const all = ["no place", "the one place", "both places"][measured] ?? `all ${measured} places`
+	const places = heard === measured ? all : `${heard} of ${plural(measured, "place")}`
+	const [down, others] = [failed.filter(({place}) => place.down), failed.filter(({place}) => !place.down)]
+	const are = down.length > 1 ? "are" : "is"
+	const names = down[0] && `; ${down.map(({place}) => place.name).join(" and ")} ${are} down`
+	const subject = tool.kind === "text" ? "Output from" : `${target} answers`
+	const head = sentences(subject, places, failed[0] && measured > 0 && "that measured") + (names || "")
+	const sub = sentences(...others.map(({place, error}) => `${place.name} did not measure: ${error}`))
+	return {head, sub, bad: !runs.some(isRunning) && (!measured || heard < measured)}
+}
+
+// Pictures. Lengths are percents of a drawing that is never stretched: dots are round in all engines.
+
+const percent = (value) => `${+value.toFixed(2)}%`
+const drawing = (look, label, ...shapes) => h(`svg.${look}`, {role: "img", "aria-label": label}, shapes)
+const stretched = (...paths) => h("svg", {viewBox: "0 0 100 100", preserveAspectRatio: "none"}, paths)
+const line = (look, x1, y1, x2, y2) =>
+	h(`line.${look}`, {x1: percent(x1), y1: percent(y1), x2: percent(x2), y2: percent(y2)})
+const dot = (x, y) => h("circle", {cx: percent(x), cy: percent(y), r: 4})
+const block = (look, x, width, set) => h(`rect.${look}`, {x: percent(x), width: percent(width), rx: 2, ...set})
+const plot = (high, low, picture) => h("div.plot", h("small", high), picture, h("small", low))
+const range = (times) => `${ms(Math.min(...times))} to ${ms(Math.max(...times))}`
+const values = (rtts) => rtts.map((rtt) => (rtt == null ? "lost" : digits(rtt))).join(" ") || "none"
+const figure = (name, value, unit) => h("p", h("small", name), h("b", value), ` ${unit}`)
+
+function drawPing(hop, slots) {
+	const {rtts, times, lost} = hop
+	const [high, low] = [Math.max(...times), Math.min(...times) * 0.9]
+	const x = (i) => (100 * i + 50) / slots
+	const y = (rtt) => 92 - (84 * (rtt - low)) / (high - low || 1)
+	const shapes = rtts.map((rtt, i) => {
+		const before = rtts[i - 1]
+		if (rtt == null) return line("lost", x(i), 0, x(i), 100)
+		return [before != null && line("", x(i - 1), y(before), x(i), y(rtt)), dot(x(i), y(rtt))]
+	})
+	const grid = line("grid", 0, y(median(times)), 100, y(median(times)))
+	return [
+		plot(ms(high), digits(low), drawing("", `Probes in ms: ${values(rtts)}`, grid, shapes)),
+		h(
+			"div.row.figures",
+			figure("Loss", lossOf(hop), `${lost} of ${rtts.length}`),
+			figure("Best", digits(Math.min(...times)), "ms"),
+			figure("Median", digits(median(times)), "ms"),
+			figure("Worst", digits(Math.max(...times)), "ms"),
+		),
+	]
+}
+
+function drawRange(times, top) {
+	const x = (time) => (100 * time) / top
+	const from = x(Math.min(...times))
+	const spread = () => block("spread", from, x(Math.max(...times)) - from, {y: "25%", height: "50%"})
+	const mark = () => line("", x(median(times)), 0, x(median(times)), 100)
+	return drawing("", times[0] ? range(times) : "none", line("grid", 0, 50, 100, 50), times[0] && [spread(), mark()])
+}
+
+/** A block for each probe, red where it was lost, the darker the longer it took. */
+function drawStrip(rtts, slots) {
+	const least = Math.min(...rtts.filter((rtt) => rtt != null))
+	const probes = rtts.map((rtt, i) => {
+		const opacity = rtt == null ? 1 : (1 - 6 / (8 + rtt - least)).toFixed(2)
+		return block(rtt == null ? "lost" : "", (100 * i) / slots, 85 / slots, {height: "100%", opacity})
+	})
+	return drawing("", values(rtts), probes)
+}
+
+/** The one table, of the hops of a path or of places. A row without probes was silent. */
+function drawTable(at, name, rows, {top, slots}) {
+	const heads = {at, name, range: [h("span", "0"), h("span", ms(top))], strip: "Probes", loss: "Loss"}
+	const titles = Object.entries({...heads, median: "Median", best: "Best", worst: "Worst"})
+	const cellsOf = ({at, name, more, bad, rtts, times, lost}) => ({
+		at,
+		name: [h("div", name), h("small", more)],
+		range: drawRange(times, top),
+		strip: drawStrip(rtts, slots),
+		loss: h(bad && rtts.length ? "b.bad" : "span", lossOf({rtts, lost})),
+		median: digits(median(times)),
+		best: digits(Math.min(...times)),
+		worst: digits(Math.max(...times)),
+	})
+	const body = rows.map((row) => {
+		const cells = Object.entries(row.rtts ? cellsOf(row) : {at: row.at, name: h("span.dim", row.name)})
+		const set = {tabindex: 0, colspan: !row.rtts && 7} // of a name: a click or Tab unfolds it
+		const tds = cells.map(([look, cell]) => h(`td.${look}`, look === "name" ? {...set} : {}, cell))
+		return h("tr", {key: row.key}, tds)
+	})
+	const ths = titles.map(([look, title]) => h(`th.${look}`, title))
+	return h("table", h("thead", h("tr", ths)), h("tbody", body))
+}
+
+/** While a test runs, no hop is drawn beyond the first whose answer may still come: rows stay where they are. */
+function rowsOf({hops, status}) {
+	const open = hops.findIndex(({rtts}) => !rtts.length)
+	const end = status === "running" && open >= 0 ? open : hops.length
+	const rows = []
+	for (let i = 0; i < end; i++) {
+		const first = i + 1
+		while (!hops[i].address && i + 1 < end && !hops[i + 1].address) i++
+		const at = first > i ? first : `${first}–${i + 1}`
+		const {address, more, lost} = hops[i]
+		if (address) rows.push({...hops[i], key: first, at, more: more.join(" · "), bad: lost && carriesOn(hops, i)})
+		else rows.push({key: `${first} silent`, at, name: "no reply"})
+	}
+	return rows
+}
+
+function scaleOf({runs, tool}) {
+	const hops = runs.flatMap((run) => run.hops)
+	const top = roundUp(Math.max(0.1, ...hops.flatMap(({times}) => times)))
+	return {top, slots: Math.max(tool.kind === "traceroute" ? 3 : tool.probes, ...hops.map(({rtts}) => rtts.length))}
+}
+
+function drawSpeed(run) {
+	const {download, upload, latency, grade} = speedFigures(run)
+	const chart = (unit, look, valuesOf, foot) => {
+		const phases = Object.entries(run.phases).map(([name, samples]) => [name, samples, valuesOf(samples)])
+		const top = roundUp(Math.max(1, ...phases.flatMap(([, , values]) => values)))
+		const curves = phases.map(([name, samples, values]) => {
+			const x = ({at}) => ((PHASES[name] + at - samples[0].at) / (IDLE + 2 * LOAD)) * 100
+			const points = samples.map((each, i) => `${x(each).toFixed(2)} ${(100 - (100 * values[i]) / top).toFixed(2)}`)
+			const closed = foot && samples[0] ? `V100H${x(samples[0])}Z` : ""
+			return h(`path.${look}.${name}`, {key: name, d: points[0] && `M${points.join("L")}${closed}`})
+		})
+		return plot(`${top} ${unit}`, "0", h(`div.${look}`, drawing("", `${unit} over time`, stretched(curves))))
+	}
+	const names = Object.keys(PHASES).map((name) => h("span", name))
+	const byLimits = grade && h("small", " Graded by Waveform's limits for bufferbloat.")
+	return [
+		h(
+			"div.row.figures",
+			figure("Download", digits(download.mbps), "Mbit/s"),
+			figure("Upload", digits(upload.mbps), "Mbit/s"),
+			grade && h(`p.grade.${grade[0]}`, {"aria-label": `Grade ${grade}`}, grade),
+		),
+		h("p", latency ? `Latency: ${latency}.` : "Latency: …", byLimits),
+		chart("Mbit/s", "curve", rates, true),
+		chart("ms", "latency", (samples) => samples.map(({rtt}) => rtt), false),
+		h("p.phases.dim", names),
+	]
+}
+
+function drawRun(run, scale) {
+	const {tool, hops} = run
+	const isPing = tool.kind === "ping"
+	const output = h("pre", {tabindex: 0}, outputOf(run))
+	if (tool.kind === "speed") return drawSpeed(run)
+	if (tool.kind === "text") return output
+	return [
+		isPing && hops[0]?.times[0] && drawPing(hops[0], scale.slots),
+		!isPing && hops[0] && drawTable("Hop", "Router", rowsOf(run), scale),
+		notesOf(run).map((note) => h("p.dim", note)),
+		!isRunning(run) && h("details", h("summary.link", "Text"), output),
+	]
+}
+
+function drawAll({runs, tool}, scale) {
+	const rows = runs.map((run) => {
+		const {head, sub, bad} = verdict(run)
+		const {place, hops, status} = run
+		const said = place.down
+			? "No answer: it is down or cannot be reached."
+			: sentences(head, bad && status === "failed" && sub)
+		const [hop, more] = [reached(run), h(bad ? "span.bad" : "span", said)]
+		return {...hop, key: place.name, at: hop.address && hops.length, name: place.name, more, bad}
+	})
+	const details = (run) => h("details", {key: run.place.name}, h("summary", run.place.name), drawRun(run, scale))
+	return [
+		tool.kind !== "text" && drawTable("Hops", "Place", rows, scale),
+		runs.filter(({address}) => address).map(details),
+	]
+}
+
+const COPIES = {
+	text(run) {
+		const {head, sub} = verdict(run)
+		const from = `${run.place.url} · ${run.time} · ${run.address}`
+		const latency = run.tool.kind === "speed" && `Latency: ${speedFigures(run).latency}.`
+		return [titleOf(run, run.place.name), from, head, sub, latency, outputOf(run)].filter(Boolean).join("\n")
+	},
+	JSON: (run) => JSON.stringify(run.result ?? (run.hops[0] ? run.hops : speedFigures(run)), null, 2),
+	curl({place, command, target, tool}) {
+		if (tool.kind === "speed") return `curl -o /dev/null ${place.url}speedtest/1G`
+		return `curl -N -d 'target=${target.replace(/[^\w.:-]/g, encodeURIComponent)}' ${place.url}lookingglass/${command}`
+	},
+	link: (_, test) => test.link,
+}
+
+/** The old way, which also works without HTTPS. */
+function copy(content) {
+	document.oncopy = (event) => {
+		event.preventDefault()
+		event.clipboardData.setData("text/plain", content)
+	}
+	document.execCommand("copy")
+	document.oncopy = null
+	update({copied: content, said: "Copied"})
+	setTimeout(() => update({copied: ""}), 2 * SECOND)
+}
+
+function copyButton(label, look, content) {
+	const said = state.copied && state.copied === content() ? "Copied" : label
+	return h(`button.${look}`, {type: "button", key: label, onclick: () => copy(content())}, said)
+}
+
+// The page
+
+const state = {fault: "", invalid: false, said: "", copied: "", tests: [], limits: new Map(), running: null}
+const update = (more = {}) => Object.assign(state, more, {changed: true})
+const form = $("form")
+
+/** What was pasted without what is not its host: scheme, user, port, path, quotes, a comma at the end. */
+function hostOf(pasted) {
+	const bare = pasted.trim().replace(/^["'<‹“„«\s]+|["'>›”“»,;\s]+$/g, "")
+	if (/^[^/]+\/\d+$/.test(bare)) return bare // a network, which the server refuses in its own words
+	return /^(?:\w+:?\/\/)?(?:[^/@]*@)?(\[[^\]]*\]|[\da-f]*:[\da-f:.]+|[^/:?#]+)/i.exec(bare)?.[1] ?? bare
+}
+
+function query() {
+	const {command, version, target, at} = Object.fromEntries(new FormData(form))
+	const tool = TOOLS.find(({id}) => id === command)
+	const places = at === "all" ? PLACES : [PLACES[at] ?? PLACES[0]]
+	const host = tool.kind === "speed" ? "" : hostOf(target)
+	const parts = {command, target: host, version: +version && version, at: places[1] ? "all" : at > 0 && places[0].name}
+	const link = `${PLACES[0].url}?${new URLSearchParams(Object.entries(parts).filter(([, value]) => value))}`
+	return {tool, places, version, target: host, link}
+}
+
+const myVersion = () => (PLACES[0].info?.your_ip?.includes(":") ? 6 : 4)
+
+/** The version of an address; for a name the visitor's own first, then the other. */
+function commandsFor({tool: {id, versions}, target, version}) {
+	const literal = /^\[?[\da-f]*:/i.test(target) ? 6 : /^\d+(\.\d+){3}$/.test(target) ? 4 : 0
+	const wanted = literal || +version
+	const order = (wanted ? [wanted] : [myVersion(), 10 - myVersion()]).filter((each) => versions.includes(each))
+	return (order[0] ? order : versions.slice(0, 1)).map((each) => (each === 6 ? `${id}6` : id))
+}
+
+const noAnswer = ({name}) => `No answer from ${name}: it is down or cannot be reached.`
+
+/** What is known of a place before a test, and whether it keeps the test from being run. */
+function warning({name, down, health, info}, command, {id, tool, title}) {
+	const version = command === id ? 4 : 6
+	if (down) return {text: noAnswer({name})}
+	if (list(health?.missing).includes(tool)) return {text: `${title} cannot run at ${name} now.`, blocks: true}
+	if (!tool || info?.[`looking_glass_ipv${version}`] || !info?.[`looking_glass_ipv${10 - version}`]) return {text: ""}
+	return {text: `${name} has no IPv${version} address of its own: this test may fail there.`}
+}
+
+/** What the form has to say, whether that keeps the test from being run, and until when. */
+function message(asked) {
+	const {tool, places} = asked
+	const [place, more] = places
+	const [command] = commandsFor(asked)
+	const {until, text} = state.limits.get(place.url + command) ?? {}
+	if (more && tool.kind === "speed") return {text: "Choose one place: a speed test fills one line.", blocks: true}
+	if (!more && until > Date.now()) return {text, until, blocks: true}
+	if (state.fault || more) return {text: state.fault}
+	return warning(place, command, tool)
+}
+
+function drawTest(test) {
+	const {runs, id, tool} = test
+	const {head, sub, bad} = verdictOfAll(test)
+	const title = titleOf(test, runs[1] ? "all places" : runs[0].place.name)
+	const [done, scale] = [!runs.some(isRunning), scaleOf(test)]
+	const tab = `${done ? head : "…"} · ${title}`
+	if (test === state.tests[0] && document.title !== tab) document.title = tab
+	const when = `${runs[1] || tool.kind === "speed" ? "" : `${runs[0].address} · `}${runs[0].time.slice(11, 19)} UTC`
+	const copyOf = (name) => [...new Set(runs.map((run) => COPIES[name](run, test)))].join("\n")
+	const copies = Object.keys(COPIES).map((name) => copyButton(name, "link", () => copyOf(name)))
+	const summary = h("summary", h("b", title), " ", h("small", when), h(bad ? "h2.bad" : "h2", head))
+	const explained = runs[1] || !runs[0].hops[0] ? h("p.dim", sub) : h("p.dim.sub", sub || "\u00a0")
+	const result = [explained, runs[1] ? drawAll(test, scale) : drawRun(runs[0], scale)]
+	const foot = done && h("p.row", h("small", "Copy as"), copies)
+	return h(`details.card.${tool.kind}`, {key: id}, summary, result, foot)
+}
+
+const radio = (name, value, look, label) =>
+	h("label", {key: value}, h("input", {type: "radio", name, value}), h(`span.${look}`, label))
+const anchor = (name, url) => (/^https?:/i.test(url) ? h("a", {key: name, href: url}, name) : name)
+
+function drawPlace({info = {}, name}) {
+	const addresses = [info.looking_glass_ipv4, info.looking_glass_ipv6].filter(Boolean)
+	const tests = addresses.map((address) => copyButton(address, "copy", () => address))
+	const where = [anchor(info.facility, info.facility_url), info.map_url && anchor("Map", info.map_url)]
+	const about = h("div.row.dim", where, tests[0] && h("span.row.end", "Test addresses", tests))
+	fill($("place"), h("h1", info.location ?? name), about)
+}
+
+function drawChoices() {
+	const option = (value, label) => h("option", {key: value, value}, label)
+	const options = [option("auto", `Auto (IPv${myVersion()})`), option(4, "IPv4"), option(6, "IPv6")]
+	const named = ({name, down}) => (down ? [h("s", name), h("span.hush", " is down")] : name)
+	const chips = [...PLACES.map((place, i) => radio("at", i, "chip", named(place))), radio("at", "all", "chip", "all")]
+	const tabs = TOOLS.map(({id, title}) => radio("command", id, "", title))
+	const mine = PLACES[0].info?.your_ip
+	function fillIn() {
+		form.target.value = mine
+		form.oninput()
+	}
+	fill($("tabs"), tabs)
+	fill(form.version, options)
+	fill($("from"), PLACES[1] && [h("small", "From"), h("fieldset.row", {"aria-label": "From"}, chips)])
+	fill($("mine"), mine && h("button.link", {type: "button", onclick: fillIn}, `My address, ${mine}`))
+}
+
+function draw() {
+	state.changed = false
+	drawChoices()
+	const asked = query()
+	const {tool, places} = asked
+	const [place] = places
+	const {text, blocks, until} = message(asked)
+	const [speed, busy] = [tool.kind === "speed", state.running]
+	const wait = until ? ` in ${waitInWords(until)}` : ""
+	const files = [...SIZES].reverse().map((path) => [" ", h("a", {key: path, href: place.url + path}, path.slice(10))])
+	const [newest, ...earlier] = state.tests
+	drawPlace(place)
+	dress($("ask"), {hidden: speed})
+	dress(form.version, {hidden: speed || !TOOLS.some(({versions}) => versions[1])})
+	dress($("mine"), {hidden: speed})
+	dress(form.target, {required: !speed, "aria-invalid": state.invalid})
+	dress($("run"), {class: busy && "stop", type: busy ? "button" : "submit", "aria-disabled": !busy && blocks})
+	fill($("run"), busy ? "Stop" : `${speed ? "Start speed test" : `Run ${tool.title}`}${wait}`)
+	fill($("fault"), text)
+	fill($("status"), state.said)
+	fill($("offer"), speed && ["18 s, up to 2 GB at 1 Gbit/s. Files:", files, h("code", COPIES.curl({place, tool}))])
+	dress($("about"), {hidden: newest})
+	fill($("results"), newest && drawTest(newest), earlier[0] && h("h2", "Earlier"), earlier.map(drawTest))
+}
+
+/** Follows one run of a test to its end: a name in Auto has a second command. */
+async function follow(test, i) {
+	const {tool, target, runs, control} = test
+	const faults = []
+	const change = (more) => {
+		runs[i] = {...runs[i], ...more}
+		if (runs[i].address) show(test)
+		update()
+	}
+	const emit = (event) => change(reduce(runs[i], event))
+	for (const command of commandsFor(test)) {
+		runs[i] = newRun(runs[i].place, tool, target, command)
+		const work = tool.kind === "speed" ? speedTest : diagnose
+		const fault = await work(runs[i], control.signal, emit).catch((error) => error)
+		if (!fault) return
+		faults.unshift(fault)
+		if (fault.status !== 422) break
+	}
+	if (control.signal.aborted && !control.signal.reason?.lost) return change({status: "stopped"})
+	change({status: "failed", ...failure(runs[i], faults)})
+}
+
+/** Why a run failed, in words, and until when it would again. */
+function failure({place, command, address, tool, target}, [{message, status, until, lost}, first]) {
+	let error = status ? message : `The page failed: ${message}`
+	if (lost) error = address ? `The connection to ${place.name} was lost.` : noAnswer(place)
+	if (status === 404) error = `${place.name} does not offer ${tool.title}.`
+	if (status === 422 && first && first.message !== message)
+		error = `${target} has no IPv4 and no IPv6 address that may be measured here: check the name.`
+	if (!(until > Date.now())) return {error, refused: status}
+	state.limits.set(place.url + command, {until, text: error})
+	return {error, refused: status, until}
+}
+
+function show(test) {
+	if (state.tests.includes(test)) return
+	state.tests = [test, ...state.tests].slice(0, MAX_TESTS)
+	draw()
+	const card = $("results").firstChild
+	card.open = true
+	if (card.getBoundingClientRect().top > innerHeight / 2) card.scrollIntoView()
+}
+
+async function begin(asked) {
+	const runs = asked.places.map((place) => newRun(place, asked.tool, asked.target))
+	const test = {...asked, runs, control: new AbortController(), id: Math.random()}
+	const patience = setTimeout(() => test.control.abort({lost: true}), PATIENCE)
+	update({running: test, fault: "", invalid: false, said: `${asked.tool.title} is running`})
+	PLACES.forEach(check)
+	await Promise.all(runs.map((_, i) => follow(test, i)))
+	clearTimeout(patience)
+	update({running: null})
+	const {refused, error, until, phases} = runs.find((run) => run.refused === 422) ?? runs[0]
+	if (runs[1] && refused !== 422) show(test)
+	// A test that was refused is not shown, and leaves what was there before.
+	if (refused && !runs[1] && !phases.upload) state.tests = state.tests.filter((each) => each !== test)
+	const {head, sub} = verdictOfAll(test)
+	if (state.tests.includes(test)) return update({said: sentences(`${head}.`, sub)})
+	update({fault: until ? "" : error, invalid: refused === 422, said: ""})
+	if (state.invalid) form.target.focus()
+}
+
+async function check(place) {
+	const [health, info] = await Promise.all(["health", "network/info"].map((path) => ask(place, path))).catch(() => [])
+	Object.assign(place, {health, info: info ?? place.info, down: !info})
+	update()
+}
+
+const remember = () => history.replaceState(null, "", query().link)
+
+function submit(event) {
+	event.preventDefault()
+	const asked = query()
+	if (state.running || message(asked).blocks) return
+	form.target.value = asked.target || form.target.value
+	remember()
+	begin(asked)
+	draw()
+}
+
+/** The form is filled from `/?command=…&target=…&version=…&at=…`; `command` may name the version too. */
+function fillForm({command = "", target = "", version, at}) {
+	const known = TOOLS.find(({id}) => id === command) ?? TOOLS.find(({id}) => `${id}6` === command)
+	form.command.value = (known ?? TOOLS[0]).id
+	form.target.value = target
+	form.version.value = known && known.id !== command ? 6 : /^[46]$/.test(version) ? version : "auto"
+	const named = PLACES.findIndex(({name}) => name === at)
+	if (PLACES[1]) form.at.value = at === "all" ? at : Math.max(0, named)
+}
+
+function start() {
+	for (const place of PLACES) place.url = new URL(place.url ? `${place.url}/` : "./", document.baseURI).href
+	const bare = ({url}) => url.replace(/^https?:|[?#].*/g, "")
+	PLACES.splice(1, PLACES.length, ...PLACES.slice(1).filter((place) => bare(place) !== bare(PLACES[0])))
+	drawChoices()
+	fillForm(Object.fromEntries(new URLSearchParams(location.search)))
+	form.oninput = () => update({fault: "", invalid: false})
+	form.onchange = remember
+	form.onsubmit = submit
+	$("run").onclick = (event) => {
+		if (event.detail > 1)
+			event.preventDefault() // a double click is one
+		else state.running?.control.abort()
+	}
+	document.onkeydown = ({key}) => {
+		if (key === "Escape") state.running?.control.abort()
+	}
+	PLACES.forEach(check)
+	setInterval(() => state.changed && draw(), SECOND / 20)
+	setInterval(() => state.limits.size && update(), SECOND) // the countdown
+	draw()
+	$("plain").remove()
+}
+
+start()
+"""  # noqa: E501
 
 
 if __name__ == "__main__":
