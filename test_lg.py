@@ -2545,12 +2545,18 @@ def test_every_described_response_can_be_provoked(shared: Start, path: str, meth
     until(server.idle)
 
 
-def test_a_request_body_that_does_not_arrive_is_408(serve: Start) -> None:
-    server = serve(constants={"BODY_SECONDS": 0.2, "UPLOAD_STALL_SECONDS": 0.2}, spawned=False)
+def test_a_request_body_that_does_not_arrive_is_408_and_closes(serve: Start) -> None:
+    seconds = dict.fromkeys(("BODY_SECONDS", "UPLOAD_STALL_SECONDS", "LINGER_SECONDS"), 0.2)
+    server = serve(constants=seconds, spawned=False)
     paths = [path for path, _, status in described_responses() if status == "408"]
-    request = "POST {} HTTP/1.1\r\nHost: lg\r\nContent-Length: 9\r\n\r\n"
-    connections = [server.send(request.format(path).encode()) for path in paths]
-    assert [received(connection, b"}")[:12] for connection in connections] == [b"HTTP/1.1 408"] * 7
+    request = "POST {} HTTP/1.1\r\nHost: lg\r\nContent-Length: 20\r\n\r\ntarget="
+    answers = [
+        left(connection) for connection in [server.send(request.format(path).encode()) for path in paths]
+    ]
+    assert len(paths) == 7
+    assert [
+        each for each in answers if not re.match(rb"(?is)HTTP/1.1 408 .*\r\nconnection: close\r\n", each)
+    ] == []
 
 
 def test_openapi_states_the_configured_limits() -> None:
@@ -3291,16 +3297,6 @@ def test_description_names_the_stripped_path_as_its_server(
     echo: Server, headers: dict[str, str], url: str
 ) -> None:
     assert echo.http.get("/openapi.json", headers=headers).json()["servers"] == [{"url": url}]
-
-
-@pytest.mark.parametrize(
-    ("path", "location"),
-    [("/health/", "../health"), ("/network/info/?x=1", "../info?x=1"), ("/docs/", "../docs")],
-)
-def test_redirects_are_relative(echo: Server, path: str, location: str) -> None:
-    answer = echo.http.get(path, headers={"Host": "evil.example"})
-    assert (answer.status_code, answer.headers["Location"]) == (307, location)
-    assert answer.url.join(location).path == path.partition("?")[0].rstrip("/")
 
 
 @pytest.mark.parametrize("name", lg.API_DOCS)
@@ -5400,32 +5396,26 @@ def test_text_that_is_no_target_is_422_with_examples(text: str) -> None:
     assert "example.com" in str(refused.value.body)
 
 
+SAME = ("192.0.2.1", "0.0.0.0", "255.255.255.255", "::", "1:2:3:4:5:6:7:8", "localhost", "Example.COM.")
+LONGEST = ".".join(["a" * 63] * 3 + ["a" * 61])
+
+
 @pytest.mark.parametrize(
     ("text", "target"),
     [
-        ("192.0.2.1", "192.0.2.1"),
-        ("0.0.0.0", "0.0.0.0"),
-        ("255.255.255.255", "255.255.255.255"),
+        *(
+            (text, text)
+            for text in (*SAME, "_dmarc.example.com", "a--b.example", "1.example", "0x7f.example")
+        ),
+        *((text, text) for text in ("1and1.com", "xn--bcher-kva.example", LONGEST, f"{LONGEST}.")),
         ("2001:DB8::1", "2001:db8::1"),
         ("[2001:db8::1]", "2001:db8::1"),
-        ("::", "::"),
         ("::ffff:192.0.2.1", "::ffff:c000:201"),
         ("1:2:3:4:5:6:7.8.9.10", "1:2:3:4:5:6:708:90a"),
-        ("1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7:8"),
-        ("localhost", "localhost"),
-        ("Example.COM.", "Example.COM."),
-        ("_dmarc.example.com", "_dmarc.example.com"),
-        ("a--b.example", "a--b.example"),
-        ("1.example", "1.example"),
-        ("0x7f.example", "0x7f.example"),
-        ("1and1.com", "1and1.com"),
-        ("xn--bcher-kva.example", "xn--bcher-kva.example"),
         ("bücher.example", "xn--bcher-kva.example"),
         ("BÜCHER。example", "xn--bcher-kva.example"),
         ("faß.example", "xn--fa-hia.example"),
         ("例え.テスト", "xn--r8jz45g.xn--zckzah"),
-        (".".join(["a" * 63] * 3 + ["a" * 61]), ".".join(["a" * 63] * 3 + ["a" * 61])),
-        (".".join(["a" * 63] * 3 + ["a" * 61]) + ".", ".".join(["a" * 63] * 3 + ["a" * 61]) + "."),
     ],
 )
 def test_target_is_an_address_or_an_ascii_name(text: str, target: str) -> None:
@@ -5636,13 +5626,6 @@ def test_body_over_4_kib_is_413(echo: Server, body: bytes | list[bytes]) -> None
     response = echo.http.post("/lookingglass/ping", content=content)
     assert response.status_code == 413
     assert "4096 bytes" in response.json()["detail"]
-
-
-def test_incomplete_body_is_408_and_closes(serve: Start) -> None:
-    request = b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: 20\r\n\r\ntarget="
-    server = serve(constants={"BODY_SECONDS": 0.2, "LINGER_SECONDS": 0.2}, spawned=False)
-    answer = left(server.send(request))
-    assert re.match(rb"(?is)HTTP/1.1 408 .*\r\nconnection: close\r\n", answer)
 
 
 LITERALS = st.one_of(
