@@ -5239,7 +5239,9 @@ def neighbours(serve: Start) -> Iterator[list[tuple[Server, subprocess.Popen[str
         for server in servers:
             assert stack.enter_context(server.begin()).recv(12) == b"HTTP/1.1 200"
         lines = [[sys.executable, "-c", UPLOADER, str(server.port)] for server in servers]
-        uploads = [stack.enter_context(subprocess.Popen(line, stdout=-1, text=True)) for line in lines]
+        uploads = [
+            stack.enter_context(subprocess.Popen(line, stdout=subprocess.PIPE, text=True)) for line in lines
+        ]
         yield list(zip(servers, uploads, strict=True))
 
 
