@@ -2206,7 +2206,7 @@ class Exchange:
         if piece:  # nothing means the end to h11
             self.http.receive_data(piece)
         while isinstance(event := self.http.next_event(), h11.Data):
-            self.chunks += event.chunk_start
+            self.chunks += event.chunk_end  # h11 loses `chunk_start` where the data comes after its size
             if self.chunks > CHUNKS:
                 raise h11.RemoteProtocolError(f"Send at most {CHUNKS} chunks")
             self.body += event.data
