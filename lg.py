@@ -481,7 +481,7 @@ def parse_target(text: str) -> IPAddress | str:
         expected = (
             "an IPv4 address like 192.0.2.1, an IPv6 address like 2001:db8::1 or a name like example.com"
         )
-        raise validation_error(f"Not a target: send {expected}", text)
+        raise validation_error(f"Not a target: use {expected}", text)
     return name
 
 
@@ -553,7 +553,7 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
     """The address to measure: of a name, the first of this version that is allowed. Raises RequestError."""
     if not isinstance(target, str):
         if not is_allowed(target):
-            message = f"{target} may not be measured here: send a different, public address"
+            message = f"{target} may not be measured here: use a different, public address"
             raise validation_error(message, str(target), reason="target")
         return target
     family = socket.AF_INET if version == 4 else socket.AF_INET6
@@ -566,10 +566,10 @@ async def resolve(target: IPAddress | str, version: int) -> IPAddress:
             if is_allowed(address):
                 return address
     except TimeoutError:
-        message = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or send an address"
+        message = f"{target} was not resolved within {RESOLVE_SECONDS} s: try again, or use an address"
     except (OSError, RuntimeError) as error:
         if getattr(error, "errno", None) not in (socket.EAI_NONAME, socket.EAI_NODATA):
-            message = f"{target} cannot be resolved now: try again, or send an address"
+            message = f"{target} cannot be resolved now: try again, or use an address"
     raise validation_error(message, target, reason="target")
 
 
@@ -2731,1527 +2731,24 @@ async def api_docs(name: str, request: Request) -> Response:
     return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
 
-# ---- the page ----------------------------------------------------------------------------------------------
-
-# Tokens, base, form, cards, plots, then narrow screens and other media.
-STYLE = """\
-:root {
-	color-scheme: light dark;
-	--page: light-dark(#f5f7fa, #0d1117);
-	--card: light-dark(#fff, #171f28);
-	--line: light-dark(#e0e5eb, #2b3541);
-	--text: light-dark(#17202b, #e8eef5);
-	--dim: light-dark(#536070, #a6b2c0);
-	--accent: light-dark(#0a58c2, #7ab8ff);
-	--bad: light-dark(#b3241c, #ffa198);
-	--good: light-dark(#1b7a4a, #62d596);
-	font: max(1rem, 0.8rem + 0.25vw) / 1.4 system-ui;
-	font-variant-numeric: tabular-nums;
-	overflow-wrap: anywhere;
-	background: var(--page);
-	color: var(--text);
-}
-
-* {
-	box-sizing: border-box;
-	margin: 0;
-	padding: 0;
-	border: 0 solid var(--line);
-}
-[hidden],
-.speed > .row > :is(label, #mine),
-form:not(.speed) #offer {
-	display: none !important;
-}
-body > * {
-	padding: 0.75rem max(0.75rem, 50% - 36rem);
-}
-h1 {
-	font-size: 1.5rem;
-}
-h2,
-dd b {
-	font-size: min(1.25rem, 6cqi);
-}
-a,
-.link {
-	color: var(--accent);
-	text-decoration: underline;
-}
-small,
-th,
-dt,
-.dim,
-.link,
-.copy,
-.line {
-	font-size: 0.85rem;
-	font-weight: 400;
-}
-small,
-th,
-dt,
-.dim {
-	color: var(--dim);
-}
-.bad {
-	color: var(--bad);
-}
-button,
-input,
-select {
-	font: inherit;
-	color: inherit;
-	background: none;
-}
-button,
-select,
-label {
-	cursor: pointer;
-}
-:focus-visible,
-label:has(:focus-visible) {
-	outline: 2px solid var(--accent);
-	outline-offset: 2px;
-}
-fieldset,
-.row {
-	display: flex;
-	flex-wrap: wrap;
-	align-items: center;
-	gap: 0.5rem 0.75rem;
-}
-.hush,
-[type="radio"] {
-	position: absolute;
-	clip-path: inset(50%);
-	width: 1px;
-	height: 1px;
-	overflow: hidden;
-}
-.copy,
-pre {
-	font-family: monospace;
-}
-pre {
-	overflow: auto;
-}
-
-header {
-	background: var(--card);
-	border-width: 0 0 1px;
-}
-nav,
-.stop,
-#mine {
-	margin-inline-start: auto;
-}
-header img {
-	height: 1.75rem;
-}
-main {
-	padding-bottom: 50vh;
-}
-main,
-form,
-.view,
-.card {
-	display: grid;
-	gap: 0.75rem;
-	grid-template-columns: minmax(0, 1fr);
-}
-.card {
-	container-type: inline-size;
-	background: var(--card);
-	border-width: 1px;
-	border-radius: 0.5rem;
-	padding: 0.75rem 1rem;
-}
-.tabs {
-	gap: 0 1.25rem;
-	margin: -0.75rem -1rem 0;
-	padding: 0 1rem;
-	border-width: 0 0 1px;
-}
-.tabs label {
-	padding: 0.75rem 0;
-	color: var(--dim);
-}
-.tabs :has(:checked) {
-	border-bottom: 2px solid var(--accent);
-	margin-bottom: -2px;
-	color: var(--text);
-	font-weight: 600;
-}
-#place .row {
-	justify-content: space-between;
-}
-.target {
-	flex: 1 15rem;
-}
-input,
-select,
-#run,
-noscript button {
-	min-height: 2.75rem;
-	padding: 0 0.75rem;
-	background: var(--card);
-	border: 1px solid var(--dim);
-	border-radius: 0.5rem;
-}
-.target input {
-	width: 100%;
-}
-[aria-invalid="true"] {
-	border: 2px solid var(--bad);
-}
-#run {
-	width: 11rem;
-	background: var(--accent);
-	color: var(--card);
-	font-weight: 600;
-}
-#run:disabled {
-	opacity: 0.5;
-}
-.places label,
-.stop {
-	padding: 0.1rem 0.75rem;
-	border: 1px solid var(--dim);
-	border-radius: 1rem;
-	font-size: 0.85rem;
-}
-.places :has(:checked) {
-	outline: 2px solid var(--accent);
-	outline-offset: -2px;
-}
-.off {
-	text-decoration: line-through;
-}
-
-.running .head {
-	position: sticky;
-	top: 0;
-	background: var(--card);
-}
-.line {
-	width: 100%;
-	padding: 0.5rem 0;
-	border-top-width: 1px;
-	text-align: start;
-}
-.line > *,
-dl > div {
-	flex: 1 7rem;
-}
-.line > :first-child {
-	flex: 0 4rem;
-}
-
-table {
-	width: 100%;
-	border-collapse: collapse;
-	table-layout: fixed;
-}
-.narrow {
-	display: none;
-}
-tr {
-	border-bottom-width: 1px;
-}
-th,
-td {
-	padding: 0.25rem 0.5rem;
-	text-align: end;
-	white-space: nowrap;
-	width: 4.4rem;
-}
-.router {
-	width: auto;
-	text-align: start;
-	white-space: normal;
-}
-td small {
-	display: block;
-}
-td small,
-.sub {
-	min-height: 1lh;
-}
-.sub {
-	margin-top: -0.5rem;
-}
-.router:not(:focus) :is(.name, small, small span),
-.running .sub {
-	overflow: hidden;
-	text-overflow: ellipsis;
-	white-space: nowrap;
-}
-small span:not(:empty) {
-	margin-inline-end: 0.75em;
-}
-.axis {
-	width: 20%;
-}
-.strip {
-	width: 8.5rem;
-}
-.times {
-	width: 11rem;
-}
-th.axis {
-	text-align: start;
-}
-th span {
-	float: inline-end;
-}
-svg {
-	display: block;
-	width: 100%;
-	height: 1.1rem;
-	fill: none;
-	stroke-width: 2px;
-	overflow: visible;
-}
-path {
-	stroke: var(--accent);
-	vector-effect: non-scaling-stroke;
-}
-.probes path {
-	vector-effect: none;
-}
-.hops th:first-child {
-	width: 3.2rem;
-}
-.places th:first-child {
-	width: 8rem;
-	text-align: start;
-}
-.grid {
-	stroke: var(--line);
-}
-.dot,
-.range {
-	stroke-linecap: round;
-	stroke-width: 8px;
-}
-.range {
-	opacity: 0.4;
-}
-.lost {
-	stroke: var(--bad);
-}
-.upload {
-	--accent: var(--good);
-}
-.curve {
-	fill: var(--accent);
-	fill-opacity: 0.15;
-}
-.latency {
-	stroke: var(--dim);
-}
-.phases {
-	display: grid;
-	grid-template-columns: 5rem 2fr 8fr 8fr;
-	gap: 0.5rem;
-	white-space: nowrap;
-}
-.plot {
-	display: grid;
-	grid-template-columns: 5rem 1fr;
-}
-.plot > small {
-	display: flex;
-	flex-direction: column;
-	justify-content: space-between;
-}
-.plot svg {
-	height: 8rem;
-	border-width: 1px 0;
-}
-.speed svg {
-	overflow: hidden;
-}
-.speed .plot ~ .plot svg {
-	height: 3.5rem;
-}
-.speed b {
-	font-size: 2.2rem;
-}
-
-@container (max-width: 56rem) {
-	:is(.axis, .loss, .best, .worst, .times, td.strip, th.strip) {
-		display: none;
-	}
-	.narrow {
-		display: block;
-	}
-	td small {
-		display: flex;
-		flex-direction: column-reverse;
-	}
-	td small span:first-child {
-		min-height: 1lh;
-	}
-	.router .narrow {
-		display: grid;
-		grid-template-columns: 1fr 1fr;
-		gap: 0.5rem;
-	}
-	th,
-	td {
-		width: 3.6rem;
-		vertical-align: top;
-	}
-	.view ~ *,
-	.sub {
-		order: 1;
-	}
-	.running .sub {
-		display: none;
-	}
-}
-@media (scripting: none) {
-	.script {
-		display: none;
-	}
-}
-@media print {
-	#form {
-		display: none;
-	}
-}
-"""
-
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta name="description" content="Network tests from {location}">
-<title>{operator} · {location}</title>
-<link rel="icon" href="{icon}">
-<style>{style}</style>
-<header class="row">{brand}<span class="dim">Looking glass</span><nav class="row">{links}</nav></header>
-<main>
-<div id="place">
-<h1 data-info="location">{location}</h1>
-<div class="row">
-<p class="row"><a data-info="facility" data-link="facility_url"{facility_url_link}>{facility}</a>
-<a data-info="map_url" data-link="map_url"{map_url_link}{map_url_hidden}>Map</a></p>
-<p class="row"><span class="dim">This server</span>
-<button class="copy" data-info="looking_glass_ipv4"{looking_glass_ipv4_hidden}>{looking_glass_ipv4}</button>
-<button class="copy" data-info="looking_glass_ipv6"{looking_glass_ipv6_hidden}>{looking_glass_ipv6}</button>
-<span class="dim">You</span> <button class="copy" data-info="your_ip">{your_ip}</button></p>
-</div>
-</div>
-<form id="form" class="card {kind}" method="post" action="lookingglass/{command}">
-<fieldset class="tabs script" aria-label="Test">{tabs}</fieldset>
-<div class="row">
-<label class="target"><span class="hush">Target</span><input name="target" value="{target}"
-inputmode="url" spellcheck="false"
-placeholder="Host name, address or URL" aria-describedby="fault"></label>
-<label class="script"><span class="hush">IP version</span><select name="version">{versions}</select></label>
-<button id="run" class="script" disabled>Run</button>
-{offer}
-<noscript class="row">{buttons}</noscript>
-</div>
-<p class="bad"><span id="fault" role="alert"></span> <span id="hint"></span></p>
-<div class="row script"><fieldset class="places" aria-label="From"{alone}>{places}</fieldset>
-<button id="mine" type="button" class="link">Test to my address</button></div>
-</form>
-<div id="results"></div>
-<section id="earlier" class="card" hidden><h2>Earlier</h2><div id="lines"></div></section>
-</main>
-<p id="status" class="hush" role="status"></p>
-<script type="application/json" id="setup">{setup}</script>
-<script>{script}</script>
-</html>
-"""
-
-OFFER = """\
-<p id="offer" class="script">Takes 18 s and moves up to 2 GB at 1 Gbit/s.
-Files: {downloads}<br><code>curl -o /dev/null {base}/speedtest/1G</code></p>"""
-
-# Types for `tsc`: .ci/page puts them in front of the script. They are not sent to browsers.
-SCRIPT_TYPES = """\
-// @ts-check
-/** @typedef {{ address: string, name: string, network: string, also: string[], rtts: (number | null)[],
- *   times: number[], lost: number }} Hop - rtts in ms, null for a lost probe
- * @typedef {{ tool: any, status: string, address: string, time: string, hops: Hop[], notes: string[],
- *   phases: any[], [key: string]: any }} Run
- * @typedef {{ event: string, [key: string]: any }} RunEvent */
-"""
-
-# The script, in the order of its banners. What stands here is not sent.
-#
-# - `h` makes an element; what others wrote becomes text, never markup. `morph` makes a node like another and
-#   touches only what differs, so that focus and selection stay; a cell that differs is replaced.
-# - Nothing in *Network* knows the document. `patiently` rejects after PATIENCE: nothing else shows that a
-#   network is gone.
-# - `load` lasts until its clock ends it, or until its bytes are moved. More streams are added while each
-#   makes the load faster.
-# - The server is asked how much of an upload has come: a browser counts what it has handed to the system,
-#   which is more. The same requests, and `/health` in the other phases, measure the latency.
-# - `reduce` is pure. `expect` rejects what no server of ours sends: another place could send anything.
-# - The events of mtr hold sums; `grown` derives the probes since the last event from what they grew by.
-# - Loss is red where it `carriesOn`: every later hop that answers loses too.
-# - While mtr runs, no hop is drawn beyond the first whose answer may still come: rows stay where they are.
-# - A test that is refused is never shown, and leaves what was there before.
-SCRIPT = r"""
-// Setup
-
-/** @type {(id: string) => any} */
-const $ = (id) => document.getElementById(id)
-const {tools: TOOLS, places: PLACES, sizes: SIZES, streams: STREAMS, seconds} = JSON.parse($("setup").textContent)
-const SECOND = 1000
-const PATIENCE = (seconds + 10) * SECOND
-const LINE_CHARS = 2 ** 23
-const MAX_TESTS = 11
-const IDLE = 2 * SECOND
-const LOAD = 8 * SECOND
-const RAMP = 2 * SECOND
-const GRADES = {"A+": 5, A: 30, B: 60, C: 200, D: 400, F: Infinity}
-
-// Helpers
-
-const digits = (value) => (value >= 0 ? value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0) : "–")
-const shown = (rtt) => (rtt == null ? "lost" : digits(rtt))
-const sum = (values) => values.reduce((total, each) => total + each, 0)
-const mean = (values) => sum(values) / values.length
-const quantile = (values, share = 0.5) =>
-	values.toSorted((a, b) => a - b)[Math.max(0, Math.ceil(values.length * share) - 1)]
-const versionOf = (target) => (/^\[?[\da-f]*:/i.test(target) ? 6 : /^\d+(\.\d+){3}$/.test(target) ? 4 : 0)
-const isRunning = ({status}) => status === "running"
-
-function roundUp(value) {
-	const step = 10 ** Math.floor(Math.log10(value)) / 2
-	return +(Math.ceil(value / step) * step).toPrecision(2)
-}
-
-function sleep(time, signal) {
-	return new Promise((resolve) => {
-		setTimeout(resolve, time)
-		signal.addEventListener("abort", resolve)
-	})
-}
-
-function hostOf(pasted) {
-	const text = pasted.trim()
-	return /^(?:\w+:\/\/)?(?:[^/@]*@)?(\[.*?\]|[^/:?#]+)(?::\d+)?(?:[/?#](?!\d+$).*)?$/.exec(text)?.[1] ?? text
-}
-
-function h(tag, ...children) {
-	const [name, ...classes] = tag.split(".")
-	const node = document.createElementNS(`http://www.w3.org/${/svg|path/.test(name) ? "2000/svg" : "1999/xhtml"}`, name)
-	const given = children[0]?.constructor === Object ? children.shift() : {}
-	for (const [key, value] of Object.entries({class: classes.join(" "), ...given}))
-		if (key === "onclick") node[key] = value
-		else if (value) node.setAttribute(key, value)
-	node.append(...children.flat(4).filter(Boolean))
-	return node
-}
-
-function morph(node, fresh) {
-	const isCell = /^T[DH]$|DD|#/.test(node.nodeName)
-	if (node.nodeName !== fresh.nodeName || (isCell && !node.isEqualNode(fresh))) return node.replaceWith(fresh)
-	for (const {name, value} of fresh.attributes ?? [])
-		if (node.getAttribute(name) !== value) node.setAttribute(name, value)
-	for (const {name} of [...(node.attributes ?? [])]) if (!fresh.hasAttribute(name)) node.removeAttribute(name)
-	node.onclick = fresh.onclick
-	while (node.childNodes.length > fresh.childNodes.length) node.lastChild.remove()
-	for (const [i, child] of [...fresh.childNodes].entries())
-		if (node.childNodes[i]) morph(node.childNodes[i], child)
-		else node.append(child)
-}
-
-// Network
-
-function refusal(status, body, wait) {
-	const {error, detail} = JSON.parse(/^{.*}$/s.exec(body)?.[0] ?? "{}")
-	const said = String(error ?? detail?.[0]?.msg ?? detail ?? `The server answered with ${status}`)
-	return Object.assign(new Error(said), {invalid: status === 422, until: Date.now() + wait * SECOND})
-}
-
-function patiently(promise) {
-	let timer
-	const silence = new Promise((_, reject) => (timer = setTimeout(reject, PATIENCE)))
-	return Promise.race([promise, silence]).finally(() => clearTimeout(timer))
-}
-
-async function request({url}, path, options) {
-	const answer = await patiently(fetch(url + path, {cache: "no-store", ...options}))
-	if (!answer.ok) throw refusal(answer.status, await answer.text(), answer.headers.get("Retry-After"))
-	return answer
-}
-
-const ask = async (place, path, signal = AbortSignal.timeout(5 * SECOND)) =>
-	(await request(place, path, {signal})).json()
-
-async function* chunks(stream) {
-	const reader = stream.getReader()
-	for (;;) {
-		const {done, value} = await patiently(reader.read())
-		if (done) return
-		yield value
-	}
-}
-
-async function diagnose({place, command, target}, signal, emit) {
-	const headers = {Accept: "application/x-ndjson"}
-	const body = new URLSearchParams({target})
-	const answer = await request(place, `lookingglass/${command}`, {
-		method: "POST",
-		headers,
-		body,
-		signal,
-	})
-	let buffer = ""
-	for await (const chunk of chunks(answer.body.pipeThrough(new TextDecoderStream()))) {
-		const lines = (buffer + chunk).split("\n")
-		buffer = lines.pop()
-		for (const event of lines.map((line) => JSON.parse(line))) {
-			emit(event)
-			if (event.event === "end") return
-		}
-		if (buffer.length > LINE_CHARS) break
-	}
-	throw new Error("cut off")
-}
-
-async function download(place, path, signal, add) {
-	const answer = await request(place, path, {signal})
-	for await (const chunk of chunks(answer.body)) add(chunk.length)
-}
-
-function upload(place, path, signal) {
-	let body = new Blob([new Uint8Array(2 ** 20)])
-	while (body.size < 2 ** 30) body = new Blob([body, body])
-	return request(place, path, {method: "POST", body, signal})
-}
-
-async function load(place, [move, ...paths], signal, add, total) {
-	let [before, fastest] = [0, 0]
-	async function stream(i) {
-		try {
-			await move(place, paths[i], signal, add)
-		} catch (error) {
-			if (signal.aborted) return
-			if (!error.until || !paths[i + 1]) throw error
-			await stream(i + 1)
-		}
-	}
-	async function widen(streams) {
-		await sleep(SECOND, signal)
-		if (streams >= STREAMS || signal.aborted || total() - before <= 1.1 * fastest) return
-		fastest = total() - before
-		before = total()
-		stream(0).catch(() => {})
-		widen(streams + 1)
-	}
-	widen(1)
-	await stream(0)
-}
-
-const UPLOADS = `speedtest/upload?test=${Math.random()}`
-const PHASES = {
-	idle: [IDLE, "health", (_place, _path, clock) => sleep(IDLE, clock)],
-	download: [LOAD, "health", download, ...SIZES],
-	upload: [LOAD, UPLOADS, upload, UPLOADS],
-}
-
-async function sample(place, path, signal) {
-	const begun = performance.now()
-	const answer = await ask(place, path, signal)
-	const {requestStart, responseStart} =
-		performance
-			.getEntriesByName(place.url + path)
-			.pop()
-			?.toJSON() ?? {}
-	performance.clearResourceTimings()
-	return {...answer, rtt: requestStart ? responseStart - requestStart : performance.now() - begun}
-}
-
-async function measure(place, name, signal, now, emit) {
-	const [time, path, ...transfer] = PHASES[name]
-	const from = now()
-	const over = new AbortController()
-	const clock = AbortSignal.any([signal, over.signal, AbortSignal.timeout(time)])
-	let total = 0
-	async function watch() {
-		while (!clock.aborted) {
-			const at = now()
-			const {rtt, bytes = total, seconds} = await sample(place, path, signal)
-			emit({event: "latency", at, rtt})
-			total = Math.max(total, bytes)
-			if (bytes) emit({event: "bytes", at: seconds ? from + seconds * SECOND : now(), bytes})
-			await sleep(SECOND / 10, clock)
-		}
-	}
-	emit({event: "phase", name, at: from})
-	const add = (more) => (total += more)
-	const moved = load(place, transfer, clock, add, () => total).finally(() => over.abort())
-	await Promise.all([moved, watch()])
-	signal.throwIfAborted()
-}
-
-async function speedTest({place}, signal, emit) {
-	const begun = performance.now()
-	const now = () => performance.now() - begun
-	await ask(place, "health")
-	emit({event: "start", address: new URL(place.url).hostname, time: new Date().toISOString()})
-	for (const name in PHASES) await measure(place, name, signal, now, emit)
-	emit({event: "end", status: "finished", duration: now() / SECOND})
-}
-
-// Runs
-
-const counted = (hop) => {
-	const times = hop.rtts.filter((rtt) => rtt != null)
-	return {...hop, times, lost: hop.rtts.length - times.length}
-}
-const NO_HOP = counted({address: "", name: "", network: "", also: [], rtts: []})
-
-const newRun = (place, tool, target, command) => ({
-	place,
-	tool,
-	target,
-	command,
-	status: "running",
-	error: "",
-	address: "",
-	time: "",
-	duration: 0,
-	hops: [],
-	notes: [],
-	phases: [],
-	result: null,
-})
-
-function expect(value, isRight) {
-	if (!isRight) throw new TypeError("not an event of ours")
-	return value
-}
-
-const text = (value) => expect(value ?? "", value == null || typeof value === "string")
-const number = (value, most = Infinity) => expect(value, typeof value === "number" && Math.abs(value) <= most)
-const rttOf = ({rtt}) => (rtt == null ? null : number(rtt))
-const put = (items, position, item, gap) =>
-	Array.from({length: Math.max(items.length, number(position, 1000))}, (_, i) =>
-		i === position - 1 ? item : (items[i] ?? gap),
-	)
-
-function grown({rtts, times, lost}, {rcv, drop, avg}) {
-	const back = number(rcv, 1000) - times.length
-	const added = (count, value) => Array(Math.max(0, count)).fill(value)
-	return [...rtts, ...added(number(drop, 1000) - lost, null), ...added(back, (avg * rcv - sum(times)) / back)]
-}
-
-function hopOf(before, {address, hostname, addresses = [], asn = [], network, stats, timings, probes = timings ?? []}) {
-	const further = addresses.filter((each) => each !== address)
-	const codes = new Set(probes.map(({code}) => code))
-	return counted({
-		address: text(address),
-		name: text(hostname) || address,
-		network: [...asn.map((each) => `AS${number(each)}`), text(network)].join(" ").trim(),
-		also: [hostname && address, ...further, ...codes].filter(text),
-		rtts: stats ? grown(before, stats) : probes.map(rttOf),
-	})
-}
-
-function probed({hops, address}, seq, rtt) {
-	const hop = hops[0] ?? NO_HOP
-	return hop.rtts[seq - 1] ? {} : {hops: [counted({...hop, address, rtts: put(hop.rtts, seq, rtt, null)})]}
-}
-
-function rateOf(reports) {
-	const [at, bytes] = reports.at(-1)
-	const [from, before] = reports.findLast(([time]) => time <= at - SECOND) ?? reports[0]
-	return ((bytes - before) * 8e-3) / Math.max(SECOND, at - from)
-}
-
-const inPhase = ({phases}, change) => ({
-	phases: [...phases.slice(0, -1), {...phases.at(-1), ...change(phases.at(-1))}],
-})
-
-/** @type {Record<string, (run: Run, event: any) => Partial<Run>>} */
-const REDUCERS = {
-	__proto__: null,
-	start: (_, {address, time}) => ({address: text(address), time: text(time)}),
-	reply: (run, event) => probed(run, event.seq, rttOf(event)),
-	lost: (run, {seq}) => probed(run, seq, null),
-	hop: ({hops}, event) => ({
-		hops: put(hops, event.hop, hopOf(hops[event.hop - 1] ?? NO_HOP, event), NO_HOP),
-	}),
-	path: ({hops}, event) => ({hops: hops.slice(0, number(event.hops))}),
-	note: ({notes}, event) => ({notes: [...notes, text(event.text)]}),
-	phase: ({phases}, {name, at}) => ({
-		phases: [...phases, {name, from: at, reports: [[at, 0]], curve: [], latency: []}],
-	}),
-	latency: (run, {at, rtt}) => inPhase(run, ({latency}) => ({latency: [...latency, [at, rtt]]})),
-	bytes: (run, {at, bytes}) =>
-		inPhase(run, ({reports, curve}) => {
-			const known = [...reports, [at, bytes]]
-			return {reports: known, curve: [...curve, [at, rateOf(known)]]}
-		}),
-	end: ({command, hops}, {status, error, duration, result}) => ({
-		status: text(status),
-		error: text(error).replace(`${command}: `, ""),
-		duration: number(duration),
-		hops: hops.slice(0, result?.hops?.length),
-		result: result && {...result, rawOutput: text(result.rawOutput)},
-	}),
-}
-
-/** @type {(run: Run, event: RunEvent) => Run} */
-function reduce(run, event) {
-	expect(event, text(event.event))
-	return {...run, ...REDUCERS[event.event]?.(run, event)}
-}
-
-// Words
-
-const lossOf = ({lost, rtts}) => `${+((100 * lost) / (rtts.length || 1)).toFixed(1)} %`
-const carriesOn = (hops, i) => hops.slice(i).every(({times, lost}) => !times.length || lost)
-
-function reached({hops, address}) {
-	const last = hops.at(-1) ?? NO_HOP
-	return last.times.length && [last.address, ...last.also].includes(address) ? last : NO_HOP
-}
-
-const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`
-
-function lossInWords(hops) {
-	const losing = [...hops.keys()].filter((i) => hops[i].lost && hops[i].times.length)
-	const first = losing.find((i) => carriesOn(hops, i))
-	const limited = losing.filter((i) => !carriesOn(hops, i)).map((i) => i + 1)
-	const rest = ` Loss at hop${limited[1] ? "s" : ""} ${limited.join(", ")} does not carry on: such routers probably limit their answers.`
-	return (first >= 0 ? ` Loss begins at hop ${first + 1}.` : "") + (limited[0] ? rest : "")
-}
-
-function pathVerdict(run) {
-	const {hops, tool, target} = run
-	const {times, lost, rtts} = reached(run)
-	const way = `Reached in ${plural(hops.length, "hop")}`
-	const head = (time) => `${digits(time)} ms, ${lost ? `${lost} of ${rtts.length}` : "no"} probes lost`
-	if (times.length && tool.kind === "traceroute") return [way, `${digits(quantile(times))} ms to the target.`]
-	if (times.length && tool.kind === "mtr") return [head(mean(times)), `${way}.${lossInWords(hops)}`, lost]
-	if (times.length) return [head(quantile(times)), "", lost]
-	if (isRunning(run)) return ["Waiting for an answer"]
-	const at = hops.findLastIndex((hop) => hop.times.length)
-	const router = at < 0 ? "" : `The last router that answers is ${hops[at].name}, hop ${at + 1}. `
-	return [`No answer from ${target}`, `${router}The target, or a firewall on the way, may not answer.`, true]
-}
-
-function speedFigures(run) {
-	const [idle, download, upload] = run.phases.map(({from, reports, curve, latency}, i) => {
-		const live = isRunning(run) && !run.phases[i + 1]
-		const [at, bytes] = reports.at(-1)
-		const [time, before] = reports.find(([each]) => each > from + RAMP && each < at - SECOND) ?? reports[0]
-		const mbps = live ? curve.at(-1)?.[1] : ((bytes - before) * 8e-3) / (at - time)
-		return {mbps, megabytes: Math.round(bytes / 1e6), latency: quantile(latency.map(([, rtt]) => rtt))}
-	})
-	const added = Math.max(0, Math.max(download?.latency, upload?.latency) - idle?.latency)
-	const grade = isRunning(run) ? "" : Object.keys(GRADES).find((each) => added < GRADES[each])
-	return {idle, download, upload, added, grade}
-}
-
-function speedVerdict(run) {
-	const {download, upload, grade, added} = speedFigures(run)
-	if (isRunning(run)) return [`Measuring ${run.phases.at(-1)?.name}`]
-	const moved = `Moved ${(download?.megabytes ?? 0) + (upload?.megabytes ?? 0)} MB.`
-	const load = grade ? `Load adds ${digits(added)} ms of latency: bufferbloat ${grade} by Waveform's limits. ` : ""
-	return [`${digits(download?.mbps)} Mbit/s down, ${digits(upload?.mbps)} Mbit/s up`, load + moved]
-}
-
-const KINDS = {
-	ping: [pathVerdict, drawPing],
-	traceroute: [pathVerdict, drawHops],
-	mtr: [pathVerdict, drawHops],
-	speed: [speedVerdict, drawSpeed],
-	text: [({notes}) => [plural(notes.length, "line")], drawText],
-}
-
-/** @param {Run} run */
-function verdict(run) {
-	const {status, error, address, tool, duration} = run
-	const [head, sub = "", bad] = KINDS[tool.kind][0](run)
-	if (status === "failed") return {head: error, sub: address && `Before: ${head}.`, bad: true}
-	return {
-		head,
-		sub: `${sub} ${duration ? `Took ${duration.toFixed(1)} s.` : isRunning(run) ? "" : "Stopped."}`.trim(),
-		bad,
-	}
-}
-
-function verdictOfAll({runs, target, tool}) {
-	const isText = tool.kind === "text"
-	const found = runs.filter((run) => (isText ? run.status === "finished" : reached(run).address)).length
-	if (runs.length === 1) return verdict(runs[0])
-	return {
-		head: `${isText ? "Output from" : `${target} answers`} ${found} of ${runs.length} places`,
-		sub: "",
-		bad: !runs.some(isRunning) && found < runs.length,
-	}
-}
-
-// Pictures
-
-function scaleOf({runs}) {
-	const times = runs.flatMap(({hops}) => hops.flatMap((hop) => hop.times))
-	const high = Math.max(...times, 0.1)
-	return {top: roundUp(high), low: Math.min(...times, high * 0.9), high}
-}
-
-const drawing = (look, ...paths) => h(`svg${look}`, {viewBox: "0 0 100 100", preserveAspectRatio: "none"}, paths)
-const path = (look, d, more) => h(`path.${look}`, {d, ...more})
-const joined = (points) =>
-	points.map(([x, y], i) => (y >= 0 ? `${points[i - 1]?.[1] >= 0 ? "L" : "M"}${x} ${y}` : "")).join("")
-const dots = (points) => points.map(([x, y]) => (y >= 0 ? `M${x} ${y}h0` : "")).join("")
-const column = (name, ...title) => h(`th.${name}`, title)
-const rowHead = (title) => h("th", title)
-const table = (look, titles, rows) => h(`table.${look}`, h("thead", h("tr", titles)), h("tbody", rows))
-const axis = ({top}) => column("axis", "0 ", h("span", `${top} ms`))
-const plot = (high, low, ...paths) => h("div.plot", h("small", h("span", high), h("span", low)), drawing("", paths))
-const values = (titles, rows) =>
-	h(
-		"div.hush",
-		table(
-			"",
-			titles.map((title) => column("", title)),
-			rows.map(([name, value]) => h("tr", rowHead(name), h("td", shown(value)))),
-		),
-	)
-const figure = (name, value, unit) => h("div", h("dt", name), h("dd", h("b", value), " ", unit))
-
-function drawPing({hops, tool}, {low, high}) {
-	const hop = hops[0] ?? NO_HOP
-	const {rtts, times, lost} = hop
-	const y = (rtt) => 95 - (90 * (rtt - low)) / (high - low)
-	const points = rtts.map((rtt, i) => [(100 * i + 50) / Math.max(tool.probes, rtts.length), rtt == null ? NaN : y(rtt)])
-	const steps = times.slice(1).map((time, i) => Math.abs(time - times[i]))
-	const levels = [0, 0.5, 1].map((share) => times[0] && `M0 ${y(quantile(times, share))}H100`)
-	const misses = points.map(([x, top]) => (top >= 0 ? "" : `M${x} 75V100`)).join("")
-	return [
-		plot(
-			`${digits(high)} ms`,
-			digits(low),
-			path("grid", levels.join("")),
-			path("", joined(points)),
-			path("dot", dots(points)),
-			path("lost", misses),
-		),
-		h(
-			"dl.row",
-			figure("Loss", lossOf(hop), `${lost} of ${rtts.length}`),
-			figure("Median", digits(quantile(times)), "ms"),
-			figure("p95", digits(quantile(times, 0.95)), "ms"),
-			figure("Jitter", digits(mean(steps)), "ms"),
-		),
-		values(
-			["Probe", "ms"],
-			rtts.map((rtt, i) => [i + 1, rtt]),
-		),
-	]
-}
-
-function drawTimes(times, top, each) {
-	const x = (time) => (100 * time) / top
-	const range = times[0] && `M${x(Math.min(...times))} 50H${x(Math.max(...times))}`
-	const mark = times[0] && `M${x(mean(times))} 0V100`
-	const shapes = each ? path("dot", dots(times.map((time) => [x(time), 50]))) : [path("range", range), path("", mark)]
-	return drawing("", path("grid", "M0 50H100"), shapes)
-}
-
-function drawStrip({rtts, times}, slots) {
-	const least = Math.min(...times)
-	const probe = (rtt, i) => {
-		const look = {opacity: rtt && 1 - 6 / (8 + rtt - least), "stroke-width": 85 / slots}
-		return path(rtt == null ? "lost" : "", `M${(100 * i + 43) / slots} 0V100`, look)
-	}
-	return drawing(".probes", rtts.map(probe))
-}
-
-function drawHop(hop, i, {tool, hops}, {top}) {
-	const {rtts, times, name, network, also, lost} = hop
-	const isTrace = tool.kind === "traceroute"
-	const slots = Math.max(tool.probes, ...hops.map((each) => each.rtts.length))
-	const values = rtts.map(shown).join(" ")
-	const pictures = () => [
-		drawTimes(times, top, isTrace),
-		h("div", isTrace ? values : [drawStrip(hop, slots), h("span.hush", values)]),
-	]
-	const loss = (tag) => h(`${tag}${lost && carriesOn(hops, i) ? ".bad" : ""}`, lossOf(hop))
-	const [range, probes] = pictures()
-	return h(
-		"tr",
-		rowHead(i + 1),
-		h(
-			"td.router",
-			{tabindex: -1},
-			h("div.name", name),
-			h("small", h("span", also.join(" · ")), h("span", network)),
-			h("div.narrow", pictures()),
-		),
-		h("td.axis", range),
-		h(isTrace ? "td.times" : "td.strip", probes),
-		!isTrace && [
-			loss("td.loss"),
-			h("td.avg", digits(mean(times)), loss("div.narrow")),
-			h("td.best", digits(Math.min(...times))),
-			h("td.worst", digits(Math.max(...times))),
-		],
-	)
-}
-
-function drawHops(run, scale) {
-	const {tool, hops} = run
-	const open = hops.findIndex(({rtts}) => !rtts.length)
-	const count = isRunning(run) && open >= 0 ? open : hops.length
-	const rows = []
-	for (let i = 0; i < count; i++) {
-		const first = i + 1
-		while (!hops[i].address && i + 1 < count && !hops[i + 1].address) i++
-		const silent = [rowHead(first > i ? first : `${first}–${i + 1}`), h("td.router.dim", "no reply")]
-		rows.push(hops[i].address ? drawHop(hops[i], i, run, scale) : h("tr", silent))
-	}
-	const stats = {strip: "Probes", loss: "Loss", avg: "Avg ms", best: "Best", worst: "Worst"}
-	const titles = Object.entries(tool.kind === "mtr" ? stats : {times: "Times, ms"})
-	const head = [
-		column("", "Hop"),
-		column("router", "Router", h("div.narrow", `0–${scale.top} ms`)),
-		axis(scale),
-		titles.map((title) => column(...title)),
-	]
-	return count > 0 && table("hops", head, rows)
-}
-
-function drawSpeed(run) {
-	const {phases} = run
-	const {idle, download, upload, grade} = speedFigures(run)
-	const rtt = (figures) => digits(figures?.latency)
-	const chart = (key, unit, foot) => {
-		const top = roundUp(Math.max(1, ...phases.flatMap((phase) => phase[key].map(([, value]) => value))))
-		const point = ([at, value]) => [(100 * at) / (IDLE + 2 * LOAD + SECOND / 2), 100 - (100 * value) / top]
-		const rows = phases.flatMap((phase) =>
-			phase[key].map(([at, value]) => [`${phase.name}, ${digits(at / SECOND)} s`, value]),
-		)
-		return [
-			plot(
-				`${top} ${unit}`,
-				"0",
-				phases.map((phase) => path(`${phase.name}.${key}`, phase[key][0] && joined(phase[key].map(point)) + foot)),
-			),
-			values(["Time", unit], rows),
-		]
-	}
-	return h(
-		"div.view.speed",
-		h(
-			"dl.row",
-			figure("Download", digits(download?.mbps), "Mbit/s"),
-			figure("Upload", digits(upload?.mbps), "Mbit/s"),
-			figure("Latency idle → loaded", rtt(idle), `→ ${rtt(download)} ↓ ${rtt(upload)} ↑ ms`),
-			figure("Bufferbloat", h(`span${/D|F/.test(grade) ? ".bad" : ""}`, grade || "–")),
-		),
-		chart("curve", "Mbit/s", "V100"),
-		chart("latency", "ms", ""),
-		h(
-			"p.phases.dim",
-			["Latency", "idle", "download", "upload"].map((name) => h("span", name)),
-		),
-	)
-}
-
-function drawText(run) {
-	return h("pre", {tabindex: "0"}, outputOf(run))
-}
-
-// Text
-
-const outputOf = ({result, notes}) => result?.rawOutput ?? notes.join("\n")
-const titleOf = ({tool, target}, where) => `${tool.title} · ${where}${target && ` → ${target}`}`
-const headOf = ({address, time}) => `${address} · ${time.slice(11, 19)} UTC`
-
-const COPIES = {
-	text: (run) =>
-		`${titleOf(run, run.place.name)}\n${run.place.url} · ${run.time} · ${run.address}\n${verdict(run).head}\n\n${outputOf(run)}\n`,
-	Markdown: (run) => COPIES.text(run).replace(/^/gm, "    "),
-	JSON: (run) => JSON.stringify(run.result ?? speedFigures(run), null, 2),
-	curl: ({place, command, target}) =>
-		target
-			? `curl -N -d 'target=${target.replace(/[^\w.:-]/g, encodeURIComponent)}' ${place.url}lookingglass/${command}`
-			: `curl -o /dev/null ${place.url}speedtest/100M`,
-}
-
-// The page
-
-const state = {fault: "", invalid: false, tests: [], limits: new Map()}
-const form = $("form")
-const say = (said) => ($("status").textContent = said)
-
-function query() {
-	/** @type {any} */
-	const {command, at, version, target} = Object.fromEntries(new FormData(form))
-	const tool = TOOLS.find(({id}) => id === command)
-	const isSpeed = tool.kind === "speed"
-	const places = PLACES[at] ? [PLACES[at]] : isSpeed ? PLACES.slice(0, 1) : PLACES
-	const host = isSpeed ? "" : hostOf(target)
-	const parts = {command, target: host, version, at: places[1] ? "all" : at > 0 && places[0].name}
-	const link = `${PLACES[0].url}?${new URLSearchParams(Object.entries(parts).filter(([, value]) => value))}`
-	return {tool, isSpeed, places, version, target: host, link}
-}
-
-function commandsFor({tool: {id, versions}, target, version}) {
-	const mine = PLACES[0].info.your_ip.includes(":") ? 6 : 4
-	const wanted = versionOf(target) || +version
-	const order = (wanted ? [wanted] : [mine, 10 - mine]).filter((each) => versions.includes(each))
-	return (order[0] ? order : versions.slice(0, 1)).map((each) => (each === 6 ? `${id}6` : id))
-}
-
-function waitFor({url}, command) {
-	const {until, error} = state.limits.get(url + command) ?? {}
-	const seconds = Math.ceil((until - Date.now()) / SECOND)
-	return seconds > 0 ? [error, `Ready again in ${seconds} s.`] : []
-}
-
-const noAnswer = ({name}) => `No answer from ${name}: it is down or cannot be reached.`
-
-function warning(place, command, {tool, id}) {
-	const {name, down, health, info} = place
-	const version = command === id ? 4 : 6
-	if (down) return noAnswer(place)
-	if ([health?.missing, health?.forbidden].flat().includes(tool))
-		return `${tool} cannot run at ${name} now: choose another test.`
-	if (!tool || info?.[`looking_glass_ipv${version}`] || !info?.[`looking_glass_ipv${10 - version}`]) return ""
-	return `${name} has no IPv${version} address of its own: ${command} may fail there.`
-}
-
-const runningTest = ({link}) => state.tests.find((test) => test.link === link && test.runs.some(isRunning))
-
-function drawForm() {
-	const asked = query()
-	const {tool, isSpeed, places} = asked
-	const [place, more] = places
-	const [command] = commandsFor(asked)
-	const busy = runningTest(asked)
-	const [limit, ready] = waitFor(place, command)
-	const said = more ? "" : warning(place, command, tool)
-	const run = $("run")
-	run.textContent = busy ? "Stop" : isSpeed ? "Start speed test" : `Run ${tool.title}`
-	run.type = busy ? "button" : "submit"
-	run.disabled = !busy && !more && (limit || said.endsWith("another test."))
-	form.className = `card ${tool.kind}`
-	$("fault").textContent = limit ?? state.fault
-	$("hint").textContent = ready ?? (state.fault ? "" : said)
-	form.target.ariaInvalid = state.invalid
-	PLACES.forEach(({name, down}, i) => {
-		$(`place${i}`).className = down ? "off" : ""
-		$(`place${i}`).previousSibling.ariaLabel = down ? `${name} (down)` : name
-	})
-	for (const node of $("place").querySelectorAll("[data-info]")) {
-		const {info: key, link} = node.dataset
-		const {[key]: value, [link]: url} = place.info ?? {location: place.name}
-		node.hidden = !value
-		if (key !== link) node.textContent = value
-		if (/^https?:/i.test(url)) node.href = url
-		else node.removeAttribute("href")
-	}
-}
-
-const button = (said, look, onclick) => h(`button.${look}`, {type: "button", onclick}, said)
-const copyButton = (said, content) => button(said, "link", ({currentTarget}) => copy(content(), currentTarget))
-
-async function copy(content, from) {
-	try {
-		await navigator.clipboard.writeText(content)
-	} catch {
-		const area = from.parentNode.appendChild(h("textarea"))
-		area.value = content
-		area.select()
-		document.execCommand("copy")
-		area.remove()
-		from.focus()
-	}
-	say("Copied")
-}
-
-function flip(test, key) {
-	test[key] = !test[key]
-	draw(test)
-}
-
-function drawRun(test, run) {
-	const {tool, address, notes} = run
-	const view = test.asText ? drawText : KINDS[tool.kind][1]
-	return (
-		address && h("div.view", view(run, scaleOf(test)), tool.kind !== "text" && notes.map((note) => h("p.dim", note)))
-	)
-}
-
-function drawAll(test) {
-	const scale = scaleOf(test)
-	const rows = test.runs.map((run) => {
-		const last = reached(run)
-		const {head, bad} = verdict(run)
-		return h(
-			"tr",
-			rowHead(run.place.name),
-			h(`td.router${bad ? ".bad" : ""}`, head, " ", waitFor(run.place, run.command)[1]),
-			h("td.loss", last.address ? lossOf(last) : "–"),
-			h("td.axis", drawTimes(last.times, scale.top)),
-			h("td.avg", last.address ? run.hops.length : "–"),
-		)
-	})
-	const titles = [
-		column("", "Place"),
-		column("router", "State"),
-		column("loss", "Loss"),
-		axis(scale),
-		column("avg", "Hops"),
-	]
-	const begun = test.runs.filter(({address}) => address)
-	const details = begun.map((run) => [
-		h("h3", run.place.name),
-		h("p.dim", `${headOf(run)}. ${verdict(run).sub}`),
-		drawRun(test, run),
-	])
-	return [table("places", titles, rows), details]
-}
-
-function draw(test) {
-	const {runs, open, node} = test
-	const [run, more] = runs
-	const {head, sub, bad} = verdictOfAll(test)
-	const newest = test === state.newest
-	const running = runs.some(isRunning) ? ".running" : ""
-	const title = titleOf(test, more ? "all places" : run.place.name)
-	const conclusion = (tag) => h(`${tag}${bad ? ".bad" : ""}`, head)
-	const line = [h("span", run.time.slice(11, 16)), h("span", title), conclusion("span")]
-	const flipText = button(test.asText ? "Chart" : "Text", "stop", () => flip(test, "asText"))
-	const action = running ? button("Stop", "stop", () => test.control.abort()) : runs[0].hops[0] && flipText
-	const copies = Object.entries(COPIES).map(([name, content]) => copyButton(name, () => runs.map(content).join("\n")))
-	const card = [
-		h("div.head", h("p.row", h("b", title), h("span.dim", more ? "" : headOf(run)), action), conclusion("h2")),
-		more ? drawAll(test) : [h("p.dim.sub", sub), drawRun(test, run)],
-		!running &&
-			h(
-				"p.row",
-				h("span.dim", "Copy"),
-				copies,
-				copyButton("link", () => test.link),
-			),
-	]
-	const folded = h(
-		"button.line.row",
-		{type: "button", "aria-expanded": `${open}`, onclick: () => flip(test, "open")},
-		line,
-	)
-	morph(node, h(`article${newest ? ".card" : ".view"}${running}`, !newest && folded, (newest || open) && card))
-	if (newest) document.title = `${running ? "…" : head} · ${title}`
-}
-
-const changed = new Set()
-function drawSoon(test) {
-	if (!changed.size)
-		setTimeout(() => {
-			changed.forEach(draw)
-			changed.clear()
-		}, SECOND / 20)
-	changed.add(test)
-}
-
-function show(test) {
-	const {newest} = state
-	const {node, shown} = test
-	if (shown) return
-	test.shown = true
-	state.newest = test
-	$("results").replaceChildren(node)
-	if (newest) $("lines").prepend(newest.node)
-	$("earlier").hidden = !newest
-	for (const each of state.tests) each.open = each === test
-	state.tests.forEach(draw)
-	if (node.getBoundingClientRect().top > innerHeight / 2) node.scrollIntoView()
-}
-
-async function follow(test, i) {
-	const {tool, target, runs, control} = test
-	const {place} = runs[i]
-	const change = (more) => {
-		Object.assign(runs[i], more)
-		if (runs[i].address) show(test)
-		drawSoon(test)
-	}
-	const emit = (event) => change(reduce(runs[i], event))
-	let fault
-	for (const command of commandsFor(test)) {
-		runs[i] = newRun(place, tool, target, command)
-		const begun = (tool.kind === "speed" ? speedTest : diagnose)(runs[i], control.signal, emit)
-		fault = await begun.catch((error) => error ?? true)
-		if (!fault?.invalid) break
-	}
-	const {address, command} = runs[i]
-	const lost = address ? `The connection to ${place.name} was lost.` : noAnswer(place)
-	const error = fault?.until
-		? `${fault.message}.`.replace("Rate limit exceeded:", "The limit is").replace("per 1 ", "per ")
-		: lost
-	if (fault) change(control.signal.aborted ? {status: "stopped"} : {status: "failed", error})
-	if (fault?.until > Date.now()) state.limits.set(place.url + command, {until: fault.until, error})
-	drawForm()
-	return fault
-}
-
-async function begin(asked) {
-	const {tool, target, places} = asked
-	const runs = places.map((place) => newRun(place, tool, target))
-	const test = {...asked, runs, control: new AbortController(), node: h("article")}
-	state.tests.unshift(test)
-	for (const {control, node} of state.tests.splice(MAX_TESTS)) {
-		control.abort()
-		node.remove()
-	}
-	say(`${tool.title} is running`)
-	places.forEach(check)
-	drawForm()
-	const faults = await Promise.all(runs.map((_, i) => follow(test, i)))
-	test.control.abort()
-	state.invalid = faults.some((fault) => fault?.invalid) && !runs.some(({address}) => address)
-	if (runs[1] && !state.invalid) show(test)
-	const {head, sub} = verdictOfAll(test)
-	if (test.shown) return say(`${head}. ${sub}`)
-	state.tests = state.tests.filter((each) => each !== test)
-	const {place, command, status, error} = runs.find((_, i) => faults[i]?.invalid) ?? runs[0]
-	state.fault = status === "stopped" || waitFor(place, command)[0] ? "" : error
-	if (state.invalid) form.target.focus()
-	drawForm()
-}
-
-async function check(place) {
-	const asked = ["health", "network/info"].map((path) => ask(place, path))
-	const [health, info] = await Promise.all(asked).catch(() => [])
-	Object.assign(place, info ? {health, info, down: false} : {down: true})
-	drawForm()
-}
-
-function changeForm(fault = "") {
-	Object.assign(state, {fault, invalid: Boolean(fault)})
-	history.replaceState(null, "", query().link)
-	drawForm()
-}
-
-function submit(event) {
-	event.preventDefault()
-	const asked = query()
-	if (runningTest(asked)) return
-	if (!asked.isSpeed) form.target.value = asked.target
-	const empty = !asked.target && !asked.isSpeed
-	changeForm(empty ? "Enter a host name, address or URL." : "")
-	if (empty) form.target.focus()
-	else begin(asked)
-}
-
-function start() {
-	for (const place of PLACES) place.url = new URL(place.url ? `${place.url}/` : ".", location.href).href
-	form.onsubmit = submit
-	form.oninput = () => changeForm()
-	$("run").onclick = (event) => {
-		const busy = runningTest(query())
-		if (busy || event.detail > 1) event.preventDefault()
-		if (event.detail < 2) busy?.control.abort()
-	}
-	$("mine").onclick = (event) => {
-		form.target.value = PLACES[0].info.your_ip
-		submit(event)
-	}
-	document.onkeydown = (event) => {
-		if (event.key === "Escape") state.tests.find(({runs}) => runs.some(isRunning))?.control.abort()
-	}
-	for (const node of $("place").querySelectorAll(".copy")) node.onclick = () => copy(node.textContent, node)
-	PLACES.forEach(check)
-	drawForm()
-	setInterval(() => {
-		drawForm()
-		state.tests.slice(0, 1).forEach(drawSoon)
-	}, SECOND)
-}
-
-requestAnimationFrame(() => setTimeout(start))
-"""  # noqa: E501
-
-TITLES = {"ping": "Ping", "traceroute": "Traceroute", "mtr": "MTR"}
-MAX_STREAMS = 4  # of one speed test: what these do not fill, more would not
-CONTRAST = 4.5  # of text, by WCAG 2, level AA
-BACKGROUNDS = ("#f5f7fa", "#171f28")  # those of STYLE that text in the accent stands on, light and dark
-LINK = re.compile(r"https?://", re.IGNORECASE)
-
-
-def luminance(color: Sequence[float]) -> float:
-    """Of red, green and blue from 0 to 1, as WCAG 2 defines it."""
-    linear = (each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in color)
-    return sum(weight * each for weight, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def readable(color: str, background: str) -> str:
-    """`color` (#rrggbb), darkened or lightened until text in it can be read on `background`, and text in the
-    colour of the background on it."""
-    wanted, behind = ([int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)] for text in (color, background))
-    end = 0 if luminance(behind) > luminance([0.5] * 3) else 1
-    for share in range(101):
-        mixed = [round((each + (end - each) * share / 100) * 255) / 255 for each in wanted]
-        low, high = sorted((luminance(behind), luminance(mixed)))
-        if (high + 0.05) / (low + 0.05) >= CONTRAST:
-            break
-    return "#" + "".join(f"{round(each * 255):02x}" for each in mixed)
-
-
-if SETTINGS.PAGE_COLOR:
-    accents = ", ".join(readable(SETTINGS.PAGE_COLOR, background) for background in BACKGROUNDS)
-    STYLE += f":root {{\n  --accent: light-dark({accents});\n}}\n"
-
-POLICY = {
-    "default-src": ("'none'",),
-    "script-src": (script_hash(SCRIPT),),
-    "style-src": (script_hash(STYLE),),
-    "connect-src": ("'self'", *(f"{place['url']}/" for place in SETTINGS.LOCATIONS)),
-    "img-src": ("data:",),
-    "form-action": ("'self'",),
-    "base-uri": ("'none'",),
-    "frame-ancestors": SETTINGS.FRAME_ANCESTORS or ("'none'",),
-    "require-trusted-types-for": ("'script'",),
-    "trusted-types": ("'none'",),
-}
-PAGE_HEADERS = {
-    "Content-Security-Policy": "; ".join(" ".join((name, *values)) for name, values in POLICY.items()),
-    "Cache-Control": "no-store",  # the visitor's address stands in it
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Vary": "Accept",
-}
-
-
-def base_name(command: Command) -> str:
-    """The name that a command shares with its twin for the other IP version."""
-    return command.name.removesuffix("6") if command.version == 6 else command.name
-
-
-def page_tool(name: str) -> dict[str, object]:
-    """A tab of the page: the command `name` for IPv4, its twin for IPv6, or both."""
-    commands = [command for command in COMMANDS.values() if base_name(command) == name]
-    tool, argv = commands[0].tool, commands[0].argv
-    is_drawn = tool in TITLES and (tool != "mtr" or "--raw" in argv)
-    return {
-        "id": name,
-        "title": TITLES.get(name, name),
-        "kind": tool if is_drawn else "text",
-        "tool": argv[0],
-        "probes": int(argv[argv.index("-c") + 1]) if is_drawn and "-c" in argv[:-1] else 10,
-        "versions": [command.version for command in commands],
+@cache
+def front_page() -> tuple[str, Headers]:
+    page, policy = make_page(SETTINGS, COMMANDS, SIZES)
+    return page, {
+        "Content-Security-Policy": policy,
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "Vary": "Accept",
     }
-
-
-TABS = [page_tool(name) for name in dict.fromkeys(map(base_name, COMMANDS.values()))]
-if SETTINGS.MAX_SPEEDTESTS:
-    TABS.append({"id": "speedtest", "title": "Speed test", "kind": "speed", "tool": "", "versions": [4]})
-# How many transfers of a speed test may run at once: half of what the limits allow, the rest being
-# for the next test.
-STREAMS = min(
-    MAX_STREAMS,
-    SETTINGS.MAX_SPEEDTESTS_PER_CLIENT - 1,
-    *(rate.amount // 2 for rate in SETTINGS.RATE_LIMIT_SPEEDTEST),
-)
-SETUP = {
-    "tools": TABS,
-    "sizes": [f"speedtest/{name}" for name in reversed(SIZES)],
-    "streams": STREAMS,
-    "seconds": SETTINGS.DIAGNOSTIC_TIMEOUT,
-}
-LOGO = f'<img src="{SETTINGS.PAGE_LOGO}" alt="">' if SETTINGS.PAGE_LOGO else ""
-OPERATOR = f"<b>{escape(SETTINGS.PAGE_TITLE)}</b>\n" if SETTINGS.PAGE_TITLE else ""
-
-
-def radios(name: str, labels: Mapping[str, str], checked: str) -> str:
-    """A radio button for each value, with its label, which is markup."""
-    return "\n".join(
-        f'<label><input type="radio" name="{name}" value="{value}"{" checked" if value == checked else ""}>'
-        f"{label}</label>"
-        for value, label in labels.items()
-    )
-
-
-def options(texts: Mapping[str, str], selected: str) -> str:
-    return "".join(
-        f'<option value="{value}"{" selected" if value == selected else ""}>{text}</option>'
-        for value, text in texts.items()
-    )
-
-
-def anchors(links: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f'<a href="{escape(url)}">{escape(name)}</a>' for name, url in links)
-
-
-def chosen_test(asked: Mapping[str, str]) -> tuple[str, str]:
-    """The tab and the IP version ("4", "6" or "") that a link asks for; `command` may name both at once."""
-    name, version = asked.get("command", ""), asked.get("version", "")
-    if name in COMMANDS and base_name(COMMANDS[name]) != name:
-        name, version = base_name(COMMANDS[name]), "6"
-    known = [str(tool["id"]) for tool in TABS]
-    return name if name in known else known[0], version if version in ("4", "6") else ""
-
-
-def is_here(place: Link, info: Mapping[str, str], base: str) -> bool:
-    """Whether this is the place itself: all places may have the same LOCATIONS."""
-    return place["name"] == info["location"] or place["url"].partition("//")[2] == base.partition("//")[2]
-
-
-def page(info: Mapping[str, str], asked: Mapping[str, str], base: str) -> str:
-    """The page with the /network/info of this place, and what a link asks for in its form."""
-    shown = {name: escape(text) for name, text in info.items()}
-    links = {
-        f"{name}_link": f' href="{shown[name]}"' if LINK.match(info[name]) else ""
-        for name in ("facility_url", "map_url")
-    }
-    hidden = {f"{name}_hidden": "" if value else " hidden" for name, value in info.items()}
-    others = [place for place in SETTINGS.LOCATIONS if not is_here(place, info, base)]
-    places: list[Mapping[str, object]] = [{"name": info["location"], "url": "", "info": info}, *others]
-    chips = {
-        str(i): f'<span id="place{i}">{escape(str(place["name"]))}</span>' for i, place in enumerate(places)
-    }
-    at = {str(place["name"]): str(i) for i, place in enumerate(places)} | {"all": str(len(places))}
-    test, version = chosen_test(asked)
-    commands = [name for name, command in COMMANDS.items() if base_name(command) == test] or [*COMMANDS, ""]
-    downloads = anchors((name, f"speedtest/{name}") for name in SIZES)
-    auto = f"Auto (IPv{6 if ':' in info['your_ip'] else 4})"
-    return PAGE.format(
-        **shown | links | hidden,
-        style=STYLE,
-        script=SCRIPT,
-        operator=escape(SETTINGS.PAGE_TITLE or "Looking glass"),
-        setup=json.dumps(SETUP | {"places": places}, separators=(",", ":")).replace("<", "\\u003c"),
-        icon=SETTINGS.PAGE_LOGO or "data:,",
-        brand=LOGO + OPERATOR,
-        links=anchors([*((link["name"], link["url"]) for link in SETTINGS.PAGE_LINKS), ("API", "docs")]),
-        kind=next(tool["kind"] for tool in TABS if tool["id"] == test),
-        command=commands[-1 if version == "6" else 0],
-        target=escape(asked.get("target", "")),
-        tabs=radios("command", {str(tool["id"]): str(tool["title"]) for tool in TABS}, test),
-        places=radios(
-            "at", chips | ({str(len(places)): "all"} if others else {}), at.get(asked.get("at", ""), "0")
-        ),
-        alone="" if others else " hidden",
-        versions=options({"": auto, "4": "IPv4", "6": "IPv6"}, version),
-        buttons="\n".join(f'<button formaction="lookingglass/{name}">{name}</button>' for name in COMMANDS),
-        offer=OFFER.format(downloads=downloads, base=base) if SIZES else "",
-    )
 
 
 async def front(request: Request) -> Response:
     """The page for browsers, the usage for others."""
     if "text/html" not in request.headers.get("accept", "").lower():
         return await usage(request)
-    info = location_info(client_address(request))
-    return HTMLResponse(page(info, request.query_params, base_url(request)), headers=PAGE_HEADERS)
+    page, headers = front_page()
+    return HTMLResponse(page, headers=headers)
 
 
 # ---- routes and app ----------------------------------------------------------------------------------------
@@ -4462,6 +2959,1098 @@ def ask_health() -> None:
 
 def main() -> None:
     ask_health() if ACTION == "health" else serve()
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+TITLES = {"ping": "Ping", "traceroute": "Traceroute", "mtr": "MTR"}
+MAX_STREAMS = 4  # of one speed test: what these do not fill, more would not
+PAGE_ICON = (  # where no logo is set, so that browsers do not ask for /favicon.ico
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
+    "%3Cpath d='M1 9h3l2-6 4 11 2-5h3' fill='none' stroke='%230a58c2' stroke-width='2'/%3E%3C/svg%3E"
+)
+
+
+def page_tools(commands: Mapping[str, Command], sizes: Mapping[str, Size]) -> list[dict[str, Any]]:
+    """The tabs of the page: each command once, for one IP version or both, and the speed test."""
+    tools: dict[str, dict[str, Any]] = {}
+    for command in commands.values():
+        name, argv = command.name.removesuffix("6") if command.version == 6 else command.name, command.argv
+        drawn = command.tool in TITLES and (command.tool != "mtr" or "--raw" in argv)
+        probes = int(argv[argv.index("-c") + 1]) if drawn and "-c" in argv[:-1] else 10
+        title, kind = TITLES.get(name, name.upper()), command.tool if drawn else "text"
+        tab = {"id": name, "title": title, "kind": kind, "tool": argv[0], "probes": probes, "versions": []}
+        tools.setdefault(name, tab)["versions"].append(command.version)
+    speed = {"id": "speedtest", "title": "Speed test", "kind": "speed", "tool": "", "versions": [4]}
+    return [*tools.values(), *([speed] if sizes else [])]
+
+
+def make_page(
+    settings: Settings, commands: Mapping[str, Command], sizes: Mapping[str, Size]
+) -> tuple[str, str]:
+    """The HTML document, the same for every visitor, and the value of its Content-Security-Policy."""
+    tools, links = page_tools(commands, sizes), [*settings.PAGE_LINKS, {"name": "API", "url": "docs"}]
+    others = [place for place in settings.LOCATIONS if place["name"] != settings.NETWORK_LOCATION]
+    style = STYLE + (f":root {{ --mark: {settings.PAGE_COLOR}; }}\n" if settings.PAGE_COLOR else "")
+    logo = f'<img src="{settings.PAGE_LOGO}" alt="">' if settings.PAGE_LOGO else ""
+    streams = [rate.amount // 2 for rate in settings.RATE_LIMIT_SPEEDTEST]  # the next test has the rest
+    setup = {
+        "tools": tools,
+        "places": [{"name": settings.NETWORK_LOCATION, "url": ""}, *others],
+        "sizes": [f"speedtest/{name}" for name in [*sizes][::-1]],
+        "streams": min(MAX_STREAMS, settings.MAX_SPEEDTESTS_PER_CLIENT - 1, *streams),
+        "seconds": settings.DIAGNOSTIC_TIMEOUT,
+    }
+    page = PAGE.format(
+        style=style,
+        script=SCRIPT,
+        setup=json.dumps(setup, separators=(",", ":")).replace("<", "\\u003c"),
+        location=escape(settings.NETWORK_LOCATION),
+        operator=escape(settings.PAGE_TITLE or "Looking glass"),
+        icon=settings.PAGE_LOGO or PAGE_ICON,
+        brand=logo + (f"<b>{escape(settings.PAGE_TITLE)}</b>\n" if settings.PAGE_TITLE else ""),
+        links="\n".join(f'<a href="{escape(each["url"])}">{escape(each["name"])}</a>' for each in links),
+        command=next(iter(commands), ""),
+        buttons="\n".join(f'<button formaction="lookingglass/{each}">{each}</button>' for each in commands),
+        about="\n".join(ABOUT[tool["id"]] for tool in tools if tool["id"] in ABOUT),
+    )
+    places = " ".join(f"{place['url']}/" for place in settings.LOCATIONS)
+    policy = f"default-src 'none'; script-src {script_hash(SCRIPT)}; style-src {script_hash(style)}; "
+    policy += f"connect-src 'self' {places}; img-src data:; form-action 'self'; base-uri 'none'; "
+    policy += "frame-ancestors " + (" ".join(settings.FRAME_ANCESTORS) or "'none'") + "; "
+    return page, policy + "require-trusted-types-for 'script'; trusted-types 'none'"
+
+
+# The first view: what each test answers, for those that are offered.
+ABOUT = {
+    "ping": """<section><h2>Ping</h2>
+<p>Does it answer, how fast, and how steadily? 15 packets, 15 seconds.</p>
+<svg class="sketch" viewBox="0 0 240 48">
+<path d="M4 26L28 22L52 30L76 18L100 26M144 24L168 28L192 20L216 26L236 22"/>
+<path class="lost" d="M122 8V40"/></svg></section>""",
+    "traceroute": """<section><h2>Traceroute</h2>
+<p>Which way do packets take? The routers between here and the target.</p>
+<svg class="sketch" viewBox="0 0 240 48">
+<path class="grid" d="M20 24H220"/><circle cx="20" cy="24" r="6"/><circle cx="80" cy="24" r="6"/>
+<circle class="open" cx="150" cy="24" r="5"/><circle cx="220" cy="24" r="6"/></svg></section>""",
+    "mtr": """<section><h2>MTR</h2>
+<p>Where are packets lost or delayed? Ten rounds over the whole way.</p>
+<svg class="sketch" viewBox="0 0 240 48">
+<path class="tiles" d="M0 12H240M0 36H240"/><path class="tiles lost" d="M96 36H118"/></svg></section>""",
+    "speedtest": """<section><h2>Speed test</h2>
+<p>How fast is your line to this place, and does it stay responsive under load? 18 seconds.</p>
+<svg class="sketch" viewBox="0 0 240 48"><path class="curve" d="M4 46L24 6H118V46Z"/>
+<path class="curve upload" d="M124 46L144 22H236V46Z"/></svg></section>""",
+}
+
+STYLE = """\
+/* Colours, by the visitor's scheme. --mark is PAGE_COLOR where it is set: of lines, bars and marks, never of text. */
+:root {
+	color-scheme: light dark;
+	--page: #f5f7fa; --card: #fff; --line: #e0e5eb; --text: #17202b; --dim: #536070;
+	--accent: #0a58c2; --bad: #b3241c; --fair: #8a5a00; --good: #1b7a4a; --mark: var(--accent);
+	font: max(1rem, 0.8rem + 0.25vw) / 1.4 system-ui, sans-serif;
+	font-variant-numeric: tabular-nums;
+	overflow-wrap: anywhere;
+	overflow-y: scroll;
+	background: var(--page);
+	color: var(--text);
+}
+@media (prefers-color-scheme: dark) {
+	:root {
+		--page: #0d1117; --card: #171f28; --line: #2b3541; --text: #e8eef5; --dim: #a6b2c0;
+		--accent: #7ab8ff; --bad: #ffa198; --fair: #e5b567; --good: #62d596;
+	}
+}
+
+* { box-sizing: border-box; margin: 0; padding: 0; border: 0 solid var(--line); font: inherit; color: inherit; }
+[hidden], :is(p, div):empty { display: none !important; }
+body > * { padding: 0.75rem max(0.75rem, 50% - 36rem); }
+header, .card { background: var(--card); border-bottom-width: 1px; }
+header img { height: 1.75rem; }
+h1, h2, b { font-weight: 600; color: var(--text); }
+h1, #results h2 { font-size: 1.5rem; line-height: 1.3; }
+a, .link { color: var(--accent); text-decoration: underline; }
+small, th, section p, .dim, .link, .copy, .chip, #offer { font-size: 0.85rem; }
+small, th, section p, .dim, #offer { color: var(--dim); }
+#results h2.bad, #earlier h2.bad, .bad { color: var(--bad); }
+pre, code, .copy { font-family: monospace; }
+pre, code { display: block; overflow: auto; }
+code { white-space: nowrap; }
+button, summary, label { background: none; cursor: pointer; }
+:focus-visible, :focus-visible + span { outline: 2px solid var(--accent); outline-offset: 2px; }
+.hush, [type="radio"] { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 0.75rem; }
+nav, .end, #mine { margin-inline-start: auto; }
+
+main, #form, #results, #earlier, #plain { display: grid; gap: 0.75rem; grid-template-columns: minmax(0, 1fr); }
+main { padding-bottom: 50vh; }
+#place { min-height: 4rem; }
+.card { container-type: inline-size; border-width: 1px; border-radius: 0.5rem; padding: 0.75rem 1rem; }
+.card > * + * { margin-top: 0.75rem; }
+#form { padding-top: 0; }
+#form > * { margin-top: 0; }
+#tabs { border-bottom-width: 1px; gap: 0 1.25rem; margin: 0 -1rem; padding: 0 1rem; }
+#tabs span { display: block; padding: 0.75rem 0; color: var(--dim); }
+#tabs :checked + span { padding-bottom: calc(0.75rem - 2px); border-bottom: 2px solid var(--mark); color: var(--text); font-weight: 600; }
+.chip { display: block; padding: calc(0.1rem + 1px) 0.75rem; border: 1px solid var(--dim); border-radius: 1rem; }
+:checked + .chip { padding: 0.1rem calc(0.75rem - 1px); border: 2px solid var(--accent); color: var(--accent); }
+#ask { flex: 9 15rem; }
+#offer { flex: 9 15rem; min-width: 0; }
+.choices { min-height: 1.8rem; }
+input, select, #run, #plain button { min-height: 2.75rem; padding: 0 0.75rem; background: var(--card); border: 1px solid var(--dim); border-radius: 0.5rem; }
+input { width: 100%; }
+[aria-invalid] { border: 2px solid var(--bad); }
+select { flex: 1; max-width: 9.5rem; min-width: 0; }
+#run { flex: 1 8rem; min-width: 0; max-width: 14rem; font-weight: 600; }
+#run:not(.stop) { background: var(--accent); border-color: var(--accent); color: var(--card); }
+
+#about { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
+section { display: grid; grid-template-rows: auto 1fr auto; gap: 0.5rem; border-top-width: 2px; padding: 0.75rem 0; }
+#results > * > summary { display: block; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; }
+tr { border-bottom-width: 1px; }
+th, td { padding: 0.25rem 0.5rem; text-align: end; white-space: nowrap; }
+.at { width: 3.4rem; }
+.name { text-align: start; }
+.name > * { overflow: hidden; text-overflow: ellipsis; }
+.name:focus { white-space: normal; }
+td.name small { display: block; min-height: 1.2rem; }
+th span + span { float: right; }
+th.range { text-align: start; }
+
+svg { display: block; width: 100%; height: 1.1rem; overflow: visible; fill: var(--mark); stroke: none; }
+line, path { stroke: var(--mark); stroke-width: 2px; vector-effect: non-scaling-stroke; }
+.grid { stroke: var(--line); }
+.spread, [aria-disabled] { opacity: 0.5; }
+.lost { fill: var(--bad); stroke: var(--bad); }
+rect.lost { stroke: none; }
+.upload { --mark: var(--good); fill: var(--good); }
+.curve { fill-opacity: 0.15; }
+.latency { fill: none; stroke: var(--dim); }
+.sketch { height: 3rem; }
+.sketch path:not(.curve) { fill: none; }
+.open { fill: var(--page); stroke: var(--dim); stroke-width: 2px; }
+.tiles { stroke-width: 18px; stroke-dasharray: 22 2; vector-effect: none; }
+.tiles:not(.lost) { opacity: 0.5; }
+.plot svg { height: 7rem; border-width: 1px 0; }
+.plot .low { height: 3rem; }
+.phases { display: grid; grid-template-columns: 2fr 8fr 8fr; }
+.speed[open] h2:not(.bad) { display: none; }
+.figures { gap: 0.5rem 2.5rem; }
+.figures p { white-space: nowrap; }
+.figures small { display: block; }
+.figures b { font-size: 1.25rem; }
+.speed .figures b { font-size: 2rem; }
+.speed .figures :first-child b { font-size: 3rem; }
+.grade { padding: 0 1rem; border-radius: 0.5rem; background: var(--good); color: var(--card); font-size: 2rem; font-weight: 600; }
+.grade.C { background: var(--fair); }
+.grade.D, .grade.F { background: var(--bad); }
+
+@container (min-width: 52rem) {
+	th { width: 4.4rem; }
+	th.name { width: auto; }
+	th.range { width: 20%; }
+	th.strip { width: 8.5rem; }
+}
+@container (max-width: 52rem) {
+	tr { display: grid; grid-template-columns: 2.2rem 1fr 1fr 4.2rem; }
+	th, td { width: auto; padding: 0.15rem 0.25rem; }
+	.at { grid-row: span 2; }
+	.name { grid-column: span 2; }
+	.range, .strip, .loss { order: 1; }
+	.best, .worst { display: none; }
+}
+@media (max-width: 30rem) {
+	#tabs { gap: 0 0.9rem; }
+	#run, select { max-width: none; }
+}
+@media print {
+	#form { display: none; }
+}
+"""  # noqa: E501
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="description" content="Network tests from {location}">
+<title>{operator} · {location}</title>
+<link rel="icon" href="{icon}">
+<style>{style}</style>
+<header class="row">{brand}<span class="dim">Looking glass</span><nav class="row">{links}</nav></header>
+<main>
+<div id="place"><h1>{location}</h1></div>
+<form id="form" class="card" method="post" action="lookingglass/{command}">
+<fieldset id="tabs" class="row" aria-label="Test"></fieldset>
+<div class="row">
+<label id="ask"><span class="hush">Target</span><input name="target" required
+inputmode="url" spellcheck="false" autocapitalize="off" placeholder="Host name, address or URL"
+aria-describedby="fault"></label>
+<select name="version" aria-label="IP version" hidden></select>
+<button id="run">Run</button>
+<div id="offer"></div>
+</div>
+<p class="bad" id="fault" role="alert"></p>
+<div class="row choices"><div id="from" class="row"></div><div id="mine"></div></div>
+<div id="plain"><p>Charts need JavaScript and a browser from 2023 on (Chrome 109, Firefox 115, Safari 16).
+Without them these buttons show each test as text.</p><p class="row">{buttons}</p></div>
+</form>
+<div id="about">
+{about}
+</div>
+<div id="results"></div>
+<div id="earlier"></div>
+</main>
+<output id="status" class="hush"></output>
+<script type="application/json" id="setup">{setup}</script>
+<script>{script}</script>
+</html>
+"""
+
+SCRIPT = r"""
+// The form asks, a run grows by events (`reduce`), `draw` draws all of the page from the runs. What strangers wrote
+// becomes text, never markup: `fill` knows no HTML. In an older browser the form stays as it was sent.
+
+if (!CSS.supports("container-type: inline-size")) throw new Error("This browser is from before 2023")
+
+const $ = (id) => document.getElementById(id)
+const {tools: TOOLS, places: PLACES, sizes: SIZES, streams: STREAMS, seconds} = JSON.parse($("setup").textContent)
+const SECOND = 1000
+const PATIENCE = (Math.max(seconds, 30) + 10) * SECOND // of a whole test: nothing else shows that a network is gone
+const MAX_TESTS = 6 // that are shown
+const [IDLE, LOAD, RAMP] = [2 * SECOND, 8 * SECOND, 2 * SECOND] // the ramp of a load is not counted in its rate
+const PHASES = {idle: 0, download: IDLE, upload: IDLE + LOAD} // where each begins in the charts
+const GRADES = [
+	["A+", 5, "The line stays responsive while it is full."],
+	["A", 30, "Calls and games stay smooth while the line is full."],
+	["B", 60, "Calls stay smooth while the line is full; games may lag."],
+	["C", 200, "Video calls may stutter while the line is full."],
+	["D", 400, "Calls stutter and pages are slow while the line is full."],
+	["F", Infinity, "Calls break off and pages hang while the line is full."],
+] // by the latency that load adds, in ms: Waveform's limits
+
+// Elements
+
+/** Describes an element: name and classes, what is set on it (`on…` are properties), what stands in it. */
+function h(tag, ...content) {
+	const set = content[0]?.constructor === Object && !content[0].tag ? content.shift() : {}
+	return {tag, set, content}
+}
+
+const made = new WeakMap() // what each node was made as
+const xmlns = (name) => `http://www.w3.org/${/svg|path|rect|circle|line/.test(name) ? "2000/svg" : "1999/xhtml"}`
+
+/** Makes what stands in `node` as described. Only what differs is touched: focus, selection and presses stay (WebKit
+ * loses a click when a button's text is written while it is pressed), and a text that has grown is appended to. */
+function fill(node, ...content) {
+	const wanted = content.flat(9).filter((each) => each || each === 0)
+	for (const [i, each] of wanted.entries()) {
+		const {tag = "", set: {key = "", ...set} = {}, content} = each
+		const [name, ...classes] = tag.split(".")
+		const known = [...node.childNodes].slice(i).find((child) => made.get(child) === name + key)
+		const child = known ?? (name ? document.createElementNS(xmlns(name), name) : document.createTextNode(""))
+		made.set(child, name + key)
+		if (node.childNodes[i] !== child) node.insertBefore(child, node.childNodes[i] ?? null)
+		if (name) fill(dress(child, {class: classes.join(" "), ...set}), content)
+		else write(child, `${each}`)
+	}
+	while (node.childNodes.length > wanted.length) node.lastChild.remove()
+}
+
+function write(node, words) {
+	if (!node.data || !words.startsWith(node.data)) node.data = words
+	else if (words !== node.data) node.appendData(words.slice(node.data.length))
+}
+
+function dress(node, set) {
+	for (const [name, value] of Object.entries(set))
+		if (name.startsWith("on")) node[name] = value
+		else if (!value && value !== 0) node.removeAttribute(name)
+		else if (node.getAttribute(name) !== `${value}`) node.setAttribute(name, value)
+	return node
+}
+
+// Numbers
+
+const digits = (value) => (value >= 0 && value < 1e9 ? value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0) : "–")
+const ms = (value) => `${digits(value)}\u00a0ms`
+const sum = (values) => values.reduce((total, each) => total + each, 0)
+const median = (values) => [...values].sort((a, b) => a - b)[Math.ceil(values.length / 2) - 1]
+const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`
+const isRunning = ({status}) => status === "running"
+const sentences = (...parts) => parts.filter(Boolean).join(" ")
+const clockTime = (time) => new Date(time).toISOString().slice(11, 19)
+
+function roundUp(value) {
+	const step = 10 ** Math.floor(Math.log10(value)) / 2
+	return +(Math.ceil(value / step) * step).toPrecision(2)
+}
+
+function waitInWords(until) {
+	const wait = Math.max(0, Math.ceil((until - Date.now()) / SECOND))
+	if (wait < 100) return `${wait} s`
+	return wait < 6000 ? `${Math.ceil(wait / 60)} min` : `${Math.ceil(wait / 3600)} h`
+}
+
+// Network: knows nothing of the document
+
+const sleep = (time) => new Promise((resolve) => setTimeout(resolve, time))
+
+/** What a network does is `lost`; every other exception is the script's own. */
+function lost() {
+	throw Object.assign(new Error("lost"), {lost: true})
+}
+
+async function request({url}, path, options) {
+	const answer = await fetch(url + path, {cache: "no-store", ...options}).catch(lost)
+	if (answer.ok) return answer
+	const {error, detail} = await answer.json().catch(() => ({}))
+	const said = text(error ?? detail?.[0]?.msg ?? detail) || `The server answered with ${answer.status}.`
+	const wait = Number(answer.headers.get("Retry-After"))
+	throw Object.assign(new Error(said), {status: answer.status, until: Date.now() + wait * SECOND})
+}
+
+const ask = async (place, path, signal = AbortSignal.timeout(5 * SECOND)) =>
+	(await request(place, path, {signal})).json().catch(lost)
+
+async function* chunks(stream) {
+	const reader = stream.getReader()
+	for (;;) {
+		const {done, value} = await reader.read().catch(lost)
+		if (done) return
+		yield value
+	}
+}
+
+function parse(line) {
+	try {
+		return JSON.parse(line)
+	} catch {
+		return lost()
+	}
+}
+
+async function diagnose({place, command, target}, signal, emit) {
+	const headers = {Accept: "application/x-ndjson"}
+	const body = new URLSearchParams({target})
+	const answer = await request(place, `lookingglass/${command}`, {method: "POST", headers, body, signal})
+	let buffer = ""
+	for await (const chunk of chunks(answer.body.pipeThrough(new TextDecoderStream()))) {
+		const lines = (buffer + chunk).split("\n")
+		buffer = lines.pop()
+		for (const event of lines.map(parse)) {
+			emit(event)
+			if (event?.event === "end") return
+		}
+	}
+	lost()
+}
+
+/** One measurement of latency, with what the server answered. */
+async function sample(place, path, signal) {
+	const begun = performance.now()
+	const answer = await ask(place, path, signal)
+	const timing = performance.getEntriesByName(place.url + path).at(-1)
+	const {requestStart, responseStart} = {...timing?.toJSON()}
+	performance.clearResourceTimings()
+	return {...answer, rtt: requestStart ? responseStart - requestStart : performance.now() - begun}
+}
+
+async function download(place, path, signal, add) {
+	const answer = await request(place, path, {signal})
+	for await (const chunk of chunks(answer.body)) add(chunk.length)
+}
+
+function upload(size, place, path, signal) {
+	const block = new Uint8Array(2 ** 20)
+	const body = new Blob(Array(Math.ceil(size / block.length)).fill(block))
+	return request(place, path, {method: "POST", body, signal})
+}
+
+/** Moves bytes by `move` along `paths` (the next where one is refused) until the clock ends it, and returns how many.
+ * The clock starts with the first byte that arrived: a browser may take seconds to prepare a body. Bytes are the
+ * server's count where it has one, since a browser counts what it has handed to the system. */
+async function phase(name, {place, path, time, move, paths = []}, signal, now, emit) {
+	const over = new AbortController()
+	const end = () => over.abort()
+	signal.addEventListener("abort", end)
+	let [moved, begun] = [0, 0]
+	const add = (more) => (moved += more)
+	async function watch() {
+		while (!over.signal.aborted) {
+			const {rtt, bytes = moved, seconds} = await sample(place, path, signal)
+			moved = Math.max(moved, bytes)
+			if (!begun && (bytes || !move)) start(now() - (seconds ?? 0) * SECOND)
+			if (begun) emit({event: "sample", phase: name, at: seconds ? begun + seconds * SECOND : now(), rtt, bytes: moved})
+			await sleep(SECOND / 10)
+		}
+	}
+	function start(at) {
+		begun = at
+		setTimeout(end, time)
+		if (move) widen(1, 0)
+	}
+	async function stream(i) {
+		const fault = await move(place, paths[i], over.signal, add).catch((error) => error)
+		if (fault?.until && paths[i + 1]) return stream(i + 1)
+		if (fault instanceof Error && !over.signal.aborted) throw fault
+	}
+	async function widen(streams, fastest) {
+		const before = moved
+		await sleep(SECOND)
+		if (streams >= STREAMS || over.signal.aborted || (fastest && moved - before <= 1.1 * fastest)) return
+		stream(0).catch(() => {})
+		widen(streams + 1, moved - before) // as long as each makes the load faster
+	}
+	emit({event: "phase", phase: name})
+	await Promise.all([move && stream(0).finally(end), watch()])
+	if (signal.aborted) lost()
+	return moved
+}
+
+async function speedTest({place}, signal, emit) {
+	const begun = performance.now()
+	const now = () => performance.now() - begun
+	await ask(place, "health")
+	emit({event: "start", address: new URL(place.url).hostname, time: new Date().toISOString()})
+	const run = (name, more) => phase(name, {place, path: "health", time: LOAD, ...more}, signal, now, emit)
+	await run("idle", {time: IDLE})
+	const moved = await run("download", {move: download, paths: SIZES})
+	const path = `speedtest/upload?test=${Math.random()}`
+	const size = Math.min(2 ** 30, Math.max(2 ** 24, 2 * moved)) // what is prepared and not sent costs time
+	await run("upload", {path, move: upload.bind(null, size), paths: [path]})
+	emit({event: "end", status: "finished", duration: now() / SECOND})
+}
+
+// Runs. Another place could send anything: what comes is made a text, a number or a list here, once.
+
+const text = (value) => (value == null || typeof value === "object" ? "" : String(value))
+const list = (value) => (Array.isArray(value) ? value.slice(0, 1000) : [])
+const count = (value) => Math.min(Math.max(0, Math.trunc(value) || 0), 1000)
+const rttOf = (value) => (typeof value === "number" ? value : null)
+
+function counted(hop) {
+	const times = hop.rtts.filter((rtt) => rtt != null)
+	return {...hop, times, lost: hop.rtts.length - times.length}
+}
+const NO_HOP = counted({address: "", name: "", more: [], codes: [], rtts: []})
+
+function newRun(place, tool, target, command) {
+	const asked = {place, tool, target, command, status: "running", error: "", refused: 0, until: 0}
+	return {...asked, address: "", time: "", duration: 0, hops: [], notes: [], phases: {}, result: null}
+}
+
+const put = (items, index, item, gap) =>
+	Array.from({length: Math.max(items.length, count(index + 1))}, (_, i) => (i === index ? item : (items[i] ?? gap)))
+
+/** The events of mtr hold sums: the probes since the last event are what these grew by. */
+function grown({rtts, times, lost}, {rcv, drop, avg}) {
+	const back = count(rcv) - times.length
+	const added = (length, value) => Array(Math.max(0, length)).fill(value)
+	return [...rtts, ...added(count(drop) - lost, null), ...added(back, (avg * rcv - sum(times)) / back)]
+}
+
+function hopOf(before, {address, hostname, addresses, asn, network, stats, timings, probes = timings}) {
+	const others = list(addresses).filter((each) => each !== address)
+	const numbers = list(asn).map((each) => `AS${text(each)}`)
+	const codes = [...new Set(list(probes).map((probe) => text(probe?.code)))].filter(Boolean)
+	const name = text(hostname) || text(address)
+	return counted({
+		address: text(address),
+		name,
+		more: [sentences(...numbers, text(network)), name !== address && address, ...others, ...codes].map(text).filter(Boolean),
+		codes,
+		rtts: stats ? grown(before, stats) : list(probes).map((probe) => rttOf(probe?.rtt)),
+	})
+}
+
+function probed({hops: [hop = NO_HOP], address}, seq, rtt) {
+	if (hop.rtts[seq - 1]) return {} // a late reply overrides a loss, never the other way
+	return {hops: [counted({...hop, address, name: address, rtts: put(hop.rtts, seq - 1, rtt, null)})]}
+}
+
+const REDUCERS = {
+	__proto__: null,
+	start: (_, {address, time}) => ({address: text(address), time: text(time)}),
+	reply: (run, {seq, rtt}) => probed(run, seq, rttOf(rtt)),
+	lost: (run, {seq}) => probed(run, seq, null),
+	hop: ({hops}, {hop: at, ...hop}) => ({hops: put(hops, at - 1, hopOf(hops[at - 1] ?? NO_HOP, hop), NO_HOP)}),
+	path: ({hops}, event) => ({hops: hops.slice(0, count(event.hops))}),
+	note: ({notes}, event) => ({notes: [...notes, text(event.text)]}),
+	phase: ({phases}, {phase}) => ({phases: {...phases, [phase]: []}}),
+	sample: ({phases}, {phase, ...sample}) => ({phases: {...phases, [phase]: [...phases[phase], sample]}}),
+	end: ({hops}, {status, error, duration, result}) => ({
+		status: text(status),
+		error: text(error),
+		duration: +duration || 0,
+		hops: hops.slice(0, result?.hops?.length),
+		result,
+	}),
+}
+
+const reduce = (run, event) => ({...run, ...REDUCERS[text(event?.event)]?.(run, event)})
+
+// Words
+
+const lossOf = ({lost, rtts}) => (rtts.length ? `${+((100 * lost) / rtts.length).toFixed(1)} %` : "–")
+const outputOf = ({result, notes}) => text(result?.rawOutput) || notes.join("\n")
+const titleOf = ({tool, target}, where) => `${tool.title} · ${where}${target && ` → ${target}`}`
+/** Loss is red where it carries on: every later hop that answers loses too. */
+const carriesOn = (hops, i) => hops.slice(i).every(({times, lost}) => !times.length || lost)
+
+function reached({hops, address}) {
+	const last = hops.at(-1) ?? NO_HOP
+	return last.times.length && [last.address, ...last.more].includes(address) ? last : NO_HOP
+}
+
+/** Each note once, with its number: "15 × From 198.51.100.6 Packet filtered". Ping's own summary is in the text. */
+function notesOf({notes}) {
+	const plain = notes.map((note) => note.replace(/ icmp_seq=\d+/, "")).filter((note) => !/^\d+ packets|^rtt/.test(note))
+	const times = (note) => plain.filter((each) => each === note).length
+	return [...new Set(plain)].map((note) => (times(note) > 1 ? `${times(note)} × ${note}` : note))
+}
+
+function lossInWords(hops) {
+	const losing = [...hops.keys()].filter((i) => hops[i].lost && hops[i].times.length)
+	const first = losing.find((i) => carriesOn(hops, i))
+	const limited = losing.filter((i) => !carriesOn(hops, i)).map((i) => i + 1)
+	const rest = `What hop${limited[1] ? "s" : ""} ${limited.join(", ")} lose${limited[1] ? "" : "s"} does not carry on: `
+	return [
+		first >= 0 && `Loss begins at hop ${first + 1}.`,
+		limited[0] && `${rest}such routers probably limit their answers.`,
+	]
+}
+
+function jitterInWords(times) {
+	const steps = times.slice(1).map((time, i) => Math.abs(time - times[i]))
+	return steps[0] >= 0 && `From one reply to the next it changes by ${ms(median(steps))} (jitter).`
+}
+
+/** Head, further sentences, and whether this is bad. */
+function pathVerdict(run) {
+	const {hops, tool, target} = run
+	const {times, lost, rtts} = reached(run)
+	const isPath = tool.kind !== "ping"
+	if (times.length) {
+		const head = `${ms(median(times))}, ${lost || "none"} of ${plural(rtts.length, "probe")} lost`
+		if (!isPath) return [head, [jitterInWords(times)], lost]
+		return [head, [`Reached in ${plural(hops.length, "hop")}.`, ...lossInWords(hops)], lost]
+	}
+	if (isRunning(run)) return ["Waiting for an answer", []]
+	const [, router, reason] = /^From (\S+) icmp_seq=\d+ (.+)/.exec(run.notes.findLast((note) => /^From /.test(note))) ?? []
+	const marked = hops.find(({codes}) => codes.some((code) => code.startsWith("!")))
+	const {name, codes} = marked ?? {name: router, codes: [reason]}
+	if (name) return [`${name} refuses packets to ${target}`, [`Its answer: ${codes[0]}.`], true]
+	const at = hops.findLastIndex((hop) => hop.times.length)
+	const last = isPath && at >= 0 && `The last router that answers is ${hops[at].name}, hop ${at + 1}.`
+	return [`No answer from ${target}`, [last, "The target, or a firewall on the way, may not answer."], true]
+}
+
+const rate = (from, to, least) => ((to.bytes - from.bytes) * 8e-3) / Math.max(least, to.at - from.at) // Mbit/s
+const rates = (samples) =>
+	samples.map((each) => rate(samples.findLast(({at}) => at <= each.at - SECOND) ?? samples[0], each, SECOND))
+
+/** A phase has figures when it was completed, the test a grade. While it runs, the last second's rate stands. */
+function speedFigures({phases, status}) {
+	const names = Object.keys(phases)
+	const [idle, download, upload] = Object.keys(PHASES).map((name, i) => {
+		const samples = phases[name] ?? []
+		const done = samples[0] && (status === "finished" || i < names.length - 1)
+		if (!done) return {mbps: status === "running" ? rates(samples).at(-1) : undefined}
+		const from = samples.find(({at}) => at >= samples[0].at + RAMP) ?? samples[0]
+		return {done, mbps: rate(from, samples.at(-1), 1), rtt: median(samples.map(({rtt}) => rtt))}
+	})
+	const added = Math.max(0, Math.max(download.rtt, upload.rtt) - idle.rtt)
+	const [grade, , meaning] = (status === "finished" && GRADES.find(([, most]) => added < most)) || []
+	const rtts = {"while downloading": download, "while uploading": upload, idle}
+	const known = Object.entries(rtts).filter(([, {rtt}]) => rtt)
+	const latency = known.map(([when, {rtt}]) => `${ms(rtt)} ${when}`).join(", ")
+	return {idle, download, upload, latency, grade, meaning}
+}
+
+function speedVerdict(run) {
+	const {download, upload, grade, meaning} = speedFigures(run)
+	if (isRunning(run)) return [`Measuring ${Object.keys(run.phases).at(-1) ?? ""}`, []]
+	const figure = ({done, mbps}, way) => done && `${digits(mbps)}\u00a0Mbit/s ${way}`
+	const head = [figure(download, "down"), figure(upload, "up")].filter(Boolean).join(", ")
+	return [head || "Nothing was measured", [grade && `Grade ${grade}: ${meaning}`]]
+}
+
+function verdict(run) {
+	const {status, error, until, address, tool, duration} = run
+	const kinds = {speed: speedVerdict, text: () => [isRunning(run) ? "Running" : "Done", []]}
+	const [head, sub, bad] = (kinds[tool.kind] ?? pathVerdict)(run)
+	if (status === "failed") {
+		const before = address && tool.kind !== "text" && `Before: ${head}.`
+		return {head: error, sub: sentences(before, until && `Again from ${clockTime(until)} UTC.`), bad: true}
+	}
+	const took = duration >= 1 && tool.kind !== "speed" && `Took ${Math.round(duration)} s.`
+	return {head, sub: sentences(...sub, took, status === "stopped" && "Stopped."), bad}
+}
+
+/** Of all places: those that measured are counted, those that could not are named. */
+function verdictOfAll({runs, target, tool}) {
+	if (!runs[1]) return verdict(runs[0])
+	const failed = runs.filter(({status}) => status === "failed")
+	const measured = runs.length - failed.length
+	const heard = runs.filter((run) => !failed.includes(run) && (tool.kind === "text" || reached(run).address)).length
+	const all = ["no place", "the one place", "both places"][measured] ?? `all ${measured} places`
+	const places = heard === measured ? all : `${heard} of ${plural(measured, "place")}`
+	const [down, others] = [failed.filter(({place}) => place.down), failed.filter(({place}) => !place.down)]
+	const are = down.length > 1 ? "are" : "is"
+	const names = down[0] && `; ${down.map(({place}) => place.name).join(" and ")} ${are} down`
+	const subject = tool.kind === "text" ? "Output from" : `${target} answers`
+	const head = sentences(subject, places, failed[0] && measured > 0 && "that measured") + (names || "")
+	const sub = sentences(...others.map(({place, error}) => `${place.name} did not measure: ${error}`))
+	return {head, sub, bad: !runs.some(isRunning) && (!measured || heard < measured)}
+}
+
+// Pictures. Lengths are percents of a drawing that is never stretched: dots are round in all engines.
+
+const percent = (value) => `${+value.toFixed(2)}%`
+const drawing = (look, label, ...shapes) => h(`svg.${look}`, {role: "img", "aria-label": label}, shapes)
+const stretched = (...paths) => h("svg", {viewBox: "0 0 100 100", preserveAspectRatio: "none"}, paths)
+const line = (look, x1, y1, x2, y2) =>
+	h(`line.${look}`, {x1: percent(x1), y1: percent(y1), x2: percent(x2), y2: percent(y2)})
+const dot = (x, y) => h("circle", {cx: percent(x), cy: percent(y), r: 4})
+const block = (look, x, width, set) => h(`rect.${look}`, {x: percent(x), width: percent(width), rx: 2, ...set})
+const plot = (high, low, picture) => h("div.plot", h("small", high), picture, h("small", low))
+const range = (times) => `${ms(Math.min(...times))} to ${ms(Math.max(...times))}`
+const values = (rtts) => rtts.map((rtt) => (rtt == null ? "lost" : digits(rtt))).join(" ") || "none"
+const figure = (name, value, unit) => h("p", h("small", name), h("b", value), ` ${unit}`)
+
+function drawPing(hop, slots) {
+	const {rtts, times, lost} = hop
+	const [high, low] = [Math.max(...times), Math.min(...times) * 0.9]
+	const x = (i) => (100 * i + 50) / slots
+	const y = (rtt) => 92 - (84 * (rtt - low)) / (high - low || 1)
+	const shapes = rtts.map((rtt, i) => {
+		const before = rtts[i - 1]
+		if (rtt == null) return line("lost", x(i), 0, x(i), 100)
+		return [before != null && line("", x(i - 1), y(before), x(i), y(rtt)), dot(x(i), y(rtt))]
+	})
+	const grid = line("grid", 0, y(median(times)), 100, y(median(times)))
+	return [
+		plot(ms(high), digits(low), drawing("", `Probes in ms: ${values(rtts)}`, grid, shapes)),
+		h(
+			"div.row.figures",
+			figure("Loss", lossOf(hop), `${lost} of ${rtts.length}`),
+			figure("Best", digits(Math.min(...times)), "ms"),
+			figure("Median", digits(median(times)), "ms"),
+			figure("Worst", digits(Math.max(...times)), "ms"),
+		),
+	]
+}
+
+function drawRange(times, top) {
+	const x = (time) => (100 * time) / top
+	const from = x(Math.min(...times))
+	const spread = () => block("spread", from, x(Math.max(...times)) - from, {y: "25%", height: "50%"})
+	const mark = () => line("", x(median(times)), 0, x(median(times)), 100)
+	return drawing("", times[0] ? range(times) : "none", line("grid", 0, 50, 100, 50), times[0] && [spread(), mark()])
+}
+
+/** A block for each probe, red where it was lost, the darker the longer it took. */
+function drawStrip(rtts, slots) {
+	const least = Math.min(...rtts.filter((rtt) => rtt != null))
+	const probes = rtts.map((rtt, i) => {
+		const opacity = rtt == null ? 1 : (1 - 6 / (8 + rtt - least)).toFixed(2)
+		return block(rtt == null ? "lost" : "", (100 * i) / slots, 85 / slots, {height: "100%", opacity})
+	})
+	return drawing("", values(rtts), probes)
+}
+
+/** The one table, of the hops of a path or of places. A row without probes was silent. */
+function drawTable(at, name, rows, {top, slots}) {
+	const heads = {at, name, range: [h("span", "0"), h("span", ms(top))], strip: "Probes", loss: "Loss"}
+	const titles = Object.entries({...heads, median: "Median", best: "Best", worst: "Worst"})
+	const cellsOf = ({at, name, more, bad, rtts, times, lost}) => ({
+		at,
+		name: [h("div", name), h("small", more)],
+		range: drawRange(times, top),
+		strip: drawStrip(rtts, slots),
+		loss: h(bad && rtts.length ? "b.bad" : "span", lossOf({rtts, lost})),
+		median: digits(median(times)),
+		best: digits(Math.min(...times)),
+		worst: digits(Math.max(...times)),
+	})
+	const body = rows.map((row) => {
+		const cells = Object.entries(row.rtts ? cellsOf(row) : {at: row.at, name: h("span.dim", row.name)})
+		const set = (look) => look === "name" && {tabindex: 0, colspan: !row.rtts && 7} // a click or Tab unfolds it
+		return h("tr", {key: row.key}, cells.map(([look, cell]) => h(`td.${look}`, {...set(look)}, cell)))
+	})
+	const ths = titles.map(([look, title]) => h(`th.${look}`, title))
+	return h("table", h("thead", h("tr", ths)), h("tbody", body))
+}
+
+/** While a test runs, no hop is drawn beyond the first whose answer may still come: rows stay where they are. */
+function rowsOf({hops, status}) {
+	const open = hops.findIndex(({rtts}) => !rtts.length)
+	const end = status === "running" && open >= 0 ? open : hops.length
+	const rows = []
+	for (let i = 0; i < end; i++) {
+		const first = i + 1
+		while (!hops[i].address && i + 1 < end && !hops[i + 1].address) i++
+		const at = first > i ? first : `${first}–${i + 1}`
+		const {address, more, lost} = hops[i]
+		if (address) rows.push({...hops[i], key: first, at, more: more.join(" · "), bad: lost && carriesOn(hops, i)})
+		else rows.push({key: `${first} silent`, at, name: "no reply"})
+	}
+	return rows
+}
+
+function scaleOf({runs, tool}) {
+	const hops = runs.flatMap((run) => run.hops)
+	const top = roundUp(Math.max(0.1, ...hops.flatMap(({times}) => times)))
+	return {top, slots: Math.max(tool.kind === "traceroute" ? 3 : tool.probes, ...hops.map(({rtts}) => rtts.length))}
+}
+
+function drawSpeed(run) {
+	const {download, upload, latency, grade} = speedFigures(run)
+	const chart = (unit, look, valuesOf, foot) => {
+		const phases = Object.entries(run.phases).map(([name, samples]) => [name, samples, valuesOf(samples)])
+		const top = roundUp(Math.max(1, ...phases.flatMap(([, , values]) => values)))
+		const curves = phases.map(([name, samples, values]) => {
+			const x = ({at}) => ((PHASES[name] + at - samples[0].at) / (IDLE + 2 * LOAD)) * 100
+			const points = samples.map((each, i) => `${x(each).toFixed(2)} ${(100 - (100 * values[i]) / top).toFixed(2)}`)
+			const closed = foot && samples[0] ? `V100H${x(samples[0])}Z` : ""
+			return h(`path.${look}.${name}`, {key: name, d: points[0] && `M${points.join("L")}${closed}`})
+		})
+		return plot(`${top} ${unit}`, "0", h(`div.${look}`, drawing("", `${unit} over time`, stretched(curves))))
+	}
+	const byLimits = grade && h("small", " Graded by Waveform's limits for bufferbloat.")
+	return [
+		h(
+			"div.row.figures",
+			figure("Download", digits(download.mbps), "Mbit/s"),
+			figure("Upload", digits(upload.mbps), "Mbit/s"),
+			grade && h(`p.grade.${grade[0]}`, {"aria-label": `Grade ${grade}`}, grade),
+		),
+		h("p", latency ? `Latency: ${latency}.` : "Latency: …", byLimits),
+		chart("Mbit/s", "curve", rates, true),
+		chart("ms", "latency", (samples) => samples.map(({rtt}) => rtt), false),
+		h("p.phases.dim", Object.keys(PHASES).map((name) => h("span", name))),
+	]
+}
+
+function drawRun(run, scale) {
+	const {tool, hops} = run
+	const isPing = tool.kind === "ping"
+	const output = h("pre", {tabindex: 0}, outputOf(run))
+	if (tool.kind === "speed") return drawSpeed(run)
+	if (tool.kind === "text") return output
+	return [
+		isPing && hops[0]?.times[0] && drawPing(hops[0], scale.slots),
+		!isPing && hops[0] && drawTable("Hop", "Router", rowsOf(run), scale),
+		notesOf(run).map((note) => h("p.dim", note)),
+		!isRunning(run) && h("details", h("summary.link", "Text"), output),
+	]
+}
+
+function drawAll({runs, tool}, scale) {
+	const rows = runs.map((run) => {
+		const {head, sub, bad} = verdict(run)
+		const {place, hops, status} = run
+		const said = status === "failed" ? sentences(head, sub) : head
+		const [hop, more] = [reached(run), h(bad ? "span.bad" : "span", said)]
+		return {...hop, key: place.name, at: hop.address && hops.length, name: place.name, more, bad}
+	})
+	const details = (run) => h("details", {key: run.place.name}, h("summary", run.place.name), drawRun(run, scale))
+	return [
+		tool.kind !== "text" && drawTable("Hops", "Place", rows, scale),
+		runs.filter(({address}) => address).map(details),
+	]
+}
+
+const COPIES = {
+	text(run) {
+		const {head, sub} = verdict(run)
+		const from = `${run.place.url} · ${run.time} · ${run.address}`
+		const latency = run.tool.kind === "speed" && `Latency: ${speedFigures(run).latency}.`
+		return [titleOf(run, run.place.name), from, head, sub, latency, outputOf(run)].filter(Boolean).join("\n")
+	},
+	JSON: (run) => JSON.stringify(run.result ?? (run.hops[0] ? run.hops : speedFigures(run)), null, 2),
+	curl({place, command, target, tool}) {
+		if (tool.kind === "speed") return `curl -o /dev/null ${place.url}speedtest/1G`
+		return `curl -N -d 'target=${target.replace(/[^\w.:-]/g, encodeURIComponent)}' ${place.url}lookingglass/${command}`
+	},
+	link: (_, test) => test.link,
+}
+
+/** The old way, which also works without HTTPS. */
+function copy(content) {
+	document.oncopy = (event) => {
+		event.preventDefault()
+		event.clipboardData.setData("text/plain", content)
+	}
+	document.execCommand("copy")
+	document.oncopy = null
+	update({copied: content, said: "Copied"})
+	setTimeout(() => update({copied: ""}), 2 * SECOND)
+}
+
+function copyButton(label, look, content) {
+	const said = state.copied && state.copied === content() ? "Copied" : label
+	return h(`button.${look}`, {type: "button", key: label, onclick: () => copy(content())}, said)
+}
+
+// The page
+
+const state = {
+	fault: "",
+	invalid: false,
+	said: "",
+	copied: "",
+	tests: [],
+	limits: new Map(),
+	running: null,
+	changed: true,
+}
+const update = (more = {}) => Object.assign(state, more, {changed: true})
+const form = $("form")
+
+/** What was pasted without what is not its host: scheme, user, port, path, quotes, a comma at the end. */
+function hostOf(pasted) {
+	const bare = pasted.trim().replace(/^["'<‹“„«\s]+|["'>›”“»,;\s]+$/g, "")
+	if (/^[^/]+\/\d+$/.test(bare)) return bare // a network, which the server refuses in its own words
+	return /^(?:\w+:?\/\/)?(?:[^/@]*@)?(\[[^\]]*\]|[\da-f]*:[\da-f:.]+|[^/:?#]+)/i.exec(bare)?.[1] ?? bare
+}
+
+function query() {
+	const {command, version, target, at} = Object.fromEntries(new FormData(form))
+	const tool = TOOLS.find(({id}) => id === command)
+	const places = at === "all" ? PLACES : [PLACES[at] ?? PLACES[0]]
+	const host = tool.kind === "speed" ? "" : hostOf(target)
+	const parts = {command, target: host, version: +version && version, at: places[1] ? "all" : at > 0 && places[0].name}
+	const link = `${PLACES[0].url}?${new URLSearchParams(Object.entries(parts).filter(([, value]) => value))}`
+	return {tool, places, version, target: host, link}
+}
+
+const myVersion = () => (PLACES[0].info?.your_ip.includes(":") ? 6 : 4)
+
+/** The version of an address; for a name the visitor's own first, then the other. */
+function commandsFor({tool: {id, versions}, target, version}) {
+	const literal = /^\[?[\da-f]*:/i.test(target) ? 6 : /^\d+(\.\d+){3}$/.test(target) ? 4 : 0
+	const wanted = literal || +version
+	const order = (wanted ? [wanted] : [myVersion(), 10 - myVersion()]).filter((each) => versions.includes(each))
+	return (order[0] ? order : versions.slice(0, 1)).map((each) => (each === 6 ? `${id}6` : id))
+}
+
+const noAnswer = ({name}) => `No answer from ${name}: it is down or cannot be reached.`
+
+/** What is known of a place before a test, and whether it keeps the test from being run. */
+function warning({name, down, health, info}, command, {id, tool, title}) {
+	const version = command === id ? 4 : 6
+	if (down) return {text: noAnswer({name})}
+	if (list(health?.missing).includes(tool)) return {text: `${title} cannot run at ${name} now.`, blocks: true}
+	if (!tool || info?.[`looking_glass_ipv${version}`] || !info?.[`looking_glass_ipv${10 - version}`]) return {text: ""}
+	return {text: `${name} has no IPv${version} address of its own: this test may fail there.`}
+}
+
+/** What the form has to say, whether that keeps the test from being run, and until when. */
+function message(asked) {
+	const {tool, places} = asked
+	const [place, more] = places
+	const [command] = commandsFor(asked)
+	const {until, text} = state.limits.get(place.url + command) ?? {}
+	if (more && tool.kind === "speed") return {text: "Choose one place: a speed test fills one line.", blocks: true}
+	if (!more && until > Date.now()) return {text, until, blocks: true}
+	if (state.fault || more) return {text: state.fault}
+	return warning(place, command, tool)
+}
+
+function drawTest(test, i) {
+	const {runs, id, tool} = test
+	const {head, sub, bad} = verdictOfAll(test)
+	const title = titleOf(test, runs[1] ? "all places" : runs[0].place.name)
+	const [done, scale] = [!runs.some(isRunning), scaleOf(test)]
+	const tab = `${done ? head : "…"} · ${title}`
+	if (!i && document.title !== tab) document.title = tab
+	const when = `${runs[1] || tool.kind === "speed" ? "" : `${runs[0].address} · `}${runs[0].time.slice(11, 19)} UTC`
+	const copyOf = (name) => [...new Set(runs.map((run) => COPIES[name](run, test)))].join("\n")
+	const copies = Object.keys(COPIES).map((name) => copyButton(name, "link", () => copyOf(name)))
+	const summary = h("summary", h("b", title), " ", h("small", when), h(bad ? "h2.bad" : "h2", head))
+	const result = [sub && h("p.dim", sub), runs[1] ? drawAll(test, scale) : drawRun(runs[0], scale)]
+	const foot = done && h("p.row", h("small", "Copy as"), copies)
+	return h(`details.card.${tool.kind}`, {key: id}, summary, result, foot)
+}
+
+const radio = (name, value, look, label) =>
+	h("label", {key: value}, h("input", {type: "radio", name, value}), h(`span.${look}`, label))
+const anchor = (name, url) => (/^https?:/i.test(url) ? h("a", {key: name, href: url}, name) : name)
+
+function drawPlace({info = {}, name}) {
+	const addresses = [info.looking_glass_ipv4, info.looking_glass_ipv6].filter(Boolean)
+	const tests = addresses.map((address) => copyButton(address, "copy", () => address))
+	const where = [anchor(info.facility, info.facility_url), info.map_url && anchor("Map", info.map_url)]
+	const about = h("div.row.dim", where, tests[0] && h("span.row.end", "Test addresses", tests))
+	fill($("place"), h("h1", info.location ?? name), about)
+}
+
+function drawChoices() {
+	const versions = {auto: `Auto (IPv${myVersion()})`, 4: "IPv4", 6: "IPv6"}
+	const named = ({name, down}) => (down ? [h("s", name), h("span.hush", " is down")] : name)
+	const places = PLACES.map((place, i) => radio("at", i, "chip", named(place)))
+	const mine = PLACES[0].info?.your_ip
+	const fillIn = () => update(Object.assign(form.target, {value: mine}) && {fault: "", invalid: false})
+	fill(
+		$("tabs"),
+		TOOLS.map(({id, title}) => radio("command", id, "", title)),
+	)
+	fill(
+		form.version,
+		Object.entries(versions).map(([value, label]) => h("option", {key: value, value}, label)),
+	)
+	fill(
+		$("from"),
+		PLACES[1] && [
+			h("small", "From"),
+			h("fieldset.row", {"aria-label": "From"}, places, radio("at", "all", "chip", "all")),
+		],
+	)
+	fill($("mine"), mine && h("button.link", {type: "button", onclick: fillIn}, `My address, ${mine}`))
+}
+
+function draw() {
+	state.changed = false
+	drawChoices()
+	const asked = query()
+	const {tool, places} = asked
+	const [place] = places
+	const {text, blocks, until} = message(asked)
+	const [speed, busy] = [tool.kind === "speed", state.running]
+	const wait = until ? ` in ${waitInWords(until)}` : ""
+	const files = SIZES.map((path) => [" ", h("a", {key: path, href: place.url + path}, path.slice(10))])
+	const [newest, ...earlier] = state.tests
+	drawPlace(place)
+	dress($("ask"), {hidden: speed})
+	dress(form.version, {hidden: speed || !TOOLS.some(({versions}) => versions[1])})
+	dress($("mine"), {hidden: speed})
+	dress(form.target, {required: !speed, "aria-invalid": state.invalid})
+	dress($("run"), {class: busy && "stop", type: busy ? "button" : "submit", "aria-disabled": !busy && blocks})
+	fill($("run"), busy ? "Stop" : `${speed ? "Start speed test" : `Run ${tool.title}`}${wait}`)
+	fill($("fault"), text)
+	fill($("status"), state.said)
+	fill($("offer"), speed && ["18 s, up to 2 GB at 1 Gbit/s. Files:", files, h("code", COPIES.curl({place, tool}))])
+	dress($("about"), {hidden: newest})
+	fill($("results"), newest && drawTest(newest, 0))
+	fill($("earlier"), earlier[0] && h("h2", "Earlier"), earlier.map((test) => drawTest(test, 1)))
+}
+
+/** Follows one run of a test to its end: a name in Auto has a second command. */
+async function follow(test, i) {
+	const {tool, target, runs, control} = test
+	const faults = []
+	const change = (more) => {
+		runs[i] = {...runs[i], ...more}
+		if (runs[i].address) show(test)
+		update()
+	}
+	const emit = (event) => change(reduce(runs[i], event))
+	for (const command of commandsFor(test)) {
+		runs[i] = newRun(runs[i].place, tool, target, command)
+		const work = tool.kind === "speed" ? speedTest : diagnose
+		const fault = await work(runs[i], control.signal, emit).catch((error) => error)
+		if (!fault) return
+		faults.unshift(fault)
+		if (fault.status !== 422) break
+	}
+	if (control.signal.aborted && !control.signal.reason?.lost) return change({status: "stopped"})
+	change({status: "failed", ...failure(runs[i], faults)})
+}
+
+/** Why a run failed, in words, and until when it would again. */
+function failure({place, command, address, tool, target}, [{message, status, until, lost}, first]) {
+	let error = status ? message : `The page failed: ${message}`
+	if (lost) error = address ? `The connection to ${place.name} was lost.` : noAnswer(place)
+	if (status === 404) error = `${place.name} does not offer ${tool.title}.`
+	if (status === 422 && first && first.message !== message)
+		error = `${target} has no IPv4 and no IPv6 address that may be measured here: check the name.`
+	if (!(until > Date.now())) return {error, refused: status}
+	state.limits.set(place.url + command, {until, text: error})
+	return {error, refused: status, until}
+}
+
+function show(test) {
+	if (state.tests.includes(test)) return
+	state.tests = [test, ...state.tests].slice(0, MAX_TESTS)
+	draw()
+	const card = $("results").firstChild
+	card.open = true
+	if (card.getBoundingClientRect().top > innerHeight / 2) card.scrollIntoView()
+}
+
+async function begin(asked) {
+	const runs = asked.places.map((place) => newRun(place, asked.tool, asked.target))
+	const test = {...asked, runs, control: new AbortController(), id: Math.random()}
+	const patience = setTimeout(() => test.control.abort({lost: true}), PATIENCE)
+	update({running: test, fault: "", invalid: false, said: `${asked.tool.title} is running`})
+	PLACES.forEach(check)
+	await Promise.all(runs.map((_, i) => follow(test, i)))
+	clearTimeout(patience)
+	update({running: null})
+	const {refused, error, until, phases} = runs.find((run) => run.refused === 422) ?? runs[0]
+	if (runs[1] && refused !== 422) show(test)
+	// A test that was refused is not shown, and leaves what was there before.
+	if (refused && !runs[1] && !phases.upload) state.tests = state.tests.filter((each) => each !== test)
+	const {head, sub} = verdictOfAll(test)
+	if (state.tests.includes(test)) return update({said: sentences(`${head}.`, sub)})
+	update({fault: until ? "" : error, invalid: refused === 422, said: ""})
+	if (state.invalid) form.target.focus()
+}
+
+async function check(place) {
+	const [health, info] = await Promise.all(["health", "network/info"].map((path) => ask(place, path))).catch(() => [])
+	Object.assign(place, {health, info: info ?? place.info, down: !info})
+	update()
+}
+
+const remember = () => history.replaceState(null, "", query().link)
+
+function submit(event) {
+	event.preventDefault()
+	const asked = query()
+	if (state.running || message(asked).blocks) return
+	form.target.value = asked.target || form.target.value
+	remember()
+	begin(asked)
+}
+
+/** The form is filled from `/?command=…&target=…&version=…&at=…`; `command` may name the version too. */
+function fillForm({command = "", target = "", version, at}) {
+	const known = TOOLS.find(({id}) => id === command) ?? TOOLS.find(({id}) => `${id}6` === command)
+	form.command.value = (known ?? TOOLS[0]).id
+	form.target.value = target
+	form.version.value = known && known.id !== command ? 6 : /^[46]$/.test(version) ? version : "auto"
+	const named = PLACES.findIndex(({name}) => name === at)
+	if (PLACES[1]) form.at.value = at === "all" ? at : Math.max(0, named)
+}
+
+function start() {
+	for (const place of PLACES) place.url = new URL(place.url ? `${place.url}/` : "./", document.baseURI).href
+	const bare = ({url}) => url.replace(/^https?:|[?#].*/g, "")
+	PLACES.splice(1, PLACES.length, ...PLACES.slice(1).filter((place) => bare(place) !== bare(PLACES[0])))
+	drawChoices()
+	fillForm(Object.fromEntries(new URLSearchParams(location.search)))
+	form.oninput = () => update({fault: "", invalid: false})
+	form.onchange = remember
+	form.onsubmit = submit
+	$("run").onclick = (event) => {
+		if (event.detail > 1) event.preventDefault() // a double click is one
+		else state.running?.control.abort()
+	}
+	document.onkeydown = ({key}) => key === "Escape" && state.running?.control.abort()
+	PLACES.forEach(check)
+	setInterval(() => state.changed && draw(), SECOND / 20)
+	setInterval(() => state.limits.size && update(), SECOND) // the countdown
+	draw()
+	$("plain").remove()
+}
+
+start()
+"""  # noqa: E501
 
 
 if __name__ == "__main__":
