@@ -3071,7 +3071,7 @@ header img { height: 1.75rem; }
 h1, h2, b { font-weight: 600; color: var(--text); }
 h1, #results h2 { font-size: 1.5rem; line-height: 1.3; }
 a, .link { color: var(--accent); text-decoration: underline; }
-small, th, section p, .dim, .link, .copy, .chip, #offer { font-size: 0.85rem; }
+small, th, nav, section p, .dim, .link, .copy, .chip, #offer { font-size: 0.85rem; }
 small, th, section p, .dim, #offer { color: var(--dim); }
 #results h2.bad, #earlier h2.bad, .bad { color: var(--bad); }
 pre, code, .copy { font-family: monospace; }
@@ -3098,14 +3098,15 @@ main { padding-bottom: 50vh; }
 #ask { flex: 9 15rem; }
 #offer { flex: 9 15rem; min-width: 0; }
 .choices { min-height: 1.8rem; }
+#from { flex-wrap: nowrap; align-items: baseline; }
 input, select, #run, #plain button { min-height: 2.75rem; padding: 0 0.75rem; background: var(--card); border: 1px solid var(--dim); border-radius: 0.5rem; }
 input { width: 100%; }
 [aria-invalid] { border: 2px solid var(--bad); }
-select { flex: 1; max-width: 9.5rem; min-width: 0; }
+select { flex: 1 0 9rem; max-width: 9.5rem; }
 #run { flex: 1 8rem; min-width: 0; max-width: 14rem; font-weight: 600; }
 #run:not(.stop) { background: var(--accent); border-color: var(--accent); color: var(--card); }
 
-#about { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
+#about { display: grid; margin-top: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
 section { display: grid; grid-template-rows: auto 1fr auto; gap: 0.5rem; border-top-width: 2px; padding: 0.75rem 0; }
 #results > * > summary { display: block; }
 table { width: 100%; border-collapse: collapse; table-layout: fixed; }
@@ -3114,7 +3115,7 @@ th, td { padding: 0.25rem 0.5rem; text-align: end; white-space: nowrap; }
 .at { width: 3.4rem; }
 .name { text-align: start; }
 .name > * { overflow: hidden; text-overflow: ellipsis; }
-.name:focus { white-space: normal; }
+.name:focus, .name span { white-space: normal; }
 td.name small { display: block; min-height: 1.2rem; }
 th span + span { float: right; }
 th.range { text-align: start; }
@@ -3127,6 +3128,7 @@ line, path { stroke: var(--mark); stroke-width: 2px; vector-effect: non-scaling-
 rect.lost { stroke: none; }
 .upload { --mark: var(--good); fill: var(--good); }
 .curve { fill-opacity: 0.15; }
+.curve.idle { stroke: none; }
 .latency { fill: none; stroke: var(--dim); }
 .sketch { height: 3rem; }
 .sketch path:not(.curve) { fill: none; }
@@ -3156,7 +3158,7 @@ rect.lost { stroke: none; }
 @container (max-width: 52rem) {
 	tr { display: grid; grid-template-columns: 2.2rem 1fr 1fr 4.2rem; }
 	th, td { width: auto; padding: 0.15rem 0.25rem; }
-	.at { grid-row: span 2; }
+	.at { grid-row: span 2; width: auto; }
 	.name { grid-column: span 2; }
 	.range, .strip, .loss { order: 1; }
 	.best, .worst { display: none; }
@@ -3164,6 +3166,7 @@ rect.lost { stroke: none; }
 @media (max-width: 30rem) {
 	#tabs { gap: 0 0.9rem; }
 	#run, select { max-width: none; }
+	#results h2 { font-size: 1.25rem; }
 }
 @media print {
 	#form { display: none; }
@@ -3324,14 +3327,6 @@ async function* chunks(stream) {
 	}
 }
 
-function parse(line) {
-	try {
-		return JSON.parse(line)
-	} catch {
-		return lost()
-	}
-}
-
 async function diagnose({place, command, target}, signal, emit) {
 	const headers = {Accept: "application/x-ndjson"}
 	const body = new URLSearchParams({target})
@@ -3340,7 +3335,8 @@ async function diagnose({place, command, target}, signal, emit) {
 	for await (const chunk of chunks(answer.body.pipeThrough(new TextDecoderStream()))) {
 		const lines = (buffer + chunk).split("\n")
 		buffer = lines.pop()
-		for (const event of lines.map(parse)) {
+		for (const line of lines) {
+			const event = await new Response(line).json().catch(lost)
 			emit(event)
 			if (event?.event === "end") return
 		}
@@ -3460,7 +3456,9 @@ function hopOf(before, {address, hostname, addresses, asn, network, stats, timin
 	return counted({
 		address: text(address),
 		name,
-		more: [sentences(...numbers, text(network)), name !== address && address, ...others, ...codes].map(text).filter(Boolean),
+		more: [sentences(...numbers, text(network)), name !== address && address, ...others, ...codes]
+			.map(text)
+			.filter(Boolean),
 		codes,
 		rtts: stats ? grown(before, stats) : list(probes).map((probe) => rttOf(probe?.rtt)),
 	})
@@ -3517,10 +3515,8 @@ function lossInWords(hops) {
 	const first = losing.find((i) => carriesOn(hops, i))
 	const limited = losing.filter((i) => !carriesOn(hops, i)).map((i) => i + 1)
 	const rest = `What hop${limited[1] ? "s" : ""} ${limited.join(", ")} lose${limited[1] ? "" : "s"} does not carry on: `
-	return [
-		first >= 0 && `Loss begins at hop ${first + 1}.`,
-		limited[0] && `${rest}such routers probably limit their answers.`,
-	]
+	const begins = first >= 0 && `Loss begins at hop ${first + 1}.`
+	return [begins, limited[0] && `${rest}such routers probably limit their answers.`]
 }
 
 function jitterInWords(times) {
@@ -3539,7 +3535,8 @@ function pathVerdict(run) {
 		return [head, [`Reached in ${plural(hops.length, "hop")}.`, ...lossInWords(hops)], lost]
 	}
 	if (isRunning(run)) return ["Waiting for an answer", []]
-	const [, router, reason] = /^From (\S+) icmp_seq=\d+ (.+)/.exec(run.notes.findLast((note) => /^From /.test(note))) ?? []
+	const [, router, reason] =
+		/^From (\S+) icmp_seq=\d+ (.+)/.exec(run.notes.findLast((note) => /^From /.test(note))) ?? []
 	const marked = hops.find(({codes}) => codes.some((code) => code.startsWith("!")))
 	const {name, codes} = marked ?? {name: router, codes: [reason]}
 	if (name) return [`${name} refuses packets to ${target}`, [`Its answer: ${codes[0]}.`], true]
@@ -3678,8 +3675,9 @@ function drawTable(at, name, rows, {top, slots}) {
 	})
 	const body = rows.map((row) => {
 		const cells = Object.entries(row.rtts ? cellsOf(row) : {at: row.at, name: h("span.dim", row.name)})
-		const set = (look) => look === "name" && {tabindex: 0, colspan: !row.rtts && 7} // a click or Tab unfolds it
-		return h("tr", {key: row.key}, cells.map(([look, cell]) => h(`td.${look}`, {...set(look)}, cell)))
+		const set = {tabindex: 0, colspan: !row.rtts && 7} // of a name: a click or Tab unfolds it
+		const tds = cells.map(([look, cell]) => h(`td.${look}`, look === "name" ? {...set} : {}, cell))
+		return h("tr", {key: row.key}, tds)
 	})
 	const ths = titles.map(([look, title]) => h(`th.${look}`, title))
 	return h("table", h("thead", h("tr", ths)), h("tbody", body))
@@ -3720,6 +3718,7 @@ function drawSpeed(run) {
 		})
 		return plot(`${top} ${unit}`, "0", h(`div.${look}`, drawing("", `${unit} over time`, stretched(curves))))
 	}
+	const names = Object.keys(PHASES).map((name) => h("span", name))
 	const byLimits = grade && h("small", " Graded by Waveform's limits for bufferbloat.")
 	return [
 		h(
@@ -3731,7 +3730,7 @@ function drawSpeed(run) {
 		h("p", latency ? `Latency: ${latency}.` : "Latency: …", byLimits),
 		chart("Mbit/s", "curve", rates, true),
 		chart("ms", "latency", (samples) => samples.map(({rtt}) => rtt), false),
-		h("p.phases.dim", Object.keys(PHASES).map((name) => h("span", name))),
+		h("p.phases.dim", names),
 	]
 }
 
@@ -3753,7 +3752,9 @@ function drawAll({runs, tool}, scale) {
 	const rows = runs.map((run) => {
 		const {head, sub, bad} = verdict(run)
 		const {place, hops, status} = run
-		const said = status === "failed" ? sentences(head, sub) : head
+		const said = place.down
+			? "No answer: it is down or cannot be reached."
+			: sentences(head, bad && status === "failed" && sub)
 		const [hop, more] = [reached(run), h(bad ? "span.bad" : "span", said)]
 		return {...hop, key: place.name, at: hop.address && hops.length, name: place.name, more, bad}
 	})
@@ -3798,16 +3799,7 @@ function copyButton(label, look, content) {
 
 // The page
 
-const state = {
-	fault: "",
-	invalid: false,
-	said: "",
-	copied: "",
-	tests: [],
-	limits: new Map(),
-	running: null,
-	changed: true,
-}
+const state = {fault: "", invalid: false, said: "", copied: "", tests: [], limits: new Map(), running: null}
 const update = (more = {}) => Object.assign(state, more, {changed: true})
 const form = $("form")
 
@@ -3890,26 +3882,19 @@ function drawPlace({info = {}, name}) {
 }
 
 function drawChoices() {
-	const versions = {auto: `Auto (IPv${myVersion()})`, 4: "IPv4", 6: "IPv6"}
+	const versions = Object.entries({auto: `Auto (IPv${myVersion()})`, 4: "IPv4", 6: "IPv6"})
+	const options = versions.map(([value, label]) => h("option", {key: value, value}, label))
 	const named = ({name, down}) => (down ? [h("s", name), h("span.hush", " is down")] : name)
-	const places = PLACES.map((place, i) => radio("at", i, "chip", named(place)))
+	const chips = [...PLACES.map((place, i) => radio("at", i, "chip", named(place))), radio("at", "all", "chip", "all")]
+	const tabs = TOOLS.map(({id, title}) => radio("command", id, "", title))
 	const mine = PLACES[0].info?.your_ip
-	const fillIn = () => update(Object.assign(form.target, {value: mine}) && {fault: "", invalid: false})
-	fill(
-		$("tabs"),
-		TOOLS.map(({id, title}) => radio("command", id, "", title)),
-	)
-	fill(
-		form.version,
-		Object.entries(versions).map(([value, label]) => h("option", {key: value, value}, label)),
-	)
-	fill(
-		$("from"),
-		PLACES[1] && [
-			h("small", "From"),
-			h("fieldset.row", {"aria-label": "From"}, places, radio("at", "all", "chip", "all")),
-		],
-	)
+	function fillIn() {
+		form.target.value = mine
+		form.oninput()
+	}
+	fill($("tabs"), tabs)
+	fill(form.version, options)
+	fill($("from"), PLACES[1] && [h("small", "From"), h("fieldset.row", {"aria-label": "From"}, chips)])
 	fill($("mine"), mine && h("button.link", {type: "button", onclick: fillIn}, `My address, ${mine}`))
 }
 
@@ -3922,7 +3907,7 @@ function draw() {
 	const {text, blocks, until} = message(asked)
 	const [speed, busy] = [tool.kind === "speed", state.running]
 	const wait = until ? ` in ${waitInWords(until)}` : ""
-	const files = SIZES.map((path) => [" ", h("a", {key: path, href: place.url + path}, path.slice(10))])
+	const files = [...SIZES].reverse().map((path) => [" ", h("a", {key: path, href: place.url + path}, path.slice(10))])
 	const [newest, ...earlier] = state.tests
 	drawPlace(place)
 	dress($("ask"), {hidden: speed})
@@ -3936,7 +3921,11 @@ function draw() {
 	fill($("offer"), speed && ["18 s, up to 2 GB at 1 Gbit/s. Files:", files, h("code", COPIES.curl({place, tool}))])
 	dress($("about"), {hidden: newest})
 	fill($("results"), newest && drawTest(newest, 0))
-	fill($("earlier"), earlier[0] && h("h2", "Earlier"), earlier.map((test) => drawTest(test, 1)))
+	fill(
+		$("earlier"),
+		earlier[0] && h("h2", "Earlier"),
+		earlier.map((test) => drawTest(test, 1)),
+	)
 }
 
 /** Follows one run of a test to its end: a name in Auto has a second command. */
@@ -4016,6 +4005,7 @@ function submit(event) {
 	form.target.value = asked.target || form.target.value
 	remember()
 	begin(asked)
+	draw()
 }
 
 /** The form is filled from `/?command=…&target=…&version=…&at=…`; `command` may name the version too. */
@@ -4038,7 +4028,8 @@ function start() {
 	form.onchange = remember
 	form.onsubmit = submit
 	$("run").onclick = (event) => {
-		if (event.detail > 1) event.preventDefault() // a double click is one
+		if (event.detail > 1)
+			event.preventDefault() // a double click is one
 		else state.running?.control.abort()
 	}
 	document.onkeydown = ({key}) => key === "Escape" && state.running?.control.abort()

@@ -3104,16 +3104,6 @@ def test_operator_sets_title_logo_colour_and_links(
     assert color == f"rgb({', '.join(str(int(light[i : i + 2], 16)) for i in (1, 3, 5))})"
 
 
-@pytest.mark.parametrize("color", ["#ffee00", "#000033", "#808080", "#0a58c2", "#a096c1"])
-@pytest.mark.parametrize("background", lg.BACKGROUNDS)
-def test_accent_of_an_operator_is_readable_in_both_themes(color: str, background: str) -> None:
-    def luminance(text: str) -> float:
-        return lg.luminance([int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-
-    low, high = sorted(map(luminance, (lg.readable(color, background), background)))
-    assert (high + 0.05) / (low + 0.05) >= 4.5
-
-
 @pytest.mark.parametrize(("host", "version"), [("127.0.0.1", 4), ("[::1]", 6)])
 def test_auto_is_the_ip_version_of_the_visitor(
     visit: Visit, amsterdam: Server, host: str, version: int
