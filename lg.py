@@ -3162,6 +3162,8 @@ rect.lost { stroke: none; }
 	.name { grid-column: span 2; }
 	.range, .strip, .loss { order: 1; }
 	.best, .worst { display: none; }
+	h2 { min-height: 2.6em; }
+	.sub { min-height: 3.6rem; }
 }
 @media (max-width: 30rem) {
 	#tabs { gap: 0 0.9rem; }
@@ -3864,7 +3866,7 @@ function drawTest(test, i) {
 	const copyOf = (name) => [...new Set(runs.map((run) => COPIES[name](run, test)))].join("\n")
 	const copies = Object.keys(COPIES).map((name) => copyButton(name, "link", () => copyOf(name)))
 	const summary = h("summary", h("b", title), " ", h("small", when), h(bad ? "h2.bad" : "h2", head))
-	const result = [sub && h("p.dim", sub), runs[1] ? drawAll(test, scale) : drawRun(runs[0], scale)]
+	const result = [h("p.dim.sub", sub || "\u00a0"), runs[1] ? drawAll(test, scale) : drawRun(runs[0], scale)]
 	const foot = done && h("p.row", h("small", "Copy as"), copies)
 	return h(`details.card.${tool.kind}`, {key: id}, summary, result, foot)
 }
@@ -4032,7 +4034,9 @@ function start() {
 			event.preventDefault() // a double click is one
 		else state.running?.control.abort()
 	}
-	document.onkeydown = ({key}) => key === "Escape" && state.running?.control.abort()
+	document.onkeydown = ({key}) => {
+		if (key === "Escape") state.running?.control.abort()
+	}
 	PLACES.forEach(check)
 	setInterval(() => state.changed && draw(), SECOND / 20)
 	setInterval(() => state.limits.size && update(), SECOND) // the countdown
