@@ -2994,9 +2994,12 @@ def make_page(
     style = STYLE + (f":root {{ --mark: {settings.PAGE_COLOR}; }}\n" if settings.PAGE_COLOR else "")
     logo = f'<img src="{settings.PAGE_LOGO}" alt="">' if settings.PAGE_LOGO else ""
     streams = [rate.amount // 2 for rate in settings.RATE_LIMIT_SPEEDTEST]  # the next test has the rest
+    here = {"location": settings.NETWORK_LOCATION, "facility": settings.NETWORK_FACILITY}
+    here |= {"map_url": settings.NETWORK_MAP_URL, "facility_url": settings.NETWORK_FACILITY_URL}
+    here |= {"looking_glass_ipv4": settings.NETWORK_IPV4, "looking_glass_ipv6": settings.NETWORK_IPV6}
     setup = {
         "tools": tools,
-        "places": [{"name": settings.NETWORK_LOCATION, "url": ""}, *others],
+        "places": [{"name": settings.NETWORK_LOCATION, "url": "", "info": here}, *others],
         "sizes": [f"speedtest/{name}" for name in [*sizes][::-1]],
         "streams": min(MAX_STREAMS, settings.MAX_SPEEDTESTS_PER_CLIENT - 1, *streams),
         "seconds": settings.DIAGNOSTIC_TIMEOUT,
@@ -3014,9 +3017,9 @@ def make_page(
         buttons="\n".join(f'<button formaction="lookingglass/{each}">{each}</button>' for each in commands),
         about="\n".join(ABOUT[tool["id"]] for tool in tools if tool["id"] in ABOUT),
     )
-    places = " ".join(f"{place['url']}/" for place in settings.LOCATIONS)
+    sources = " ".join(["'self'", *(f"{place['url']}/" for place in settings.LOCATIONS)])
     policy = f"default-src 'none'; script-src {script_hash(SCRIPT)}; style-src {script_hash(style)}; "
-    policy += f"connect-src 'self' {places}; img-src data:; form-action 'self'; base-uri 'none'; "
+    policy += f"connect-src {sources}; img-src data:; form-action 'self'; base-uri 'none'; "
     policy += "frame-ancestors " + (" ".join(settings.FRAME_ANCESTORS) or "'none'") + "; "
     return page, policy + "require-trusted-types-for 'script'; trusted-types 'none'"
 
@@ -3069,11 +3072,11 @@ body > * { padding: 0.75rem max(0.75rem, 50% - 36rem); }
 header, .card { background: var(--card); border-bottom-width: 1px; }
 header img { height: 1.75rem; }
 h1, h2, b { font-weight: 600; color: var(--text); }
-h1, #results h2 { font-size: 1.5rem; line-height: 1.3; }
+h1, #results > :first-child h2 { font-size: 1.5rem; line-height: 1.3; }
 a, .link { color: var(--accent); text-decoration: underline; }
 small, th, nav, section p, .dim, .link, .copy, .chip, #offer { font-size: 0.85rem; }
 small, th, section p, .dim, #offer { color: var(--dim); }
-#results h2.bad, #earlier h2.bad, .bad { color: var(--bad); }
+h2.bad, .bad { color: var(--bad); }
 pre, code, .copy { font-family: monospace; }
 pre, code { display: block; overflow: auto; }
 code { white-space: nowrap; }
@@ -3083,7 +3086,7 @@ button, summary, label { background: none; cursor: pointer; }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 0.75rem; }
 nav, .end, #mine { margin-inline-start: auto; }
 
-main, #form, #results, #earlier, #plain { display: grid; gap: 0.75rem; grid-template-columns: minmax(0, 1fr); }
+main, #form, #results, #plain { display: grid; gap: 0.75rem; grid-template-columns: minmax(0, 1fr); }
 main { padding-bottom: 50vh; }
 #place { min-height: 4rem; }
 .card { container-type: inline-size; border-width: 1px; border-radius: 0.5rem; padding: 0.75rem 1rem; }
@@ -3108,7 +3111,7 @@ select { flex: 1 0 9rem; max-width: 9.5rem; }
 
 #about { display: grid; margin-top: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
 section { display: grid; grid-template-rows: auto 1fr auto; gap: 0.5rem; border-top-width: 2px; padding: 0.75rem 0; }
-#results > * > summary { display: block; }
+#results > :first-child > summary { display: block; }
 table { width: 100%; border-collapse: collapse; table-layout: fixed; }
 tr { border-bottom-width: 1px; }
 th, td { padding: 0.25rem 0.5rem; text-align: end; white-space: nowrap; }
@@ -3139,13 +3142,14 @@ rect.lost { stroke: none; }
 .plot .low { height: 3rem; }
 .phases { display: grid; grid-template-columns: 2fr 8fr 8fr; }
 .speed[open] h2:not(.bad) { display: none; }
-.figures { gap: 0.5rem 2.5rem; }
-.figures p { white-space: nowrap; }
+.figures { gap: 0.5rem 1rem; }
+.figures p { flex: 0 1 8.5rem; white-space: nowrap; }
+.speed .figures p { flex-basis: auto; min-width: 8.5rem; }
 .figures small { display: block; }
 .figures b { font-size: 1.25rem; }
 .speed .figures b { font-size: 2rem; }
 .speed .figures :first-child b { font-size: 3rem; }
-.grade { padding: 0 1rem; border-radius: 0.5rem; background: var(--good); color: var(--card); font-size: 2rem; font-weight: 600; }
+.speed .figures .grade { padding: 0 1rem; min-width: 0; border-radius: 0.5rem; background: var(--good); color: var(--card); font-size: 2rem; font-weight: 600; }
 .grade.C { background: var(--fair); }
 .grade.D, .grade.F { background: var(--bad); }
 
@@ -3168,7 +3172,7 @@ rect.lost { stroke: none; }
 @media (max-width: 30rem) {
 	#tabs { gap: 0 0.9rem; }
 	#run, select { max-width: none; }
-	#results h2 { font-size: 1.25rem; }
+	#results > :first-child h2 { font-size: 1.25rem; }
 }
 @media print {
 	#form { display: none; }
@@ -3206,7 +3210,6 @@ Without them these buttons show each test as text.</p><p class="row">{buttons}</
 {about}
 </div>
 <div id="results"></div>
-<div id="earlier"></div>
 </main>
 <output id="status" class="hush"></output>
 <script type="application/json" id="setup">{setup}</script>
@@ -3248,25 +3251,22 @@ const made = new WeakMap() // what each node was made as
 const xmlns = (name) => `http://www.w3.org/${/svg|path|rect|circle|line/.test(name) ? "2000/svg" : "1999/xhtml"}`
 
 /** Makes what stands in `node` as described. Only what differs is touched: focus, selection and presses stay (WebKit
- * loses a click when a button's text is written while it is pressed), and a text that has grown is appended to. */
+ * loses a click when a button's text is written while it is pressed), and a text of many lines is appended to. */
 function fill(node, ...content) {
 	const wanted = content.flat(9).filter((each) => each || each === 0)
 	for (const [i, each] of wanted.entries()) {
 		const {tag = "", set: {key = "", ...set} = {}, content} = each
 		const [name, ...classes] = tag.split(".")
-		const known = [...node.childNodes].slice(i).find((child) => made.get(child) === name + key)
-		const child = known ?? (name ? document.createElementNS(xmlns(name), name) : document.createTextNode(""))
+		const words = name ? "" : `${each}`
+		const isSame = ({data}) => name || data === words || (words.includes("\n") && words.startsWith(data))
+		const known = [...node.childNodes].slice(i).find((child) => made.get(child) === name + key && isSame(child))
+		const child = known ?? (name ? document.createElementNS(xmlns(name), name) : document.createTextNode(words))
 		made.set(child, name + key)
 		if (node.childNodes[i] !== child) node.insertBefore(child, node.childNodes[i] ?? null)
 		if (name) fill(dress(child, {class: classes.join(" "), ...set}), content)
-		else write(child, `${each}`)
+		else if (child.data !== words) child.appendData(words.slice(child.data.length))
 	}
 	while (node.childNodes.length > wanted.length) node.lastChild.remove()
-}
-
-function write(node, words) {
-	if (!node.data || !words.startsWith(node.data)) node.data = words
-	else if (words !== node.data) node.appendData(words.slice(node.data.length))
 }
 
 function dress(node, set) {
@@ -3458,9 +3458,7 @@ function hopOf(before, {address, hostname, addresses, asn, network, stats, timin
 	return counted({
 		address: text(address),
 		name,
-		more: [sentences(...numbers, text(network)), name !== address && address, ...others, ...codes]
-			.map(text)
-			.filter(Boolean),
+		more: [sentences(...numbers, text(network)), name === address ? "" : address, ...others, ...codes].filter(text),
 		codes,
 		rtts: stats ? grown(before, stats) : list(probes).map((probe) => rttOf(probe?.rtt)),
 	})
@@ -3822,7 +3820,7 @@ function query() {
 	return {tool, places, version, target: host, link}
 }
 
-const myVersion = () => (PLACES[0].info?.your_ip.includes(":") ? 6 : 4)
+const myVersion = () => (PLACES[0].info?.your_ip?.includes(":") ? 6 : 4)
 
 /** The version of an address; for a name the visitor's own first, then the other. */
 function commandsFor({tool: {id, versions}, target, version}) {
@@ -3855,13 +3853,13 @@ function message(asked) {
 	return warning(place, command, tool)
 }
 
-function drawTest(test, i) {
+function drawTest(test) {
 	const {runs, id, tool} = test
 	const {head, sub, bad} = verdictOfAll(test)
 	const title = titleOf(test, runs[1] ? "all places" : runs[0].place.name)
 	const [done, scale] = [!runs.some(isRunning), scaleOf(test)]
 	const tab = `${done ? head : "…"} · ${title}`
-	if (!i && document.title !== tab) document.title = tab
+	if (test === state.tests[0] && document.title !== tab) document.title = tab
 	const when = `${runs[1] || tool.kind === "speed" ? "" : `${runs[0].address} · `}${runs[0].time.slice(11, 19)} UTC`
 	const copyOf = (name) => [...new Set(runs.map((run) => COPIES[name](run, test)))].join("\n")
 	const copies = Object.keys(COPIES).map((name) => copyButton(name, "link", () => copyOf(name)))
@@ -3884,8 +3882,8 @@ function drawPlace({info = {}, name}) {
 }
 
 function drawChoices() {
-	const versions = Object.entries({auto: `Auto (IPv${myVersion()})`, 4: "IPv4", 6: "IPv6"})
-	const options = versions.map(([value, label]) => h("option", {key: value, value}, label))
+	const option = (value, label) => h("option", {key: value, value}, label)
+	const options = [option("auto", `Auto (IPv${myVersion()})`), option(4, "IPv4"), option(6, "IPv6")]
 	const named = ({name, down}) => (down ? [h("s", name), h("span.hush", " is down")] : name)
 	const chips = [...PLACES.map((place, i) => radio("at", i, "chip", named(place))), radio("at", "all", "chip", "all")]
 	const tabs = TOOLS.map(({id, title}) => radio("command", id, "", title))
@@ -3922,12 +3920,7 @@ function draw() {
 	fill($("status"), state.said)
 	fill($("offer"), speed && ["18 s, up to 2 GB at 1 Gbit/s. Files:", files, h("code", COPIES.curl({place, tool}))])
 	dress($("about"), {hidden: newest})
-	fill($("results"), newest && drawTest(newest, 0))
-	fill(
-		$("earlier"),
-		earlier[0] && h("h2", "Earlier"),
-		earlier.map((test) => drawTest(test, 1)),
-	)
+	fill($("results"), newest && drawTest(newest), earlier[0] && h("h2", "Earlier"), earlier.map(drawTest))
 }
 
 /** Follows one run of a test to its end: a name in Auto has a second command. */
