@@ -3098,8 +3098,7 @@ main { padding-bottom: 50vh; }
 #tabs :checked + span { padding-bottom: calc(0.75rem - 2px); border-bottom: 2px solid var(--mark); color: var(--text); font-weight: 600; }
 .chip { display: block; padding: calc(0.1rem + 1px) 0.75rem; border: 1px solid var(--dim); border-radius: 1rem; }
 :checked + .chip { padding: 0.1rem calc(0.75rem - 1px); border: 2px solid var(--accent); color: var(--accent); }
-#ask { flex: 9 15rem; }
-#offer { flex: 9 15rem; min-width: 0; }
+#ask, #offer { flex: 9 15rem; min-width: 0; }
 .choices { min-height: 1.8rem; }
 #from { flex-wrap: nowrap; align-items: baseline; }
 input, select, #run, #plain button { min-height: 2.75rem; padding: 0 0.75rem; background: var(--card); border: 1px solid var(--dim); border-radius: 0.5rem; }
@@ -3174,9 +3173,7 @@ rect.lost { stroke: none; }
 	#run, select { max-width: none; }
 	#results > :first-child h2 { font-size: 1.25rem; }
 }
-@media print {
-	#form { display: none; }
-}
+@media print { #form { display: none; } }
 """  # noqa: E501
 
 PAGE = """\
@@ -3206,9 +3203,7 @@ aria-describedby="fault"></label>
 <div id="plain"><p>Charts need JavaScript and a browser from 2023 on (Chrome 109, Firefox 115, Safari 16).
 Without them these buttons show each test as text.</p><p class="row">{buttons}</p></div>
 </form>
-<div id="about">
-{about}
-</div>
+<div id="about">{about}</div>
 <div id="results"></div>
 </main>
 <output id="status" class="hush"></output>

@@ -4095,9 +4095,6 @@ def test_place_that_lacks_a_command_says_so(visit: Visit, quick: Server) -> None
     assert "Frankfurt does not offer BGP." in text(page, "#results")
 
 
-TEXT = "document.querySelector('pre').firstChild"
-
-
 def test_text_that_grows_keeps_its_selection(visit: Visit, serve_in_hops: Start, gate: Gate) -> None:
     script = f"#!/bin/sh\necho first\n{gate.wait}echo second\n"
     extra = json.dumps({"lines": "lines {address}"})
@@ -4106,7 +4103,8 @@ def test_text_that_grows_keeps_its_selection(visit: Visit, serve_in_hops: Start,
     )
     page.click("#run")
     page.wait_for_selector("pre:has-text('first')")
-    page.evaluate("(text) => getSelection().setBaseAndExtent(text, 0, text, 5)", page.evaluate_handle(TEXT))
+    pre = page.query_selector("pre")
+    page.evaluate("({ firstChild }) => getSelection().setBaseAndExtent(firstChild, 0, firstChild, 5)", pre)
     gate.open()
     ended(page)
     assert page.inner_text("pre") == "first\nsecond\n"
@@ -4637,16 +4635,23 @@ def compatibility(npm_packages: Path) -> dict[str, Any]:
 
 
 def is_old(feature: Mapping[str, Any]) -> bool:
-    """Whether the oldest browsers that the page works in have a feature, without a flag or a prefix."""
-    for browser, version in OLDEST.items():
-        support = feature["__compat"]["support"][browser]
-        latest = support[0] if isinstance(support, list) else support
-        added = str(latest["version_added"]).lstrip("≤")
-        if not re.fullmatch(r"[\d.]+", added) or float(".".join(added.split(".")[:2])) > version:
-            return False
-        if "flags" in latest or "version_removed" in latest:
-            return False
-    return True
+    """Whether the oldest browsers that the page works in have a feature, without a flag."""
+
+    def has(statement: Mapping[str, Any], oldest: int) -> bool:
+        added, removed = (
+            re.search(r"[\d.]+", str(statement.get(f"version_{each}"))) for each in ("added", "removed")
+        )
+        since = added and float(added[0].split(".")[0]) + ("." in added[0]) <= oldest
+        return bool(since and "flags" not in statement and not (removed and float(removed[0]) <= oldest))
+
+    support = feature["__compat"]["support"]
+    return all(
+        any(
+            has(each, oldest)
+            for each in (support[name] if isinstance(support[name], list) else [support[name]])
+        )
+        for name, oldest in OLDEST.items()
+    )
 
 
 def newer_features(compatibility: Mapping[str, Any]) -> list[str]:
@@ -4663,8 +4668,8 @@ def newer_features(compatibility: Mapping[str, Any]) -> list[str]:
             continue
         for member in members:
             if not is_old(interface[member]):
-                holder = name if member.endswith("_static") else f"{name}.prototype"
-                found.append(f"{holder}.{member.removesuffix('_static')}")
+                static = member.removesuffix("_static")
+                found += [f"{name}.{static}"] + [f"{name}.prototype.{member}"] * (member == static)
     return found
 
 
@@ -4703,9 +4708,8 @@ def test_style_needs_nothing_newer_than_the_oldest_browsers(compatibility: dict[
     used = {
         f"properties {name}" for name in re.findall(r"[;{]\s*([a-z-]+):", style) if not name.startswith("--")
     }
-    used |= {
-        f"selectors {name}" for name in re.findall(r"[\w)*\].]:{1,2}([a-z-]+)(?=[\s(,{):+>])[^;]*?{", style)
-    }
+    selectors = " ".join(re.findall(r"([^{};]+){", style))
+    used |= {f"selectors {name}" for name in re.findall(r":([a-z-]+)", selectors)}
     used |= {f"at-rules {name}" for name in re.findall(r"@([a-z-]+)", style)}
     used |= {f"at-rules media {name}" for name in re.findall(r"@media \(([a-z-]+):", style)}
     for names in re.findall(r"[;{]\s*([a-z-]+): *([^;{}]+);", style):
@@ -4808,8 +4812,8 @@ def test_markup_is_text_wherever_it_comes_from(visit: Visit, serve_in_hops: Star
         ended(page)
         assert markup in page.inner_text("#results")
     page.click("#from label >> nth=1")
-    until(lambda: page.inner_text("#place .row") == markup)
-    assert page.locator("#place a").count() == 0
+    until(lambda: page.inner_text("#place .row").startswith(markup))
+    assert page.locator("#place a").all_inner_texts() == ["Map"]
     page.click("#from label >> nth=2")
     page.click("#run")
     ended(page)
