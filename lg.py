@@ -3101,6 +3101,7 @@ main { padding-bottom: 50vh; }
 #ask, #offer { flex: 9 15rem; min-width: 0; }
 .choices { min-height: 1.8rem; }
 #from { flex-wrap: nowrap; align-items: baseline; }
+#from > small { flex: none; }
 input, select, #run, #plain button { min-height: 2.75rem; padding: 0 0.75rem; background: var(--card); border: 1px solid var(--dim); border-radius: 0.5rem; }
 input { width: 100%; }
 [aria-invalid] { border: 2px solid var(--bad); }
@@ -3141,9 +3142,9 @@ rect.lost { stroke: none; }
 .plot .low { height: 3rem; }
 .phases { display: grid; grid-template-columns: 2fr 8fr 8fr; }
 .speed[open] h2:not(.bad) { display: none; }
-.figures { gap: 0.5rem 1rem; }
+.figures { gap: 0.5rem 1rem; align-items: flex-end; }
 .figures p { flex: 0 1 8.5rem; white-space: nowrap; }
-.speed .figures p { flex-basis: auto; min-width: 8.5rem; }
+.speed .figures p { flex-basis: auto; margin-inline-end: 1rem; min-width: 8.5rem; }
 .figures small { display: block; }
 .figures b { font-size: 1.25rem; }
 .speed .figures b { font-size: 2rem; }
@@ -3159,13 +3160,13 @@ rect.lost { stroke: none; }
 	th.strip { width: 8.5rem; }
 }
 @container (max-width: 52rem) {
-	tr { display: grid; grid-template-columns: 2.2rem 1fr 1fr 4.2rem; }
+	tr { display: grid; grid-template-columns: 2.7rem 1fr 1fr 4.2rem; }
 	th, td { width: auto; padding: 0.15rem 0.25rem; }
 	.at { grid-row: span 2; width: auto; }
 	.name { grid-column: span 2; }
 	.range, .strip, .loss { order: 1; }
 	.best, .worst { display: none; }
-	h2 { min-height: 2.6em; }
+	:is(.ping, .traceroute, .mtr) h2 { min-height: 2.6em; }
 	.sub { min-height: 3.6rem; }
 }
 @media (max-width: 30rem) {
@@ -3859,7 +3860,8 @@ function drawTest(test) {
 	const copyOf = (name) => [...new Set(runs.map((run) => COPIES[name](run, test)))].join("\n")
 	const copies = Object.keys(COPIES).map((name) => copyButton(name, "link", () => copyOf(name)))
 	const summary = h("summary", h("b", title), " ", h("small", when), h(bad ? "h2.bad" : "h2", head))
-	const result = [h("p.dim.sub", sub || "\u00a0"), runs[1] ? drawAll(test, scale) : drawRun(runs[0], scale)]
+	const explained = runs[1] || !runs[0].hops[0] ? h("p.dim", sub) : h("p.dim.sub", sub || "\u00a0")
+	const result = [explained, runs[1] ? drawAll(test, scale) : drawRun(runs[0], scale)]
 	const foot = done && h("p.row", h("small", "Copy as"), copies)
 	return h(`details.card.${tool.kind}`, {key: id}, summary, result, foot)
 }

@@ -5486,14 +5486,14 @@ def test_target_allow_adds_to_public_addresses_and_target_deny_removes(
     [
         ("ping", "::1", "::1 is an IPv6 address: use ping6"),
         ("mtr6", "127.0.0.1", "127.0.0.1 is an IPv4 address: use mtr"),
-        ("ping", "10.0.0.1", "10.0.0.1 may not be measured here: send a different, public address"),
+        ("ping", "10.0.0.1", "10.0.0.1 may not be measured here: use a different, public address"),
         ("ping", "inside.example", "inside.example has no IPv4 address that may be measured here: check the"),
         ("ping", "v6.example", "v6.example has no IPv4 address that may be measured here: check the name"),
         ("ping", "broken.example", "broken.example cannot be resolved now: try again"),
         (
             "ping",
             "127.1",
-            "Not a target: send an IPv4 address like 192.0.2.1, an IPv6 address like 2001:db8::1",
+            "Not a target: use an IPv4 address like 192.0.2.1, an IPv6 address like 2001:db8::1",
         ),
     ],
 )
