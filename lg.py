@@ -3106,7 +3106,7 @@ input, select, #run, #plain button { min-height: 2.75rem; padding: 0 0.75rem; ba
 input { width: 100%; }
 [aria-invalid] { border: 2px solid var(--bad); }
 select { flex: 1 0 9rem; max-width: 9.5rem; }
-#run { flex: 1 8rem; min-width: 0; max-width: 14rem; font-weight: 600; }
+#run { flex: 1 8rem; min-width: 10.2rem; max-width: 14rem; font-weight: 600; }
 #run:not(.stop) { background: var(--accent); border-color: var(--accent); color: var(--card); }
 
 #about { display: grid; margin-top: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
@@ -3116,30 +3116,27 @@ table { width: 100%; border-collapse: collapse; table-layout: fixed; }
 tr { border-bottom-width: 1px; }
 th, td { padding: 0.25rem 0.5rem; text-align: end; white-space: nowrap; }
 .at { width: 3.4rem; }
-.name { text-align: start; }
+.name, th.range { text-align: start; }
 .name > * { overflow: hidden; text-overflow: ellipsis; }
 .name:focus, .name span { white-space: normal; }
 td.name small { display: block; min-height: 1.2rem; }
 th span + span { float: right; }
-th.range { text-align: start; }
 
 svg { display: block; width: 100%; height: 1.1rem; overflow: visible; fill: var(--mark); stroke: none; }
 line, path { stroke: var(--mark); stroke-width: 2px; vector-effect: non-scaling-stroke; }
 .grid { stroke: var(--line); }
-.spread, [aria-disabled] { opacity: 0.5; }
+.spread, .tiles:not(.lost), [aria-disabled] { opacity: 0.5; }
 .lost { fill: var(--bad); stroke: var(--bad); }
 rect.lost { stroke: none; }
 .upload { --mark: var(--good); fill: var(--good); }
 .curve { fill-opacity: 0.15; }
 .curve.idle { stroke: none; }
 .latency { fill: none; stroke: var(--dim); }
-.sketch { height: 3rem; }
 .sketch path:not(.curve) { fill: none; }
 .open { fill: var(--page); stroke: var(--dim); stroke-width: 2px; }
 .tiles { stroke-width: 18px; stroke-dasharray: 22 2; vector-effect: none; }
-.tiles:not(.lost) { opacity: 0.5; }
 .plot svg { height: 7rem; border-width: 1px 0; }
-.plot .low { height: 3rem; }
+.sketch, .latency svg { height: 3rem; }
 .phases { display: grid; grid-template-columns: 2fr 8fr 8fr; }
 .speed[open] h2:not(.bad) { display: none; }
 .figures { gap: 0.5rem 1rem; align-items: flex-end; }
@@ -3166,12 +3163,13 @@ rect.lost { stroke: none; }
 	.name { grid-column: span 2; }
 	.range, .strip, .loss { order: 1; }
 	.best, .worst { display: none; }
-	:is(.ping, .traceroute, .mtr) h2 { min-height: 2.6em; }
-	.sub { min-height: 3.6rem; }
+	.sub { min-height: 2.4rem; }
 }
 @media (max-width: 30rem) {
+	:is(.ping, .traceroute, .mtr) h2 { min-height: 2.6em; }
+	.sub { min-height: 3.6rem; }
 	#tabs { gap: 0 0.9rem; }
-	#run, select { max-width: none; }
+	#run, select { min-width: 0; max-width: none; }
 	#results > :first-child h2 { font-size: 1.25rem; }
 }
 @media print { #form { display: none; } }
@@ -3223,7 +3221,6 @@ const $ = (id) => document.getElementById(id)
 const {tools: TOOLS, places: PLACES, sizes: SIZES, streams: STREAMS, seconds} = JSON.parse($("setup").textContent)
 const SECOND = 1000
 const PATIENCE = (Math.max(seconds, 30) + 10) * SECOND // of a whole test: nothing else shows that a network is gone
-const MAX_TESTS = 6 // that are shown
 const [IDLE, LOAD, RAMP] = [2 * SECOND, 8 * SECOND, 2 * SECOND] // the ramp of a load is not counted in its rate
 const PHASES = {idle: 0, download: IDLE, upload: IDLE + LOAD} // where each begins in the charts
 const GRADES = [
@@ -3552,8 +3549,9 @@ function speedFigures({phases, status}) {
 		const samples = phases[name] ?? []
 		const done = samples[0] && (status === "finished" || i < names.length - 1)
 		if (!done) return {mbps: status === "running" ? rates(samples).at(-1) : undefined}
-		const from = samples.find(({at}) => at >= samples[0].at + RAMP) ?? samples[0]
-		return {done, mbps: rate(from, samples.at(-1), 1), rtt: median(samples.map(({rtt}) => rtt))}
+		const last = samples.at(-1)
+		const from = samples.find(({at}) => at >= samples[0].at + RAMP && at <= last.at - SECOND) ?? samples[0]
+		return {done, mbps: rate(from, last, 1), rtt: median(samples.map(({rtt}) => rtt))}
 	})
 	const added = Math.max(0, Math.max(download.rtt, upload.rtt) - idle.rtt)
 	const [grade, , meaning] = (status === "finished" && GRADES.find(([, most]) => added < most)) || []
@@ -3956,7 +3954,7 @@ function failure({place, command, address, tool, target}, [{message, status, unt
 
 function show(test) {
 	if (state.tests.includes(test)) return
-	state.tests = [test, ...state.tests].slice(0, MAX_TESTS)
+	state.tests = [test, ...state.tests].slice(0, 6) // five earlier ones stay
 	draw()
 	const card = $("results").firstChild
 	card.open = true

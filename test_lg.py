@@ -3972,6 +3972,14 @@ def test_only_a_completed_phase_has_a_figure_and_only_a_completed_test_a_grade(s
     assert (run["head"], run["sub"]) == ("25.0 Mbit/s down", "Stopped.")
 
 
+def test_rate_of_a_transfer_that_ends_with_the_ramp_is_of_all_of_it(script: Page) -> None:
+    phases = [{"event": "phase", "phase": name} for name in ("idle", "download")]
+    sample = {"event": "sample", "phase": "download", "rtt": 1}
+    samples = [{**sample, "at": at_ms, "bytes": at_ms * 3125} for at_ms in (0, 1000, 2050)]
+    run = reduced(script, "speed", *phases, *samples)
+    assert run["head"] == "25.0 Mbit/s down"
+
+
 def test_live_rate_is_that_of_the_last_second(script: Page) -> None:
     samples = [{"at": at, "bytes": at * 3125} for at in range(0, 5000, 450)]  # 25 Mbit/s, every 0.45 s
     assert script.evaluate("rates", samples)[3:] == pytest.approx([25] * 9, rel=0.01)
