@@ -3410,6 +3410,8 @@ def test_running_page_writes_nothing_that_has_not_changed(engine: Engine, stand_
       const found = [];
       new MutationObserver((list) => found.push(...list.map(({ target }) => target.nodeName)))
         .observe(document, { childList: true, attributes: true, characterData: true, subtree: true });
+      const redraw = () => document.forms[0].dispatchEvent(new Event("input"));
+      setInterval(redraw, 100);
       setTimeout(() => resolve(found), 1500);
     })""")
     engine.keys("Escape")
@@ -4711,29 +4713,34 @@ def test_script_needs_nothing_newer_than_the_oldest_browsers(
     assert faults == []
 
 
+def css_features(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each feature of CSS by its path: `properties float inline-end`, `units lh`; a type by its last name."""
+    for name, feature in tree.items():
+        if name != "__compat":
+            kind = "units" if path == "types length" else "types"
+            full = f"{kind} {name}" if path.startswith("types") else f"{path} {name}".strip()
+            if "__compat" in feature:
+                yield full, feature
+            yield from css_features(feature, full)
+
+
 def test_style_needs_nothing_newer_than_the_oldest_browsers(compatibility: dict[str, Any]) -> None:
-    css, style = compatibility["css"], re.sub(r"/\*.*?\*/", "", lg.STYLE, flags=re.S)
-    used = {
-        f"properties {name}" for name in re.findall(r"[;{]\s*([a-z-]+):", style) if not name.startswith("--")
-    }
+    style = re.sub(r"/\*.*?\*/", "", lg.STYLE, flags=re.S)
     selectors = " ".join(re.findall(r"([^{};]+){", style))
-    used |= {f"selectors {name}" for name in re.findall(r":([a-z-]+)", selectors)}
+    used = {f"selectors {name}" for name in re.findall(r":([a-z-]+)", selectors)}
     used |= {f"at-rules {name}" for name in re.findall(r"@([a-z-]+)", style)}
     used |= {f"at-rules media {name}" for name in re.findall(r"@media \(([a-z-]+):", style)}
-    for names in re.findall(r"[;{]\s*([a-z-]+): *([^;{}]+);", style):
-        words = re.findall(r"(?<![\w#.-])[a-z][a-z-]*(?![\w(-])", names[1])
-        used |= {f"properties {names[0]} {word}" for word in words}
-        used |= {f"types {word}" for word in re.findall(r"([a-z-]+)\(", names[1])}
-        used |= {f"types length {unit}" for unit in re.findall(r"\d(rem|px|em|lh|cqi|vh)", names[1])}
-    newer = set()
-    for path in used:
-        feature: Any = css
-        for name in path.split():
-            feature = feature.get(name, {})
-        if "__compat" in feature and not is_old(feature):
-            newer.add(path)
-    assert {"properties container-type", "at-rules container", "selectors focus-visible"} <= used
-    assert newer == set()
+    for name, value in re.findall(r"[;{]\s*([a-z][a-z-]+): *([^;{}]+);", style):
+        used.add(f"properties {name}")
+        used |= {
+            f"properties {name} {word}" for word in re.findall(r"(?<![\w#.-])[a-z][a-z-]*(?![\w(-])", value)
+        }
+        used |= {f"types {word}" for word in re.findall(r"[a-z-]+(?=\()", value)}
+        used |= {f"units {unit}" for unit in re.findall(r"(?<=\d)[a-z]+", value)}
+    newer = {path for path, feature in css_features(compatibility["css"]) if not is_old(feature)}
+    assert {"types light-dark", "units lh", "selectors has", "properties float inline-end"} <= newer
+    assert {"properties container-type", "at-rules container", "selectors focus-visible", "units rem"} <= used
+    assert used & newer == set()
 
 
 # Safe
