@@ -4796,6 +4796,21 @@ def test_nothing_is_loaded_from_elsewhere(visit: Visit, amsterdam: Server) -> No
     assert {url for url in asked if not url.startswith("data:")} == {places[0], *paths}
 
 
+def test_page_under_a_path_asks_relative_to_itself(browser_in_hops: Browser, stand_ins: Server) -> None:
+    page = browser_in_hops.new_context().new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.route("**/lg/**", lambda route: route.continue_(url=route.request.url.replace("/lg/", "/")))
+    page.goto(at(stand_ins, "lg/?command=traceroute&target=127.0.0.1"))
+    page.click("#run")
+    ended(page)
+    page.context.close()
+    paths = ("?command=traceroute&target=127.0.0.1", "health", "network/info", "lookingglass/traceroute")
+    assert {url for url in asked if not url.startswith("data:")} == {
+        at(stand_ins, f"lg/{path}") for path in paths
+    }
+
+
 HOSTILE_NAME = """<img/src="x"/onerror="document.title='owned'">"""
 
 
