@@ -1970,7 +1970,8 @@ def printing(text: str) -> str:
 
 @pytest.fixture(scope="session")
 def losing(shared: Start) -> Server:
-    return shared(tools={"ping": printing(RECORDED["ping, a loss"])}, names={"*": ["127.0.0.1"]})
+    server: Server = shared(tools={"ping": printing(RECORDED["ping, a loss"])}, names={"*": ["127.0.0.1"]})
+    return server
 
 
 def test_events_are_sent_as_json_lines_that_nothing_caches(losing: Server) -> None:
@@ -2024,7 +2025,7 @@ def test_an_event_is_sent_as_soon_as_its_line_is_written(serve: Start, gate: Gat
     script = f"#!/bin/sh\necho '64 bytes from 127.0.0.1: icmp_seq=1 ttl=60 time=1.0 ms'\n{gate.wait}"
     server = serve(tools={"ping": script})
     request = {"data": {"target": "127.0.0.1"}, "headers": NDJSON}
-    with server.http.stream("POST", "/lookingglass/ping", **request) as response:  # type: ignore[arg-type]
+    with server.http.stream("POST", "/lookingglass/ping", **request) as response:
         lines = response.iter_lines()
         assert [json.loads(next(lines))["event"] for _ in range(2)] == ["start", "reply"]
         gate.open()
@@ -4818,7 +4819,7 @@ def test_stopped_speed_test_ends_its_transfer_and_has_no_grade(
 def test_speed_test_beyond_the_limit_counts_down(visit: Visit, serve_in_hops: Start) -> None:
     limits = dict.fromkeys(("RATE_LIMIT_SPEEDTEST", "RATE_LIMIT_SPEEDTEST_10G"), "1/hour")
     page = visit(serve_in_hops(**limits), "?command=speedtest")
-    for size in lg.SIZES:
+    for size in SIZES:
         page.evaluate("async (size) => (await fetch(`speedtest/${size}`)).body.cancel()", size)
     page.click("#run")
     until(lambda: page.inner_text("#run") == "Start speed test in 60 min")
@@ -6236,11 +6237,11 @@ def test_resolver_that_fails_is_told_from_a_name_without_an_address(
     [
         ("ping", "::1", "::1 is an IPv6 address: use ping6"),
         ("mtr6", "127.0.0.1", "127.0.0.1 is an IPv4 address: use mtr"),
-        ("ping", "10.0.0.1", "10.0.0.1 may not be measured here: send a different, public address"),
+        ("ping", "10.0.0.1", "10.0.0.1 may not be measured here: use a different, public address"),
         ("ping", "v6.example", "no IPv4 address that may be measured here: check the name, or use ping6"),
         ("mtr6", "inside.example", "no IPv6 address that may be measured here: check the name, or use mtr"),
-        ("ping", "broken.example", "This server cannot look up broken.example now: try again, or send an a"),
-        ("ping", "127.1", "Not a target: send an "),
+        ("ping", "broken.example", "This server cannot look up broken.example now: try again, or use an a"),
+        ("ping", "127.1", "Not a target: use an "),
     ],
 )
 def test_refused_target_is_422_in_the_shape_of_fastapi_with_what_to_do(
@@ -6390,7 +6391,9 @@ def test_any_body_starts_a_tool_with_an_allowed_address_or_is_a_client_error(
 
 @pytest.fixture
 def limited(serve: Start) -> Server:
-    return serve(tools={"ping": ECHO, "mtr": ECHO}, names=NAMES, RATE_LIMIT_DIAGNOSTICS="2/minute")
+    tools = {"ping": ECHO, "mtr": ECHO}
+    server: Server = serve(tools=tools, names=NAMES, RATE_LIMIT_DIAGNOSTICS="2/minute")
+    return server
 
 
 def test_answers_within_the_rate_limit_count_down(limited: Server) -> None:
