@@ -508,7 +508,7 @@ def parse_target(text: str) -> Target:
             name = idna.encode(text, uts46=True).decode("ascii")
     if not HOST_NAME.fullmatch(name):
         expected = "an address like 192.0.2.1 or 2001:db8::1, or a name like example.com"
-        raise validation_error(f"Not a target: send {expected}", text)
+        raise validation_error(f"Not a target: use {expected}", text)
     return name
 
 
@@ -599,7 +599,7 @@ class Targets:
         if not isinstance(target, str):
             if self.is_allowed(target):
                 return target
-            message = f"{target} may not be measured here: send a different, public address"
+            message = f"{target} may not be measured here: use a different, public address"
             raise validation_error(message, str(target), reason="target")
         family = socket.AF_INET if version == 4 else socket.AF_INET6
         lookup = partial(self.getaddrinfo, target.encode("ascii"), None, family, socket.SOCK_STREAM)
@@ -612,7 +612,7 @@ class Targets:
             if getattr(error, "errno", None) not in (socket.EAI_NONAME, socket.EAI_NODATA):
                 message = f"This server cannot look up {target} now"
         if message:
-            raise validation_error(f"{message}: try again, or send an address", target, reason="resolver")
+            raise validation_error(f"{message}: try again, or use an address", target, reason="resolver")
         for *_, sockaddr in found:
             address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
             if self.is_allowed(address):
@@ -3663,7 +3663,7 @@ input, select, #run, #plain button { min-height: 2.75rem; padding: 0 0.75rem; ba
 input { width: 100%; }
 [aria-invalid] { border: 2px solid var(--bad); }
 select { flex: 1 0 9rem; max-width: 9.5rem; }
-#run { flex: 1 8rem; min-width: max-content; max-width: 14rem; font-weight: 600; }
+#run { flex: 1 8rem; min-width: 10.2rem; max-width: 14rem; font-weight: 600; }
 #run:not(.stop) { background: var(--accent); border-color: var(--accent); color: var(--card); }
 
 #about { display: grid; margin-top: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
@@ -3673,30 +3673,27 @@ table { width: 100%; border-collapse: collapse; table-layout: fixed; }
 tr { border-bottom-width: 1px; }
 th, td { padding: 0.25rem 0.5rem; text-align: end; white-space: nowrap; }
 .at { width: 3.4rem; }
-.name { text-align: start; }
+.name, th.range { text-align: start; }
 .name > * { overflow: hidden; text-overflow: ellipsis; }
 .name:focus, .name span { white-space: normal; }
 td.name small { display: block; min-height: 1.2rem; }
 th span + span { float: right; }
-th.range { text-align: start; }
 
 svg { display: block; width: 100%; height: 1.1rem; overflow: visible; fill: var(--mark); stroke: none; }
 line, path { stroke: var(--mark); stroke-width: 2px; vector-effect: non-scaling-stroke; }
 .grid { stroke: var(--line); }
-.spread, [aria-disabled] { opacity: 0.5; }
+.spread, .tiles:not(.lost), [aria-disabled] { opacity: 0.5; }
 .lost { fill: var(--bad); stroke: var(--bad); }
 rect.lost { stroke: none; }
 .upload { --mark: var(--good); fill: var(--good); }
 .curve { fill-opacity: 0.15; }
 .curve.idle { stroke: none; }
 .latency { fill: none; stroke: var(--dim); }
-.sketch { height: 3rem; }
 .sketch path:not(.curve) { fill: none; }
 .open { fill: var(--page); stroke: var(--dim); stroke-width: 2px; }
 .tiles { stroke-width: 18px; stroke-dasharray: 22 2; vector-effect: none; }
-.tiles:not(.lost) { opacity: 0.5; }
 .plot svg { height: 7rem; border-width: 1px 0; }
-.plot .low { height: 3rem; }
+.sketch, .latency svg { height: 3rem; }
 .phases { display: grid; grid-template-columns: 2fr 8fr 8fr; }
 .speed[open] h2:not(.bad) { display: none; }
 .figures { gap: 0.5rem 1rem; align-items: flex-end; }
@@ -3725,13 +3722,11 @@ rect.lost { stroke: none; }
 	.best, .worst { display: none; }
 	.sub { min-height: 2.4rem; }
 }
-@container (max-width: 30rem) {
+@media (max-width: 30rem) {
 	:is(.ping, .traceroute, .mtr) h2 { min-height: 2.6em; }
 	.sub { min-height: 3.6rem; }
-}
-@media (max-width: 30rem) {
 	#tabs { gap: 0 0.9rem; }
-	#run, select { max-width: none; }
+	#run, select { min-width: 0; max-width: none; }
 	#results > :first-child h2 { font-size: 1.25rem; }
 }
 @media print { #form { display: none; } }
@@ -3783,7 +3778,6 @@ const $ = (id) => document.getElementById(id)
 const {tools: TOOLS, places: PLACES, sizes: SIZES, streams: STREAMS, seconds} = JSON.parse($("setup").textContent)
 const SECOND = 1000
 const PATIENCE = (Math.max(seconds, 30) + 10) * SECOND // of a whole test: nothing else shows that a network is gone
-const MAX_TESTS = 6 // that are shown
 const [IDLE, LOAD, RAMP] = [2 * SECOND, 8 * SECOND, 2 * SECOND] // the ramp of a load is not counted in its rate
 const PHASES = {idle: 0, download: IDLE, upload: IDLE + LOAD} // where each begins in the charts
 const GRADES = [
@@ -4517,7 +4511,7 @@ function failure({place, command, address, tool, target}, [{message, status, unt
 
 function show(test) {
 	if (state.tests.includes(test)) return
-	state.tests = [test, ...state.tests].slice(0, MAX_TESTS)
+	state.tests = [test, ...state.tests].slice(0, 6) // five earlier ones stay
 	draw()
 	const card = $("results").firstChild
 	card.open = true
