@@ -2032,14 +2032,14 @@ class Runner:
         """Let a tool measure loopback, and keep and log what is wrong with it."""
         tool, loopback = command.tool, ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
         parser = parser_for(command)(loopback, None)
-        events, output = [], b""
+        works, output = False, bytearray()
         try:
             async with self.open(command, loopback, TRIAL_SECONDS) as process:
                 async for chunk in process.output():
                     output += chunk
-                    events += parser.feed(chunk)[1]
-                    if any(map(has_reply, events)):
+                    if works := any(map(has_reply, parser.feed(chunk)[1])):
                         break
+                    await asyncio.sleep(0)  # requests go on although the tool writes fast
             error = output.decode(errors="replace").strip() or process.stopped
             error = error or f"exit status {process.status}, and no reply from {loopback}"
         except FileNotFoundError:
@@ -2047,7 +2047,6 @@ class Runner:
         except OSError as failure:  # its file has capabilities that this process may not have
             error = str(failure)
         denied = DENIED.search(error)
-        works = any(map(has_reply, events))
         state: ToolState = "ok" if works else "forbidden" if denied else "failing"
         before, self.tools.states[tool] = self.tools.states.get(tool), state
         if state == before or (works and not before):

@@ -3578,7 +3578,7 @@ def visit(browser_in_hops: Browser) -> Iterator[Visit]:
 @contextlib.contextmanager
 def places(prefix: tuple[str, ...], folders: Iterable[Path], tools: Mapping[str, str]) -> Iterator[Server]:
     """Amsterdam; Frankfurt is up as well, without IPv6 and extra commands, Sydney is down."""
-    start: Start = Server
+    start: Start = SpawnedServer
     elsewhere = {"NETWORK_LOCATION": "Frankfurt am Main", "NETWORK_IPV6": "", "NETWORK_MAP_URL": ""}
     there, here = folders
     frankfurt = start(there, prefix=prefix, tools=tools, **{**AMSTERDAM, **elsewhere})
@@ -3614,7 +3614,7 @@ def stand_ins(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
     last = 'echo " 4  t.example (198.51.100.254)  1.000 ms  2.000 ms  *"'
     traceroute = f"#!/bin/sh\nfor n in 1 2 3; do {hop}; done\n{last}\n"
     tools = {"ping": SLOW_PING, "traceroute": traceroute, "mtr": BAD_HOP}
-    start: Start = Server
+    start: Start = SpawnedServer
     server = start(tmp_path_factory.mktemp("stand-ins"), prefix=hops, tools=tools, **AMSTERDAM)
     yield server
     server.stop()
@@ -4183,7 +4183,7 @@ def wires(
             done = subprocess.run([ip, *command.split()], capture_output=True, text=True, check=False)
             if done.returncode:
                 lacking(f"wires of limited rates: {done.stderr}")
-        start: Start = Server
+        start: Start = SpawnedServer
         server = start(tmp_path_factory.mktemp("wires"), prefix=("ip", "netns", "exec", near), **AMSTERDAM)
         running = {name: engines(name, ("ip", "netns", "exec", far)) for name in ENGINES}
         for wire, engine in enumerate(running.values()):
