@@ -6004,6 +6004,16 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
+    ("version", "remedy"), [((3, 11), "pip install -r requirements.txt"), ((3, 10), "Python 3.11 or later")]
+)
+def test_start_without_what_it_needs_ends_with_one_line(version: tuple[int, int], remedy: str) -> None:
+    script = f"import runpy, sys; sys.version_info = {version}; runpy.run_path('lg.py', run_name='__main__')"
+    line = [sys.executable, "-S", "-c", script]  # without packages
+    done = subprocess.run(line, cwd=HERE, env={}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n"), remedy in done.stderr) == (1, 1, True)
+
+
+@pytest.mark.parametrize(
     ("option", "printed"),
     [("--help", "usage: lg.py"), ("-h", "usage: lg.py"), ("--version", f"lg.py {lg.VERSION}\n")],
 )
