@@ -3337,6 +3337,8 @@ def create_app(settings: Settings | None = None) -> Starlette:
 
 LOG_LINES = 1000  # length of the queue
 LOG_SECONDS = 1  # time to write it at the end
+ACCEPTED_AT_ONCE = 16  # asyncio accepts a burst before any is counted: it must fit into RESERVED_FILES
+BACKLOG = 2048  # what the kernel keeps of a burst
 
 
 class Server(uvicorn.Server):
@@ -3348,6 +3350,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(self.sockets)
+        for each in self.sockets:
+            each.listen(BACKLOG)
         notify_systemd("READY=1")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -3393,6 +3397,7 @@ def make_server(settings: Settings, sockets: list[socket.socket]) -> Server:
         access_log=False,
         proxy_headers=False,  # Proxies does that
         server_header=False,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=STOP_SECONDS,
     )
     return Server(config, app.state.service, sockets)

@@ -7392,6 +7392,18 @@ def test_client_has_100_connections_and_more_are_reset(untrusting: Server, many_
     assert all(connected(connection) for connection in held)
 
 
+def test_burst_of_connections_leaves_descriptors(serve: Start, many_files: int) -> None:
+    """They wait in the kernel's queue while the server is stopped, as they do while it is busy."""
+    server = serve(descriptors=300, FORWARDED_ALLOW_IPS="192.0.2.1")
+    server.process.send_signal(signal.SIGSTOP)
+    burst = [server.connect(source="127.0.0.2") for _ in range(1000)]
+    server.process.send_signal(signal.SIGCONT)
+    server.answer_seconds()
+    assert "out of system resource" not in server.log
+    for connection in burst:
+        connection.close()
+
+
 def test_client_at_its_bound_of_connections_keeps_nobody_else_out(
     untrusting: Server, many_files: int
 ) -> None:
