@@ -505,7 +505,9 @@ def parse_target(text: str) -> Target:
     name = text
     if not text.isascii() and len(text) <= 253:
         with suppress(UnicodeError):
-            name = idna.encode(text, uts46=True).decode("ascii")
+            mapped = idna.uts46_remap(text, std3_rules=False)
+            if max(map(len, mapped.split("."))) <= 63:  # encoding a label takes quadratic time
+                name = idna.encode(mapped).decode("ascii")
     if not HOST_NAME.fullmatch(name):
         expected = "an address like 192.0.2.1 or 2001:db8::1, or a name like example.com"
         raise validation_error(f"Not a target: use {expected}", text)

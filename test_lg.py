@@ -7257,11 +7257,16 @@ class Flood:
 
 
 POST = "POST {} HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n\r\n"
+NAME = json.dumps({"target": "".join(chr(0x4E00 + 7 * number) for number in range(253))})
 WORST = {  # requests, and whether their answers are read
     "chunks of one byte": (POST.format("/health").encode() + b"1\r\nx\r\n" * 10_800, True),
     "chunks of a command": (POST.format("/lookingglass/ping").encode() + b"1\r\nx\r\n" * 10_800, True),
     "chunks of an upload": (POST.format("/speedtest/upload").encode() + b"1\r\nx\r\n" * 10_800, True),
     "short headers": (b"GET /health HTTP/1.1\r\nHost: lg\r\n" + b"a:b\r\n" * 3000 + b"\r\n", True),
+    "a name of one long label": (
+        f"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: {len(NAME)}\r\n\r\n{NAME}".encode(),
+        True,
+    ),
     "the page": (b"GET / HTTP/1.1\r\nHost: lg\r\nAccept: text/html\r\nAccept-Encoding: gzip\r\n\r\n", True),
     "unread answers": (HEALTH * 100, False),
 }
