@@ -2397,6 +2397,8 @@ class Connection(asyncio.BufferedProtocol):
         try:
             if self.exchange and not self.exchange.complete:
                 data = memoryview(self.exchange.feed(data))
+                if self.exchange.complete:
+                    self.connections.waiting.pop(self, None)
                 if self.exchange.ended and self.exchange.complete:
                     self.next_request()
             if not self.closing:
@@ -2442,7 +2444,8 @@ class Connection(asyncio.BufferedProtocol):
             rest = exchange.feed(memoryview(rest))
         self.exchange = exchange
         self.timer.cancel()
-        self.connections.waiting.pop(self, None)
+        if exchange.complete or exchange.length > BODY_BYTES:  # half a request is waiting, an upload is not
+            self.connections.waiting.pop(self, None)
         task = self.loop.create_task(exchange.run())
         self.server_state.tasks.add(task)
         task.add_done_callback(self.server_state.tasks.discard)

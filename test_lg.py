@@ -7463,6 +7463,9 @@ def crowded(serve: Start, request: pytest.FixtureRequest) -> Iterator[tuple[Serv
         connection.close()
 
 
+EXPECTING = "POST {} HTTP/1.1\r\nHost: lg\r\nExpect: 100-continue\r\nContent-Length: {}\r\n\r\n"
+
+
 def test_newcomer_takes_the_place_of_the_connection_that_waited_longest(
     crowded: tuple[Server, list[socket.socket]],
 ) -> None:
@@ -7477,6 +7480,25 @@ def test_half_a_request_is_waiting(crowded: tuple[Server, list[socket.socket]]) 
     assert [admits(server, "127.0.1.1") for _ in range(2)] == [True, True]
     assert not connected(first)
     assert connected(second)
+
+
+def test_request_without_its_body_is_waiting(crowded: tuple[Server, list[socket.socket]]) -> None:
+    server, (_, first, second, *_) = crowded
+    first.sendall(EXPECTING.format("/lookingglass/ping", 100).encode())
+    assert received(first, b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+    assert [admits(server, "127.0.1.1") for _ in range(2)] == [True, True]
+    with pytest.raises(ConnectionResetError):
+        first.recv(1)
+    assert connected(second)
+
+
+def test_upload_is_not_waiting(crowded: tuple[Server, list[socket.socket]]) -> None:
+    server, (_, first, *_) = crowded
+    first.sendall(EXPECTING.format("/speedtest/upload", 10_000).encode())
+    assert received(first, b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+    assert all(admits(server, "127.0.1.1") for _ in range(20))
+    first.sendall(bytes(10_000))
+    assert received(first, b"}").startswith(b"HTTP/1.1 200 ")
 
 
 def test_connection_whose_request_is_answered_is_not_reset(
