@@ -2374,6 +2374,8 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> None:
         """Treat a half-closed connection as closed: to the receiver, both look the same."""
         self.leave()
+        if self.exchange and not self.exchange.ended:  # else its peer could keep it by reading slowly
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         self.writable.clear()

@@ -7604,6 +7604,16 @@ def test_client_that_half_closes_in_a_download_is_no_error(serve: Start) -> None
     assert "level=error" not in logged(server)
 
 
+def test_connection_that_is_half_closed_in_a_download_is_closed_though_nobody_reads(serve: Start) -> None:
+    server = serve()
+    connection = server.send(DOWNLOAD, receive_bytes=4096)
+    assert connection.recv(12) == b"HTTP/1.1 200"
+    assert scrape(server)["lg_connections"] == 2
+    connection.shutdown(socket.SHUT_WR)
+    until(lambda: scrape(server)["lg_connections"] == 1)
+    connection.close()
+
+
 @pytest.mark.parametrize("package", ["httptools", "uvloop"])
 def test_installed_accelerator_is_not_imported(serve: Start, package: str, tmp_path: Path) -> None:
     """The bounds are made for h11 and asyncio: with httptools, a request's header would have none."""
