@@ -2260,7 +2260,8 @@ class Exchange:
         try:
             await self.connection.config.loaded_app(self.scope(), self.receive, self.send)
         except TransferAborted:
-            self.connection.reset()
+            if not self.gone:  # its socket may be closed
+                self.connection.reset()
         except Exception:
             logger.exception(logfmt(msg="An answer failed", path=self.request.target.decode()))
         if not (self.ended or self.gone):  # who is gone has been closed, or has been refused and lingers
