@@ -2478,7 +2478,8 @@ class Connection(asyncio.BufferedProtocol):
         """End the answers, and discard what still comes: a reset could destroy the last of them."""
         self.closing = True
         self.close_in(LINGER_SECONDS)
-        self.transport.write_eof()
+        with suppress(OSError):  # the client has reset the connection
+            self.transport.write_eof()
 
     def refuse(self, status: int = 400, message: str = "Invalid HTTP request received.") -> None:
         """Answer what cannot be parsed; also a body that turns out to be malformed in mid-answer."""

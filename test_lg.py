@@ -7604,6 +7604,13 @@ def test_client_that_half_closes_in_a_download_is_no_error(serve: Start) -> None
     assert "level=error" not in logged(server)
 
 
+def test_client_that_is_gone_before_an_early_answer_is_no_error(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO})
+    for _ in range(20):
+        server.send(b"GET /health/ HTTP/1.1\r\nHost: lg\r\nContent-Length: 5\r\n\r\n").close()
+    assert "level=error" not in logged(server)
+
+
 def test_connection_that_is_half_closed_in_a_download_is_closed_though_nobody_reads(serve: Start) -> None:
     server = serve()
     connection = server.send(DOWNLOAD, receive_bytes=4096)
