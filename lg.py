@@ -2268,7 +2268,6 @@ class Exchange:
             self.connection.transport.close()
 
     async def send(self, message: Message) -> None:
-        await self.connection.writable.wait()
         if self.gone:
             return
         if message["type"] == "http.response.start":
@@ -2281,7 +2280,9 @@ class Exchange:
             log(logging.DEBUG, "request", target=self.request.target.decode(), status=int(status))
             return
         self.write(h11.Data(data=b"" if self.request.method == b"HEAD" else message.get("body", b"")))
-        if not message.get("more_body"):
+        if message.get("more_body"):
+            await self.connection.writable.wait()
+        else:  # without waiting: an answer that nobody reads has ended
             self.write(h11.EndOfMessage())
             self.ended = True
             self.changed.set()

@@ -46,9 +46,10 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, cast, get_args
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 from urllib.parse import quote
 
+import h11
 import httpx
 import jsonschema  # type: ignore[import-untyped]
 import limits
@@ -7602,6 +7603,22 @@ def test_client_that_half_closes_in_a_download_is_no_error(serve: Start) -> None
     until(lambda: "size=10G" in server.log)
     connection.close()
     assert "level=error" not in logged(server)
+
+
+def test_answer_in_one_piece_ends_although_nobody_reads_its_header() -> None:
+    """So its connection is waiting, and gives way to others."""
+
+    async def answer() -> bool:
+        connection = Mock(writable=asyncio.Event(), server_state=Mock(default_headers=[]))
+        http = h11.Connection(h11.SERVER)
+        http.receive_data(b"HEAD /health HTTP/1.1\r\nHost: lg\r\n\r\n")
+        exchange = lg.Exchange(connection, http, cast(h11.Request, http.next_event()))
+        async with asyncio.timeout(1):
+            await exchange.send({"type": "http.response.start", "status": 200, "headers": []})
+            await exchange.send({"type": "http.response.body", "body": b""})
+        return exchange.ended
+
+    assert outcome(answer())
 
 
 def test_client_that_is_gone_before_an_early_answer_is_no_error(serve: Start) -> None:
