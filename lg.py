@@ -505,7 +505,9 @@ def parse_target(text: str) -> Target:
     name = text
     if not text.isascii() and len(text) <= 253:
         with suppress(UnicodeError):
-            name = idna.encode(text, uts46=True).decode("ascii")
+            mapped = idna.uts46_remap(text, std3_rules=False)
+            if max(map(len, mapped.split("."))) <= 63:  # encoding a label takes quadratic time
+                name = idna.encode(mapped).decode("ascii")
     if not HOST_NAME.fullmatch(name):
         expected = "an address like 192.0.2.1 or 2001:db8::1, or a name like example.com"
         raise validation_error(f"Not a target: use {expected}", text)
@@ -2257,14 +2259,14 @@ class Exchange:
         try:
             await self.connection.config.loaded_app(self.scope(), self.receive, self.send)
         except TransferAborted:
-            self.connection.reset()
+            if not self.gone:  # its socket may be closed
+                self.connection.reset()
         except Exception:
             logger.exception(logfmt(msg="An answer failed", path=self.request.target.decode()))
         if not (self.ended or self.gone):  # who is gone has been closed, or has been refused and lingers
             self.connection.transport.close()
 
     async def send(self, message: Message) -> None:
-        await self.connection.writable.wait()
         if self.gone:
             return
         if message["type"] == "http.response.start":
@@ -2277,7 +2279,9 @@ class Exchange:
             log(logging.DEBUG, "request", target=self.request.target.decode(), status=int(status))
             return
         self.write(h11.Data(data=b"" if self.request.method == b"HEAD" else message.get("body", b"")))
-        if not message.get("more_body"):
+        if message.get("more_body"):
+            await self.connection.writable.wait()
+        else:  # without waiting: an answer that nobody reads has ended
             self.write(h11.EndOfMessage())
             self.ended = True
             self.changed.set()
@@ -2371,6 +2375,8 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> None:
         """Treat a half-closed connection as closed: to the receiver, both look the same."""
         self.leave()
+        if self.exchange and not self.exchange.ended:  # else its peer could keep it by reading slowly
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         self.writable.clear()
@@ -2394,6 +2400,8 @@ class Connection(asyncio.BufferedProtocol):
         try:
             if self.exchange and not self.exchange.complete:
                 data = memoryview(self.exchange.feed(data))
+                if self.exchange.complete:
+                    self.connections.waiting.pop(self, None)
                 if self.exchange.ended and self.exchange.complete:
                     self.next_request()
             if not self.closing:
@@ -2439,7 +2447,8 @@ class Connection(asyncio.BufferedProtocol):
             rest = exchange.feed(memoryview(rest))
         self.exchange = exchange
         self.timer.cancel()
-        self.connections.waiting.pop(self, None)
+        if exchange.complete or exchange.length > BODY_BYTES:  # half a request is waiting, an upload is not
+            self.connections.waiting.pop(self, None)
         task = self.loop.create_task(exchange.run())
         self.server_state.tasks.add(task)
         task.add_done_callback(self.server_state.tasks.discard)
@@ -2469,7 +2478,8 @@ class Connection(asyncio.BufferedProtocol):
         """End the answers, and discard what still comes: a reset could destroy the last of them."""
         self.closing = True
         self.close_in(LINGER_SECONDS)
-        self.transport.write_eof()
+        with suppress(OSError):  # the client has reset the connection
+            self.transport.write_eof()
 
     def refuse(self, status: int = 400, message: str = "Invalid HTTP request received.") -> None:
         """Answer what cannot be parsed; also a body that turns out to be malformed in mid-answer."""
@@ -3336,6 +3346,8 @@ def create_app(settings: Settings | None = None) -> Starlette:
 
 LOG_LINES = 1000  # length of the queue
 LOG_SECONDS = 1  # time to write it at the end
+ACCEPTED_AT_ONCE = 16  # asyncio accepts a burst before any is counted: it must fit into RESERVED_FILES
+BACKLOG = 2048  # what the kernel keeps of a burst
 
 
 class Server(uvicorn.Server):
@@ -3347,6 +3359,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(self.sockets)
+        for each in self.sockets:
+            each.listen(BACKLOG)
         notify_systemd("READY=1")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -3392,6 +3406,7 @@ def make_server(settings: Settings, sockets: list[socket.socket]) -> Server:
         access_log=False,
         proxy_headers=False,  # Proxies does that
         server_header=False,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=STOP_SECONDS,
     )
     return Server(config, app.state.service, sockets)

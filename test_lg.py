@@ -46,9 +46,10 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, cast, get_args
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 from urllib.parse import quote
 
+import h11
 import httpx
 import jsonschema  # type: ignore[import-untyped]
 import limits
@@ -7270,11 +7271,16 @@ class Flood:
 
 
 POST = "POST {} HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n\r\n"
+NAME = json.dumps({"target": "".join(chr(0x4E00 + 7 * number) for number in range(253))})
 WORST = {  # requests, and whether their answers are read
     "chunks of one byte": (POST.format("/health").encode() + b"1\r\nx\r\n" * 10_800, True),
     "chunks of a command": (POST.format("/lookingglass/ping").encode() + b"1\r\nx\r\n" * 10_800, True),
     "chunks of an upload": (POST.format("/speedtest/upload").encode() + b"1\r\nx\r\n" * 10_800, True),
     "short headers": (b"GET /health HTTP/1.1\r\nHost: lg\r\n" + b"a:b\r\n" * 3000 + b"\r\n", True),
+    "a name of one long label": (
+        f"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: {len(NAME)}\r\n\r\n{NAME}".encode(),
+        True,
+    ),
     "the page": (b"GET / HTTP/1.1\r\nHost: lg\r\nAccept: text/html\r\nAccept-Encoding: gzip\r\n\r\n", True),
     "unread answers": (HEALTH * 100, False),
 }
@@ -7405,6 +7411,18 @@ def test_client_has_100_connections_and_more_are_reset(untrusting: Server, many_
     assert all(connected(connection) for connection in held)
 
 
+def test_burst_of_connections_leaves_descriptors(serve: Start, many_files: int) -> None:
+    """They wait in the kernel's queue while the server is stopped, as they do while it is busy."""
+    server = serve(descriptors=300, FORWARDED_ALLOW_IPS="192.0.2.1")
+    server.process.send_signal(signal.SIGSTOP)
+    burst = [server.connect(source="127.0.0.2") for _ in range(1000)]
+    server.process.send_signal(signal.SIGCONT)
+    server.answer_seconds()
+    assert "out of system resource" not in server.log
+    for connection in burst:
+        connection.close()
+
+
 def test_client_at_its_bound_of_connections_keeps_nobody_else_out(
     untrusting: Server, many_files: int
 ) -> None:
@@ -7459,6 +7477,9 @@ def crowded(serve: Start, request: pytest.FixtureRequest) -> Iterator[tuple[Serv
         connection.close()
 
 
+EXPECTING = "POST {} HTTP/1.1\r\nHost: lg\r\nExpect: 100-continue\r\nContent-Length: {}\r\n\r\n"
+
+
 def test_newcomer_takes_the_place_of_the_connection_that_waited_longest(
     crowded: tuple[Server, list[socket.socket]],
 ) -> None:
@@ -7473,6 +7494,25 @@ def test_half_a_request_is_waiting(crowded: tuple[Server, list[socket.socket]]) 
     assert [admits(server, "127.0.1.1") for _ in range(2)] == [True, True]
     assert not connected(first)
     assert connected(second)
+
+
+def test_request_without_its_body_is_waiting(crowded: tuple[Server, list[socket.socket]]) -> None:
+    server, (_, first, second, *_) = crowded
+    first.sendall(EXPECTING.format("/lookingglass/ping", 100).encode())
+    assert received(first, b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+    assert [admits(server, "127.0.1.1") for _ in range(2)] == [True, True]
+    with pytest.raises(ConnectionResetError):
+        first.recv(1)
+    assert connected(second)
+
+
+def test_upload_is_not_waiting(crowded: tuple[Server, list[socket.socket]]) -> None:
+    server, (_, first, *_) = crowded
+    first.sendall(EXPECTING.format("/speedtest/upload", 10_000).encode())
+    assert received(first, b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+    assert all(admits(server, "127.0.1.1") for _ in range(20))
+    first.sendall(bytes(10_000))
+    assert received(first, b"}").startswith(b"HTTP/1.1 200 ")
 
 
 def test_connection_whose_request_is_answered_is_not_reset(
@@ -7576,6 +7616,39 @@ def test_client_that_half_closes_in_a_download_is_no_error(serve: Start) -> None
     until(lambda: "size=10G" in server.log)
     connection.close()
     assert "level=error" not in logged(server)
+
+
+def test_answer_in_one_piece_ends_although_nobody_reads_its_header() -> None:
+    """So its connection is waiting, and gives way to others."""
+
+    async def answer() -> bool:
+        connection = Mock(writable=asyncio.Event(), server_state=Mock(default_headers=[]))
+        http = h11.Connection(h11.SERVER)
+        http.receive_data(b"HEAD /health HTTP/1.1\r\nHost: lg\r\n\r\n")
+        exchange = lg.Exchange(connection, http, cast(h11.Request, http.next_event()))
+        async with asyncio.timeout(1):
+            await exchange.send({"type": "http.response.start", "status": 200, "headers": []})
+            await exchange.send({"type": "http.response.body", "body": b""})
+        return exchange.ended
+
+    assert outcome(answer())
+
+
+def test_client_that_is_gone_before_an_early_answer_is_no_error(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO})
+    for _ in range(20):
+        server.send(b"GET /health/ HTTP/1.1\r\nHost: lg\r\nContent-Length: 5\r\n\r\n").close()
+    assert "level=error" not in logged(server)
+
+
+def test_connection_that_is_half_closed_in_a_download_is_closed_though_nobody_reads(serve: Start) -> None:
+    server = serve()
+    connection = server.send(DOWNLOAD, receive_bytes=4096)
+    assert connection.recv(12) == b"HTTP/1.1 200"
+    assert scrape(server)["lg_connections"] == 2
+    connection.shutdown(socket.SHUT_WR)
+    until(lambda: scrape(server)["lg_connections"] == 1)
+    connection.close()
 
 
 @pytest.mark.parametrize("package", ["httptools", "uvloop"])
