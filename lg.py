@@ -2059,13 +2059,13 @@ class Runner:
 
 # ---- connections -------------------------------------------------------------------------------------------
 
-MAX_CONNECTIONS = 4000  # of all clients: about 40 MiB, and the kernel's buffers
+MAX_CONNECTIONS = 4000  # of all clients: 40 MiB idle, 210 MiB with the largest incomplete requests
 MAX_CONNECTIONS_PER_CLIENT = 100  # proxies excepted; a browser opens 6 to a server
 RESERVED_FILES = 200  # descriptors for lookups, the store, the log and what the tools' start needs
 FILES_PER_COMMAND = 3  # of a running command: its pipe, its pidfd, and /proc when it ends
 REQUEST_HEADER_SECONDS = 10  # within which the header of a request must be complete
 IDLE_SECONDS = 75  # a connection is kept for its next request; proxies keep theirs for 60 s
-# Bounds of what is parsed for a request. h11's cost is per line: together these take it 0.3 ms.
+# Bounds of what is parsed for a request, since h11 costs time per line: these take 0.3 ms, at worst 1 ms.
 HEADER_BYTES, HEADER_LINES = 2**14, 100
 CHUNKED_BYTES, CHUNKED_LINES, CHUNKS = 2**13, 100, 32
 PIPELINED_BYTES = 4096  # kept of further requests while one is answered
