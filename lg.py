@@ -1038,6 +1038,7 @@ class ResultHop(TypedDict):
     resolvedAddress: str | None
     resolvedHostname: str | None
     addresses: NotRequired[list[str]]
+    hostnames: NotRequired[list[str | None]]
     asn: list[int]
     network: str | None
     timings: list[Timing]
@@ -1102,13 +1103,17 @@ class LostEvent(TypedDict):
 
 
 class HopEvent(TypedDict):
-    """A hop and the router that answered: mtr's last, traceroute's first. `addresses` are all, if several."""
+    """A hop and the router that answered: mtr's last, traceroute's first. `addresses` are all, if several.
+
+    `hostnames` are their names, in the same order.
+    """
 
     event: Literal["hop"]
     hop: int
     address: str | None
     addresses: NotRequired[list[str]]
     hostname: str | None
+    hostnames: NotRequired[list[str | None]]
     asn: list[int]
     network: str | None
 
@@ -1204,7 +1209,7 @@ def result_hop(event: HopEvent, timings: list[Timing]) -> ResultHop:
         resolvedAddress=address, resolvedHostname=hostname, asn=asn, network=network, timings=timings
     )
     if "addresses" in event:
-        hop["addresses"] = event["addresses"]
+        hop |= {"addresses": event["addresses"], "hostnames": event["hostnames"]}
     return hop
 
 
@@ -1248,15 +1253,13 @@ class OutputParser:
         """Events for what is known only at the end, so that the last events agree with the result."""
         return iter(())
 
-    def make_hop_event(
-        self, hop: int, addresses: Sequence[str], address: str | None, hostname: str | None
-    ) -> HopEvent:
-        """What the hop events of traceroute and mtr have in common."""
+    def make_hop_event(self, hop: int, address: str | None, names: Mapping[str, str | None]) -> HopEvent:
+        """What hop events of traceroute and mtr have in common; `names` has every router that answered."""
         asn, network = self.asn_database.find(address) if self.asn_database else AutonomousSystem()
-        asns = [] if asn is None else [asn]
-        event = HopEvent(event="hop", hop=hop, address=address, hostname=hostname, asn=asns, network=network)
-        if len(addresses) > 1:
-            event["addresses"] = list(addresses)
+        asns, name = [] if asn is None else [asn], names.get(address or "")
+        event = HopEvent(event="hop", hop=hop, address=address, hostname=name, asn=asns, network=network)
+        if len(names) > 1:
+            event |= {"addresses": list(names), "hostnames": list(names.values())}
         return event
 
     def has_sent(self) -> bool:
@@ -1380,9 +1383,8 @@ class TracerouteParser(OutputParser):
                 yield note(line)
             return
         probes, names, complete = self.parse_probes(match[2])
-        address, hostname = next(iter(names.items()), (None, None))
         timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
-        event = self.make_hop_event(int(match[1]), list(names), address, hostname)
+        event = self.make_hop_event(int(match[1]), next(iter(names), None), names)
         yield {**event, "timings": timings, "probes": probes}
         self.hops.append(result_hop(event, timings))
         if not complete:
@@ -1543,7 +1545,7 @@ class MtrParser(OutputParser):
             case "d" if hop.address and hop.address not in self.names:
                 if hostname := hostname_of(value[0], hop.address):
                     self.names[hop.address] = hostname
-                    named = [at for at, each in self.hops.items() if each.address == hop.address]
+                    named = [at for at, each in self.hops.items() if hop.address in each.routers]
                     self.changed.update(dict.fromkeys(named))
             case "p":
                 hop.reply(int(value[1]))
@@ -1588,8 +1590,8 @@ class MtrParser(OutputParser):
 
     def event_at(self, position: int) -> HopEvent:
         hop = self.hops[position]
-        name = self.names.get(hop.address or "")
-        return self.make_hop_event(position + 1, list(hop.routers), hop.address, name)
+        names = {router: self.names.get(router) for router in hop.routers}
+        return self.make_hop_event(position + 1, hop.address, names)
 
     def last_events(self, complete: bool) -> Iterator[Event]:
         for position, hop in self.hops.items():
@@ -4014,8 +4016,9 @@ function grown({rtts, times, lost}, {rcv, drop, avg}) {
 	return [...rtts, ...added(count(drop) - lost, null), ...added(back, (avg * rcv - sum(times)) / back)]
 }
 
-function hopOf(before, {address, hostname, addresses, asn, network, stats, timings, probes = timings}) {
-	const others = list(addresses).filter((each) => each !== address)
+function hopOf(before, {address, hostname, addresses, hostnames, asn, network, stats, timings, probes = timings}) {
+	const named = list(addresses).map((each, i) => [each, list(hostnames)[i]])
+	const others = named.filter(([each]) => each !== address).map(([each, name]) => (name ? `${name} (${each})` : each))
 	const numbers = list(asn).map((each) => `AS${text(each)}`)
 	const codes = [...new Set(list(probes).map((probe) => text(probe?.code)))].filter(Boolean)
 	const name = text(hostname) || text(address)

@@ -1452,9 +1452,10 @@ def test_the_text_of_traceroute_is_its_own(name: str) -> None:
     assert parse(name).text == RECORDED[name]
 
 
-def test_several_routers_of_a_traceroute_hop_are_its_addresses() -> None:
+def test_several_routers_of_a_traceroute_hop_are_its_addresses_with_their_names() -> None:
     _, second, _ = parse("traceroute6, several routers at a hop, addresses without names, a zone").hops
-    assert second["addresses"] == ["2001:db8:0:2::2", "2001:db8:0:2::3"]
+    names = {"2001:db8:0:2::2": None, "2001:db8:0:2::3": "r2.lg.example"}
+    assert dict(zip(second["addresses"], second["hostnames"], strict=True)) == names
 
 
 @pytest.mark.parametrize("name", TRACEROUTES)
@@ -1543,6 +1544,15 @@ def test_the_table_of_an_mtr_without_an_answer_is_its_head() -> None:
 
 def test_the_last_row_before_the_end_of_a_loop_has_its_last_time() -> None:
     assert parse("mtr, the same address three times behind NAT").table[5].split()[4] == "60.0"
+
+
+def test_the_routers_of_an_mtr_hop_are_its_addresses_with_their_names() -> None:
+    parser = lg.MtrParser(ipaddress.ip_address("198.51.100.254"), None)
+    first = "x 0 1\nh 0 198.51.100.2\np 0 30 1\nd 0 a.example\n"
+    _, events = parser.feed(f"{first}x 0 2\nh 0 198.51.100.3\np 0 30 2\nd 0 b.example\n".encode())
+    names = ["a.example", "b.example"]
+    (hop,) = parser.result()["hops"][:1]
+    assert [each.get("hostnames") for each in (events[-1], hop)] == [names, names]
 
 
 def test_the_routers_of_a_hop_are_its_addresses() -> None:
@@ -4557,12 +4567,19 @@ def test_hop_shows_its_network_further_routers_and_marks(script: Page) -> None:
     where = {
         "address": "198.51.100.6",
         "hostname": "core.example",
-        "addresses": ["198.51.100.6", "198.51.100.7"],
+        "addresses": ["198.51.100.6", "198.51.100.7", "198.51.100.8"],
+        "hostnames": ["core.example", "edge.example", None],
     }
     known = {"asn": [64500], "network": "Example", "timings": [], "probes": probes}
     (found,) = reduced(script, "traceroute", {"event": "hop", "hop": 1, **where, **known})["hops"]
     assert found["name"] == "core.example"
-    assert found["more"] == ["AS64500 Example", "198.51.100.6", "198.51.100.7", "!X"]
+    assert found["more"] == [
+        "AS64500 Example",
+        "198.51.100.6",
+        "edge.example (198.51.100.7)",
+        "198.51.100.8",
+        "!X",
+    ]
     assert found["rtts"] == [5.7, None, 6.1]
 
 
