@@ -1868,6 +1868,8 @@ class Transcript:
         if fault:
             newline = "" if self.raw_output.endswith(b"\n") or not self.raw_output else "\n"
             last += self.encode(f"{newline}--- {self.command.name}: {fault} ---\n".encode(), [])
+        if not self.as_events:
+            return last
         outcome: Status = "failed" if fault else "finished"
         event: EndEvent = {
             "event": "end",
