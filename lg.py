@@ -3,7 +3,15 @@
 
 `python lg.py` starts the server, `python lg.py check` checks its settings. Importing does nothing.
 It reads from top to bottom: settings, targets, limits, commands, parsing, running, connections, speed tests,
-endpoints, OpenAPI, routes, serving, the page.
+endpoints, OpenAPI, routes, serving, the page. Where to look first:
+
+- A run takes its slot in `Runner.measure`, and gives it back where that `with` ends: when its processes are
+  gone, and before its last bytes are sent. If the client leaves, `StreamedResponse` closes `run_ahead`, which
+  closes `measure`.
+- What bounds a stranger's request stands in capitals at the head of targets, limits, running, connections and
+  speed tests; what an operator may change of it, in `Settings`.
+- A command is a row of `BUILT_IN` or of the setting EXTRA_COMMANDS; output of a new form needs a parser,
+  which is a row of `PARSERS`.
 """
 
 from __future__ import annotations
