@@ -5,13 +5,13 @@
 It reads from top to bottom: settings, targets, limits, commands, parsing, running, connections, speed tests,
 endpoints, OpenAPI, routes, serving, the page. Where to look first:
 
-- A run takes its slot in `Runner.measure`, and gives it back where that `with` ends: when its processes are
-  gone, and before its last bytes are sent. If the client leaves, `StreamedResponse` closes `run_ahead`, which
-  closes `measure`.
-- What bounds a stranger's request stands in capitals at the head of targets, limits, running, connections and
-  speed tests; what an operator may change of it, in `Settings`.
-- A command is a row of `BUILT_IN` or of the setting EXTRA_COMMANDS; output of a new form needs a parser,
-  which is a row of `PARSERS`.
+- A run takes its slot in `Runner.measure` and holds it until that `with` block ends: its processes are gone
+  then, but its last bytes have not been sent yet. If the client leaves, the connection tells
+  `Exchange.receive`, on which `StreamedResponse` closes `run_ahead`, which closes `measure`.
+- The constants that bound a stranger's request stand at the head of targets, limits, parsing, running,
+  connections, speed tests and serving. Those that an operator may change are in `Settings`.
+- A command is a row of `BUILT_IN` or of the setting EXTRA_COMMANDS. New output needs a parser (`PARSERS`)
+  and, for new events, their types in `Event`, an example for the description (`EXAMPLES`) and `has_reply`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ BUILT_IN = {
 }
 LOGO_BYTES = 2**16  # the logo is embedded in the page
 BOOLEANS = dict.fromkeys(["true", "yes", "on", "1"], True) | dict.fromkeys(["false", "no", "off", "0"], False)
-# What no line of the log, of the page or of an argv can hold: control characters and lone surrogates.
+# Characters that must not stand in a line of the log, in the page or in an argument.
 UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # As a content security policy writes it: without a syntax for IPv6 addresses.
 HTTP_ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
@@ -187,7 +187,7 @@ def proxy(value: str) -> IPNetwork:
 
 
 def cors_origin(value: str) -> str:
-    """An origin as browsers send it. The error has the right spelling of one that they never send."""
+    """An origin as browsers send it. The error for another spelling has the right one."""
     if value in ("*", "null"):
         return value
     if not (match := CORS_ORIGIN.fullmatch(value)):
@@ -391,9 +391,9 @@ def unknown_settings(names: Iterable[str]) -> Iterator[str]:
 
 FORM_FIELDS = 100  # parsed of a form: 4 KiB have room for thousands, which take milliseconds
 RESOLVE_SECONDS = 5
-RETRY_LATER = {"Retry-After": "5"}  # where no slot is free: commands end at different times, after about 15 s
+RETRY_LATER = {"Retry-After": "5"}  # when no slot is free: a command takes about 15 s
 # Limits on a service's threads, abandoned ones included: a resolver may take minutes to give up.
-# Lookups stop first, which leaves threads for the shared store.
+# Lookups are refused first, which leaves threads for the shared store.
 LOOKUP_THREADS, STORE_THREADS = 100, 200
 
 IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}", re.ASCII)
@@ -627,7 +627,7 @@ class Targets:
             address = ipaddress.ip_address(str(sockaddr[0]).partition("%")[0])
             if self.is_allowed(address):
                 return address
-        # The same whether there is no address or none is allowed: else anybody could list internal names.
+        # The same message for both cases: otherwise anyone could find out which internal names exist.
         message = f"{target} has no IPv{version} address that may be measured here: {hint}"
         raise validation_error(message, target, reason="target")
 
@@ -638,7 +638,7 @@ STORE_SECONDS = 2  # time limit of a query to the shared store
 STORE_RETRY_SECONDS = 30  # pause before a store that has failed is queried again
 SWEEP_SECONDS = 60  # how often clients without a recent request are removed from memory
 LOG_REPEAT_SECONDS = 60  # one refusal of each client, and one failure of each tool, is logged in this time
-LOG_KEYS = 1000  # what is logged seldom is remembered for so many clients and tools
+LOG_KEYS = 1000  # of clients and tools, for what is logged seldom
 GIVE_WAY_SECONDS = 60  # a speed test that has run so long has measured what there is to measure
 RATE_HEADERS = {  # with what they mean
     "X-RateLimit-Limit": "Requests allowed.",
@@ -714,9 +714,9 @@ def rate_limit_key(address: IPAddress) -> str:
 
 
 class Client(NamedTuple):
-    """Who is limited and logged; `is_named` unless a trusted proxy names its client by nothing readable."""
+    """Who is limited and logged; not `is_named` where a trusted proxy sent no readable address."""
 
-    address: IPAddress  # without a name the proxy's
+    address: IPAddress  # the proxy's own where the client is not named
     is_named: bool = True
 
     def __str__(self) -> str:
@@ -776,7 +776,7 @@ class Slots:
             self.taken.discard(slot)
 
     def make_room(self, client: str, by_client: Counter[str]) -> None:
-        """End the longest run of the client with most, for a client that has none. Raises RequestError."""
+        """End the oldest run of the client that has most, for one that has none. Raises RequestError."""
         latest = time.monotonic() - GIVE_WAY_SECONDS
         old = [slot for slot in self.taken if slot.give_way and slot.begun <= latest]
         slot = max(old, key=lambda each: (by_client[each.client], -each.begun), default=None)
@@ -793,7 +793,7 @@ def check_rates(limiter: MovingWindowRateLimiter, rates: Rates, consume: bool, *
     Where a rate is exhausted, nothing is consumed. Raises RequestError (429).
     """
     exhausted = [rate for rate in rates if not limiter.test(rate, *key)]
-    if consume and not exhausted:  # each hit succeeds, unless another server with the same store was faster
+    if consume and not exhausted:  # each hit succeeds, unless a request with the same store was faster
         exhausted = [rate for rate in rates if not limiter.hit(rate, *key)]
     windows = [(rate, limiter.get_window_stats(rate, *key)) for rate in exhausted or rates]
     rate, stats = min(windows, key=lambda each: (each[1].remaining, -each[1].reset_time))
@@ -899,7 +899,7 @@ class Limits:
             self.counters.set("lg_refusals_total", 0, reason=reason)
 
     def count_refusal(self, client: Client, path: str, reason: str) -> None:
-        """Count a refused request, and log it, at most once a minute for each client."""
+        """Count a refused request, and log it once a minute for each client, unless it was invalid."""
         self.counters.add("lg_refusals_total", 1, reason=reason)
         key = ("refusal", client.key)
         if reason != "invalid" and self.once(key, LOG_REPEAT_SECONDS):
@@ -979,7 +979,7 @@ class Tools:
         self.names = tuple(dict.fromkeys(command.argv[0] for command in commands.values()))
         extra = settings.EXTRA_COMMANDS
         tried = [each for each in commands.values() if each.base_name in BUILT_IN.keys() - extra.keys()]
-        # Of each tool the first of its commands: over IPv4, where that is offered.
+        # For each tool, the first of its commands is tried: the one for IPv4 if it is offered.
         self.trials = {command.tool: command for command in reversed(tried)}
         # What the last trial of a tool on loopback found, once it has ended; an operator's command has none.
         self.states: dict[str, ToolState] = {}
@@ -999,12 +999,13 @@ class Tools:
 
 # ---- parsing what the tools print --------------------------------------------------------------------------
 
-LINE_BYTES = 4096  # a longer line is parsed in pieces
+LINE_BYTES = 4096  # of a line that is not complete; what is longer is parsed in pieces
 MAX_LOSSES = 1000  # of those that only ping's summary tells of
 MAX_ROUTERS = 128  # of one hop, as in mtr
 
 # A tool's output becomes events as it comes, and one result at the end. The OpenAPI schemas are made from
-# these types. Results have the shape of Globalping's test results. Times are in milliseconds.
+# these types. Results have the shape of Globalping's test results. Times are in milliseconds, `duration` is in
+# seconds.
 
 Status = Literal["finished", "failed"]
 
@@ -1018,7 +1019,7 @@ class PingTiming(Timing):
 
 
 class Probe(TypedDict):
-    """`address` where it is not the hop's, `code` where the reply has one: `!X`, `!H`, `!N`."""
+    """`address` only if it is not the hop's, `code` only if the reply has one: `!X`, `!H`, `!N`."""
 
     rtt: float | None
     address: NotRequired[str]
@@ -1111,9 +1112,9 @@ class LostEvent(TypedDict):
 
 
 class HopEvent(TypedDict):
-    """A hop and the router that answered: mtr's last, traceroute's first. `addresses` are all, if several.
+    """A hop, and one router that answered for it: mtr's last, traceroute's first.
 
-    `hostnames` are their names, in the same order.
+    `addresses` has all routers, if there are several, and `hostnames` their names in the same order.
     """
 
     event: Literal["hop"]
@@ -1575,11 +1576,12 @@ class MtrParser(OutputParser):
     def path(self) -> tuple[int, str]:
         """The number of positions up to the target, and what to note on a path that ends before it.
 
-        Raw output does not mark a router that returns "unreachable", at which mtr ends its report. It answers
-        at each position from its own on. So does a router in a loop or behind NAT, but its times grow from
-        position to position, in nine of ten pairs at least. Measured, a loop has 1.0 of them, a host that is
-        absent from its network 0.5, an "unreachable" that is limited in its rate 0.2. Else the path ends one
-        position after the last that answered, as in mtr's table.
+        In raw output, an "unreachable" looks like a reply: its router seems to answer every later probe. mtr
+        ends its report there. A router in a loop or behind NAT does the same, but its times grow from
+        position to position. So the path ends at this router, unless at least nine of ten pairs of times
+        grow. Measured share of growing pairs: a loop 1.0, a host absent from its network 0.5, a rate-limited
+        "unreachable" 0.2. Otherwise the path ends one position after the last that answered, as in mtr's
+        table.
         """
         answered = {position: hop for position, hop in sorted(self.hops.items()) if hop.times}
         if not answered:
@@ -1669,7 +1671,7 @@ def parser_for(command: Command) -> type[OutputParser]:
 
 OUTPUT_BYTES = 2**20  # what one command may write
 UNREAD_BYTES = 2**25  # what may wait for all clients to read it
-PIECE_BYTES = 2**16  # sent at a time: what a connection buffers no longer counts as unread
+PIECE_BYTES = 2**16  # sent at a time, so that a connection buffers no more
 READ_BYTES = 2**16  # the capacity of a pipe
 POLL_SECONDS = 0.05  # how often a tool is looked at where the kernel cannot tell that it has ended
 GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT
@@ -1762,11 +1764,15 @@ class Process:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        self.running.discard(self)  # so that nothing stops it any more: its number may soon be another's
+        self.running.discard(self)  # nothing may signal it any more: its number may soon be another's
         self.timer.cancel()
         self.loop.remove_reader(self.pipe.fileno())
         self.pipe.close()
-        await asyncio.shield(asyncio.create_task(self.end()))  # a cancelled run leaves no process either
+        ending = asyncio.create_task(self.end())
+        try:
+            await asyncio.shield(ending)
+        finally:  # a run that is cancelled here gives back its slot after its processes too
+            await asyncio.wait((ending,))
 
     async def end(self) -> None:
         """Kill every process of the session, and reap the tool."""
@@ -1892,7 +1898,7 @@ class Transcript:
 
 
 class UnreadOutput:
-    """What runs have written and clients have not read yet. Where it is too much, the largest gives way."""
+    """Output that clients have not read yet. Where it exceeds UNREAD_BYTES, the largest run gives way."""
 
     def __init__(self) -> None:
         self.sizes: dict[Callable[[], None], int] = {}  # by the function that breaks off the answer
@@ -1946,7 +1952,7 @@ class UnreadOutput:
 
 
 def has_reply(event: Mapping[str, Any]) -> bool:
-    """Whether an event tells of a reply, or a hop of one."""
+    """Whether this is a reply, or a hop that has answered."""
     return event["event"] == "reply" or bool(event.get("timings") or event.get("stats", {}).get("rcv"))
 
 
@@ -1978,7 +1984,7 @@ class Runner:
                 hint = f"check the name, or use {command.twin}" if command.twin else "check the name"
                 address = await self.targets.resolve(target, command.version, hint)
                 async with self.start(command, address) as process:
-                    # Charged now, since what starts no tool costs nothing.
+                    # Counted only now: a request that starts no tool is free.
                     headers = await rate_limits.check_and_consume(rates, command.name, client)
                     yield headers
                     parser = parser_for(command)(address, self.asn_database)
@@ -1989,9 +1995,11 @@ class Runner:
                             yield transcript.output(chunk)
                 fault = transcript.fault(process)
                 outcome = fault or "finished"
-            except RequestError as error:
-                error.headers = {**headers, **error.headers}
-                outcome = ""
+            except Exception as error:
+                outcome = "internal error"
+                if isinstance(error, RequestError):
+                    error.headers = {**headers, **error.headers}
+                    outcome = ""
                 raise
             finally:
                 if outcome:
@@ -2084,10 +2092,10 @@ PIPELINED_BYTES = 4096  # kept of further requests while one is answered
 BODY_BYTES = 4096  # of a body that is read
 BODY_SECONDS = 10  # within which it must be complete
 LINGER_SECONDS = 5  # for the rest of a body after its answer
-STALL_SECONDS = 120  # after which the kernel drops a peer that takes nothing: a slow reader pauses for 30 s
+STALL_SECONDS = 120  # the kernel drops a peer that accepts no data for so long; slow readers pause for 30 s
 STOP_SECONDS = 3  # uvicorn's time limit for requests to end at the shutdown; ours end earlier
 FORWARDED_HOPS = 32  # the last entries of X-Forwarded-For that are parsed: a header has room for thousands
-ADDRESS_CHARS = 64  # the longest text that is parsed, and cached, as an address: one with its zone is shorter
+ADDRESS_CHARS = 64  # longer texts are cut before they are parsed as an address, and cached
 CLOSE = (b"connection", b"close")
 HEADER_END = re.compile(rb"\n\r?\n")
 ABSOLUTE_FORM = re.compile(rb"(?i)\Ahttps?://[^/?#]*")  # of a request target; its path follows
@@ -2136,8 +2144,8 @@ class Proxies:
     def client(self, request: Request) -> Client:
         """Who is limited, logged and shown as `your_ip`: the peer, or the client that a trusted proxy names.
 
-        That is the rightmost address of X-Forwarded-For that is no trusted proxy: the client itself may have
-        sent what stands to the left of it. X-Real-IP counts where there is no X-Forwarded-For.
+        That is the rightmost address of X-Forwarded-For that is not a trusted proxy's: the client can forge
+        everything to the left of it. X-Real-IP counts where there is no X-Forwarded-For.
         """
         peer = peer_address(request)
         forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
@@ -2179,11 +2187,15 @@ class Exchange:
         if self.chunked and b"content-length" in headers:  # proxies differ on which of them counts
             raise h11.RemoteProtocolError("Send Content-Length or Transfer-Encoding, not both")
         self.length = self.to_come = int(headers.get(b"content-length", 0))
-        self.body, self.counted = bytearray(), 0  # what the application has not received: bytes; their number
+        self.body, self.counted = (
+            bytearray(),
+            0,
+        )  # what the application has not received: bytes, or their number
         self.received = self.parsed = self.lines = self.chunks = 0
         self.complete = not (self.chunked or self.length)  # the body has come
-        self.reported = False  # the application knows
-        self.started = self.ended = self.gone = False  # the answer; the client
+        self.reported = False  # the application has been told that the body is complete
+        self.started = self.ended = False  # the answer
+        self.gone = False  # the client
         self.changed = asyncio.Event()
 
     # The request
@@ -2387,7 +2399,7 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> None:
         """Treat a half-closed connection as closed: to the receiver, both look the same."""
         self.leave()
-        if self.exchange and not self.exchange.ended:  # else its peer could keep it by reading slowly
+        if self.exchange and not self.exchange.ended:  # a slow reader could keep it open
             self.transport.abort()
 
     def pause_writing(self) -> None:
@@ -2459,7 +2471,7 @@ class Connection(asyncio.BufferedProtocol):
             rest = exchange.feed(memoryview(rest))
         self.exchange = exchange
         self.timer.cancel()
-        if exchange.complete or exchange.length > BODY_BYTES:  # half a request is waiting, an upload is not
+        if exchange.complete or exchange.length > BODY_BYTES:  # an incomplete small request still waits
             self.connections.waiting.pop(self, None)
         task = self.loop.create_task(exchange.run())
         self.server_state.tasks.add(task)
@@ -2487,7 +2499,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.refuse()
 
     def linger(self) -> None:
-        """End the answers, and discard what still comes: a reset could destroy the last of them."""
+        """Send no more, and discard what comes for a while: a reset could destroy the last answer."""
         self.closing = True
         self.close_in(LINGER_SECONDS)
         with suppress(OSError):  # the client has reset the connection
@@ -2629,11 +2641,13 @@ class Budget:
             raise busy("The speed tests that run may use up today's budget: try again soon", "budget")
         midnight = {"Retry-After": str(math.ceil(DAY_SECONDS - time.time() % DAY_SECONDS))}
         message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
+        if length > self.limit:
+            message = "This is more than this server's budget of speed tests for a day: choose a smaller one"
         raise busy(message, "budget", midnight)
 
 
 class Upload(TypedDict):
-    """What an upload has brought; `mbps` is null where that took no time."""
+    """What an upload has brought; `mbps` is null if `seconds` is 0."""
 
     bytes: int
     seconds: float
@@ -2826,7 +2840,7 @@ class NetworkInfo(TypedDict):
 
 
 class Health(TypedDict):
-    """Whether the tools work: `forbidden` ones may not send, `failing` ones failed on loopback."""
+    """Whether the tools work. `forbidden`: no permission to send; `failing`: failed on loopback."""
 
     status: Literal["ok", "degraded"]
     missing: NotRequired[list[str]]
@@ -2899,7 +2913,7 @@ class Service:
             await background
 
     async def ask_store(self) -> None:
-        """Query the shared store, so that its failure is logged before the first request."""
+        """Query the shared store, so that its failure is logged at the start."""
         with suppress(RequestError):
             await self.limits.rates.check(
                 (limits.parse("1/minute"),), "start", Client(ipaddress.IPv4Address(0))
@@ -2949,7 +2963,7 @@ class Service:
         try:
             answer, rate_headers = await self.speedtests.receive_upload(request, size, client)
         except TransferAborted:
-            raise busy("This upload was stopped for a client that had none: try again soon") from None
+            raise busy("This upload was stopped to make room for another client: try again soon") from None
         return json_response(answer, headers={**headers, **rate_headers})
 
     # About this server
@@ -3080,7 +3094,7 @@ class Problem(TypedDict):
 
 
 class ValidationError(TypedDict):
-    """No target, or none that can or may be measured."""
+    """The target is missing, invalid or not allowed."""
 
     detail: list[Problem]
 
@@ -3143,7 +3157,7 @@ ERRORS = """
     408 Detail - The body did not come in time, or an upload stalled.
     411 Detail - An upload without Content-Length.
     413 Detail - The body is too large.
-    422 ValidationError - No target, or none that can or may be measured.
+    422 ValidationError - The target is missing, invalid or not allowed.
     429 Busy Retry-After,{limits} Over the rate limit, or all slots of the client are in use.
     503 Busy Retry-After No free slot or budget, or a tool that is not installed or may not run.
 """
@@ -3438,7 +3452,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
         # Connections inherit both. asyncio sets TCP_NODELAY only where a socket names its protocol; without,
         # the second write of an answer waits for the client's delayed acknowledgement: 40 ms.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The kernel drops a peer that takes nothing, as no closing of ours could.
+        # The kernel drops a peer that accepts no data; our closing would wait for it.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)
         sockets.append(listening)
     return sockets
