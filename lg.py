@@ -1004,8 +1004,8 @@ MAX_LOSSES = 1000  # of those that only ping's summary tells of
 MAX_ROUTERS = 128  # of one hop, as in mtr
 
 # A tool's output becomes events as it comes, and one result at the end. The OpenAPI schemas are made from
-# these types. Results have the shape of Globalping's test results. Times are in milliseconds, `duration` is in
-# seconds.
+# these types. Results have the shape of Globalping's test results. Times are in milliseconds, the `duration`
+# of a run in seconds.
 
 Status = Literal["finished", "failed"]
 

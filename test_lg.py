@@ -316,7 +316,7 @@ class LocalServer(Server):
         if not trials:
             self.service.tools.trials = {}
         self.go_on = threading.Event()  # for lookups that wait
-        self.thread = threading.Thread(target=self.server.run)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.handler = ThreadLog(self.thread)
         logging.getLogger("lg").setLevel(logging.INFO)
         logging.getLogger("lg").addHandler(self.handler)
