@@ -1709,10 +1709,13 @@ async def interruptible() -> AsyncIterator[Callable[[], None]]:
 def session_groups(leader: int) -> set[int]:
     """The process groups of a session that have living members, its leader and zombies excepted."""
     groups = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    # The youngest first: a process that forks and ends is gone before the others are looked at.
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    for pid in sorted(pids, reverse=True):
         with suppress(OSError):  # it has ended
-            state, _, group, session, *_ = path.read_text(errors="replace").rpartition(") ")[2].split()
-            if int(session) == leader != int(path.parent.name) and state not in "ZX":
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            state, _, group, session, *_ = stat.rpartition(") ")[2].split()
+            if int(session) == leader != pid and state not in "ZX":
                 groups.add(int(group))
     return groups
 

@@ -2878,13 +2878,18 @@ def test_transfer_begins_only_where_its_whole_length_fits_into_the_budget(serve:
 
 def test_transfer_larger_than_what_is_left_of_the_budget_may_come_again_after_midnight(serve: Start) -> None:
     server = serve(SPEEDTEST_GIB_PER_DAY="1")
-    answer = server.http.get("/speedtest/10G")
+    server.http.get("/speedtest/100M")
+    answer = server.http.get("/speedtest/1G")
     to_midnight = 86400 - time.time() % 86400
-    assert (answer.status_code, answer.json()["error"]) == (
-        503,
-        "Today's budget of speed tests is used up: it begins anew at midnight UTC",
-    )
+    message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
+    assert (answer.status_code, answer.json()["error"]) == (503, message)
     assert to_midnight <= int(answer.headers["Retry-After"]) <= to_midnight + PATIENCE
+
+
+def test_transfer_larger_than_the_budget_of_a_day_is_refused_as_such(serve: Start) -> None:
+    answer = serve(SPEEDTEST_GIB_PER_DAY="1").http.get("/speedtest/10G")
+    message = "This is more than this server's budget of speed tests for a day: choose a smaller one"
+    assert (answer.status_code, answer.json()["error"]) == (503, message)
 
 
 def test_refusal_for_the_budget_costs_nothing_of_the_rate_limit(serve: Start) -> None:
@@ -6778,9 +6783,9 @@ SCRIPTS = pytest.mark.parametrize(
 FLOODING = "#!/bin/sh\nexec yes $(printf %01000d 0)\n"
 # It has a child in a group of its own, as a newer mtr has, and one that forks while it is killed.
 SPREADING = """#!/bin/bash
-if [ "$1" = again ]; then sleep 0.01; "$0" again & exit; fi
+if [ "$1" = again ]; then [ $2 = 0 ] || { sleep 0.01; "$0" again $(($2 - 1)) & }; exit; fi
 set -m
-"$0" again &
+"$0" again 500 &
 sleep 1000 &
 """
 
@@ -8526,8 +8531,8 @@ def test_route_learned_over_bgp_is_shown_as_events(bgp: Server, command: str, ta
 @pytest.mark.parametrize(("command", "target"), [("tcp", TARGET4), ("tcp6", TARGET6)])
 def test_trace_over_tcp_reaches_the_target_hop_by_hop(bgp: Server, command: str, target: str) -> None:
     events = events_of(bgp, command, target)
-    assert [event["hop"] for event in events if event["event"] == "hop"] == [1, 2, 3, 4, 5]
-    assert events[-1]["result"]["hops"][4]["resolvedAddress"] == target
+    hops = [event["address"] for event in events if event["event"] == "hop"]
+    assert hops[0] and hops[-1] == target  # of the hops between, one is silent, and one loses packets
 
 
 # Switches.
