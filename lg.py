@@ -983,10 +983,15 @@ class Tools:
         self.trials = {command.tool: command for command in reversed(tried)}
         # What the last trial of a tool on loopback found, once it has ended; an operator's command has none.
         self.states: dict[str, ToolState] = {}
+        self.looked_at, self.not_found = -math.inf, list[str]()
 
     def missing(self) -> list[str]:
-        """The tools that are not installed or not executable."""
-        return [tool for tool in self.names if not shutil.which(tool, path=self.environment["PATH"])]
+        """The tools that are not installed or not executable; looked for at most once a second."""
+        if (now := time.monotonic()) > self.looked_at + 1:
+            path = self.environment["PATH"]
+            self.looked_at = now
+            self.not_found = [tool for tool in self.names if not shutil.which(tool, path=path)]
+        return self.not_found
 
     def faults(self) -> dict[str, list[str]]:
         """The tools with a fault, by its kind."""
@@ -2446,11 +2451,10 @@ class Connection(asyncio.BufferedProtocol):
                 self.closing = True
                 self.unparsed.clear()
             return
-        if not self.searched:
+        if first := not self.searched:
             self.unparsed = self.unparsed.lstrip(b"\r\n")  # empty lines are ignored (RFC 9112, 2.2)
             if not self.unparsed:
                 return
-            self.close_in(REQUEST_HEADER_SECONDS)
         end = HEADER_END.search(self.unparsed, max(0, self.searched - 2))
         self.searched = len(self.unparsed)
         length = end.end() if end else self.searched
@@ -2460,6 +2464,8 @@ class Connection(asyncio.BufferedProtocol):
             self.begin(length)
         elif self.unparsed[0] <= 0x20:  # no method: HTTPS, for example
             self.refuse()
+        elif first:
+            self.close_in(REQUEST_HEADER_SECONDS)
 
     def begin(self, length: int) -> None:
         header, rest = bytes(self.unparsed[:length]), bytes(self.unparsed[length:])
