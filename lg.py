@@ -4065,7 +4065,7 @@ function hopOf(before, {address, hostname, addresses, hostnames, asn, network, s
 }
 
 function probed({hops: [hop = NO_HOP], address}, seq, rtt) {
-	if (hop.rtts[seq - 1]) return {} // a late reply overrides a loss, never the other way
+	if (hop.rtts[seq - 1] != null) return {} // a late reply overrides a loss, never the other way
 	return {hops: [counted({...hop, address, name: address, rtts: put(hop.rtts, seq - 1, rtt, null)})]}
 }
 
@@ -4163,7 +4163,7 @@ function speedFigures({phases, status}) {
 	const added = Math.max(0, Math.max(download.rtt, upload.rtt) - idle.rtt)
 	const [grade, , meaning] = (status === "finished" && GRADES.find(([, most]) => added < most)) || []
 	const rtts = {"while downloading": download, "while uploading": upload, idle}
-	const known = Object.entries(rtts).filter(([, {rtt}]) => rtt)
+	const known = Object.entries(rtts).filter(([, {rtt}]) => rtt >= 0)
 	const latency = known.map(([when, {rtt}]) => `${ms(rtt)} ${when}`).join(", ")
 	return {idle, download, upload, latency, grade, meaning}
 }

@@ -143,9 +143,12 @@ time.time = lambda: real_time() - 3600 * exists("an-hour-back")
 
 
 def free_port() -> int:
-    with socket.socket(socket.AF_INET6) as probe:
-        probe.bind(("::", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that the system gives to outgoing connections, which could take it meanwhile."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket(socket.AF_INET6) as probe, contextlib.suppress(OSError):
+            probe.bind(("::", port))
+            return port
 
 
 # Starts the server with other values for module constants, so that a test need not wait for a long limit.
@@ -3505,7 +3508,9 @@ AMSTERDAM = {
 # Run before a page's own script: notes layout shifts, and what the status region announces.
 WATCH = """
 window.shifts = [];
-const late = (entries) => entries.filter(({ hadRecentInput }) => !hadRecentInput);
+let begun = Infinity; // what a slow machine paints before the script has run is not counted
+addEventListener("load", () => setTimeout(() => (begun = performance.now()), 100));
+const late = (entries) => entries.filter((each) => !each.hadRecentInput && each.startTime > begun);
 const edges = ({ x, y, width, height }) => [x, y, width, height].map(Math.round).join(" ");
 const where = ({ sources }) => sources.map(({ node, previousRect, currentRect }) =>
   `${node?.outerHTML ?? node?.data}: ${edges(previousRect)} -> ${edges(currentRect)}`.slice(-200));
