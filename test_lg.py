@@ -8536,8 +8536,9 @@ def test_route_learned_over_bgp_is_shown_as_events(bgp: Server, command: str, ta
 @pytest.mark.parametrize(("command", "target"), [("tcp", TARGET4), ("tcp6", TARGET6)])
 def test_trace_over_tcp_reaches_the_target_hop_by_hop(bgp: Server, command: str, target: str) -> None:
     events = events_of(bgp, command, target)
-    hops = [event["address"] for event in events if event["event"] == "hop"]
-    assert hops[0] and hops[-1] == target  # of the hops between, one is silent, and one loses packets
+    numbers, addresses = zip(*((e["hop"], e["address"]) for e in events if e["event"] == "hop"), strict=True)
+    # The fifth hop is the target; if all its answers are lost, the trace goes on until one comes.
+    assert numbers == tuple(range(1, max(5, len(numbers)) + 1)) and addresses[0] and addresses[-1] == target
 
 
 # Switches.
