@@ -1714,29 +1714,15 @@ async def interruptible() -> AsyncIterator[Callable[[], None]]:
 def session_groups(leader: int) -> set[int]:
     """The process groups of a session that have living members, its leader and zombies excepted."""
     groups = set()
-    # The youngest first: a process that forks and ends is gone before the others are looked at.
-    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    for pid in sorted(pids, reverse=True):
+    pids = [int(each.name) for each in os.scandir("/proc") if each.name.isdigit()]
+    for pid in sorted(pids, reverse=True):  # a process that forks and ends is gone before older ones
         with suppress(OSError):  # it has ended
-            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-            state, _, group, session, *_ = stat.rpartition(") ")[2].split()
-            if int(session) == leader != pid and state not in "ZX":
-                groups.add(int(group))
+            if os.getsid(pid) == leader != pid:
+                stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+                state, _, group, *_ = stat.rpartition(") ")[2].split()
+                if state not in "ZX":
+                    groups.add(int(group))
     return groups
-
-
-def kill_session(leader: int) -> None:
-    """Kill the processes of a session that are in other groups than its leader's; blocks.
-
-    The leader is not reaped yet, so no new process can have its number. Whole groups are killed, since a
-    process may have forked and ended by then. A group may be new, so this looks until there is none.
-    """
-    deadline = time.monotonic() + GRACE_SECONDS
-    while (groups := session_groups(leader)) and time.monotonic() < deadline:
-        for group in groups:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(group, signal.SIGKILL)
-        time.sleep(0.001)
 
 
 class Process:
@@ -1783,13 +1769,19 @@ class Process:
             await asyncio.wait((ending,))
 
     async def end(self) -> None:
-        """Kill every process of the session, and reap the tool."""
+        """Kill every process of the session, and reap the tool.
+
+        Not reaped before, the tool keeps the number of its session from being given to another. Whole groups
+        are killed, since a process may have forked and ended by then, until there are none.
+        """
         self.signal(signal.SIGKILL)
         await self.waiter
-        try:
-            await asyncio.to_thread(kill_session, self.tool.pid)
-        except RuntimeError:  # no thread can be started
-            kill_session(self.tool.pid)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while (groups := session_groups(self.tool.pid)) and time.monotonic() < deadline:
+            for group in groups:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(group, signal.SIGKILL)
+            await asyncio.sleep(0.001)
         self.status = self.tool.wait()
 
     async def wait(self) -> None:
@@ -2195,10 +2187,8 @@ class Exchange:
         if self.chunked and b"content-length" in headers:  # proxies differ on which of them counts
             raise h11.RemoteProtocolError("Send Content-Length or Transfer-Encoding, not both")
         self.length = self.to_come = int(headers.get(b"content-length", 0))
-        self.body, self.counted = (
-            bytearray(),
-            0,
-        )  # what the application has not received: bytes, or their number
+        # What the application has not received: bytes of a small body, or the number of a large one's.
+        self.body, self.counted = bytearray(), 0
         self.received = self.parsed = self.lines = self.chunks = 0
         self.complete = not (self.chunked or self.length)  # the body has come
         self.reported = False  # the application has been told that the body is complete
@@ -2227,9 +2217,7 @@ class Exchange:
         return bytes(data[len(mine) :])
 
     def feed_chunks(self, data: bytes) -> bytes:
-        if (
-            self.ended or self.gone or self.received > BODY_BYTES
-        ):  # discarded, or too large for every endpoint
+        if self.ended or self.gone or self.received > BODY_BYTES:  # nobody reads it
             return b""
         piece = data[: CHUNKED_BYTES - self.parsed]
         self.parsed += len(piece)
@@ -2924,9 +2912,8 @@ class Service:
     async def ask_store(self) -> None:
         """Query the shared store, so that its failure is logged at the start."""
         with suppress(RequestError):
-            await self.limits.rates.check(
-                (limits.parse("1/minute"),), "start", Client(ipaddress.IPv4Address(0))
-            )
+            rates, nobody = (limits.parse("1/minute"),), Client(ipaddress.IPv4Address(0))
+            await self.limits.rates.check(rates, "start", nobody)
 
     def stop(self) -> None:
         """Start nothing any more, and stop the commands that run."""
@@ -3035,9 +3022,8 @@ class Service:
 
     def usage(self, request: Request) -> Response:
         base, names = self.base_url(request), list(self.commands)
-        commands = "".join(
-            f"    curl -N -d target=example.com {base}/lookingglass/{name}\n" for name in names
-        )
+        line = f"    curl -N -d target=example.com {base}/lookingglass/"
+        commands = "".join(f"{line}{name}\n" for name in names)
         example = "mtr" if "mtr" in names else names[0] if names else ""
         text = USAGE.format(
             base=base,
