@@ -47,7 +47,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from difflib import get_close_matches
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from hashlib import sha256
 from html import escape
 from http import HTTPStatus
@@ -2863,8 +2863,6 @@ class Service:
         self.connections = Connections(settings, self.proxies)
         self.speedtests = SpeedTests(settings, self.limits)
         self.rates_text = rate_limits_text(settings, self.commands, self.sizes)
-        self.description = describe_api(settings, self.commands, self.sizes)
-        self.description_json = json.dumps(self.description, separators=(",", ":")).encode()
         page, policy = make_page(settings, self.commands, self.sizes)
         headers = {**PAGE_HEADERS, "Content-Security-Policy": policy}
         plain, compressed = page.encode(), gzip.compress(page.encode(), mtime=0)
@@ -2874,6 +2872,12 @@ class Service:
         }
         for name in self.commands:
             self.limits.counters.set("lg_runs_total", 0, command=name, outcome="finished")
+
+    @cached_property
+    def description(self) -> str:
+        """The description of the API as JSON; a server that nobody asks for it does not make it."""
+        description = describe_api(self.settings, self.commands, self.sizes)
+        return json.dumps(description, separators=(",", ":"))
 
     def warnings(self) -> Iterator[tuple[str, dict[str, object]]]:
         """What an operator should change, as messages and pairs of the log."""
@@ -3037,9 +3041,10 @@ class Service:
         return PlainTextResponse(text, headers={**NO_STORE, "Vary": "Accept"})
 
     async def openapi(self, request: Request) -> Response:
-        if not (prefix := self.proxies.prefix(request)):
-            return Response(self.description_json, headers=NO_STORE, media_type=JSON_TYPE)
-        return json_response({**self.description, "servers": [{"url": prefix}]})
+        text = self.description
+        if prefix := self.proxies.prefix(request):
+            text = text.replace(SERVERS.format("/"), SERVERS.format(prefix))
+        return Response(text, headers=NO_STORE, media_type=JSON_TYPE)
 
     # Errors
 
@@ -3156,6 +3161,7 @@ ERRORS = """
     429 Busy Retry-After,{limits} Over the rate limit, or all slots of the client are in use.
     503 Busy Retry-After No free slot or budget, or a tool that is not installed or may not run.
 """
+SERVERS = '"servers":[{{"url":"{}"}}]'  # in the description
 HEADER_MEANINGS = {"Retry-After": "Seconds to wait before the next try."} | RATE_HEADERS
 
 

@@ -2087,7 +2087,7 @@ real_traceroute = pytest.mark.parametrize("command", ["traceroute", "traceroute6
 
 @pytest.mark.parametrize("command", SIX)
 def test_the_events_of_real_runs_are_what_openapi_says(real_runs: Runs, command: str) -> None:
-    document = lg.Service(DEFAULTS).description
+    document = json.loads(lg.Service(DEFAULTS).description)
     schema = document["paths"][f"/lookingglass/{command}"]["post"]["responses"]["200"]["content"]
     schema = schema[lg.EVENTS_TYPE]["schema"] | {"components": document["components"]}
     for event in [
