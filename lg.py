@@ -16,7 +16,6 @@ endpoints, OpenAPI, routes, serving, the page. Where to look first:
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import errno
 import gzip
@@ -3540,16 +3539,34 @@ def check(settings: Settings) -> None:
     print("lg.py: these settings can be used")
 
 
+HELP = """\
+usage: lg.py [check | --help | --version]
+
+Serves a looking glass: ping, traceroute, mtr and speed tests over HTTP.
+
+  check       print what the settings and the tools lack, and exit
+  -h, --help  print this text and exit
+  --version   print the version and exit
+
+Settings come from the environment and from .env beside lg.py: see .env.example.
+"""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "lg.py",
-        description="Serve a looking glass: ping, traceroute, mtr and speed tests over HTTP.",
-        epilog="Settings come from the environment and from .env beside lg.py: see .env.example.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"lg.py {VERSION}")
-    parser.add_argument("command", nargs="?", choices=["check"], help="check the settings and the tools")
-    action = check if parser.parse_args().command else serve
+    match sys.argv[1:]:
+        case []:
+            action = serve
+        case ["check"]:
+            action = check
+        case ["-h" | "--help"]:
+            print(HELP, end="")
+            sys.exit(os.EX_OK)
+        case ["--version"]:
+            print(f"lg.py {VERSION}")
+            sys.exit(os.EX_OK)
+        case unknown:
+            print(f"{HELP}\nlg.py: unknown arguments: {shlex.join(unknown)}", file=sys.stderr)
+            sys.exit(2)
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     try:
