@@ -982,23 +982,22 @@ class Tools:
         self.trials = {command.tool: command for command in reversed(tried)}
         # What the last trial of a tool on loopback found, once it has ended; an operator's command has none.
         self.states: dict[str, ToolState] = {}
-        self.looked_at, self.not_found = -math.inf, list[str]()
+        self.looked_at, self.known_faults = -math.inf, dict[str, list[str]]()
 
     def missing(self) -> list[str]:
-        """The tools that are not installed or not executable; looked for at most once a second."""
-        if (now := time.monotonic()) > self.looked_at + 1:
-            path = self.environment["PATH"]
-            self.looked_at = now
-            self.not_found = [tool for tool in self.names if not shutil.which(tool, path=path)]
-        return self.not_found
+        """The tools that are not installed or not executable."""
+        return [tool for tool in self.names if not shutil.which(tool, path=self.environment["PATH"])]
 
     def faults(self) -> dict[str, list[str]]:
-        """The tools with a fault, by its kind."""
-        missing = self.missing()
-        found = {"missing": missing}
-        for kind in ("forbidden", "failing"):
-            found[kind] = sorted(tool for tool in self.states.keys() - missing if self.states[tool] == kind)
-        return {kind: tools for kind, tools in found.items() if tools}
+        """The tools with a fault, by its kind; looked for at most once a second."""
+        if (now := time.monotonic()) > self.looked_at + 1:
+            found = {"missing": self.missing()}
+            for kind in ("forbidden", "failing"):
+                tools = [tool for tool, state in self.states.items() if state == kind]
+                found[kind] = sorted(set(tools).difference(found["missing"]))
+            self.looked_at = now
+            self.known_faults = {kind: tools for kind, tools in found.items() if tools}
+        return self.known_faults
 
 
 # ---- parsing what the tools print --------------------------------------------------------------------------
@@ -2070,6 +2069,7 @@ class Runner:
         denied = DENIED.search(error)
         state: ToolState = "ok" if works else "forbidden" if denied else "failing"
         before, self.tools.states[tool] = self.tools.states.get(tool), state
+        self.tools.looked_at = -math.inf
         if state == before or (works and not before):
             return
         last = None if works else denied[0] if denied else error.rpartition("\n")[2]
@@ -2823,8 +2823,8 @@ def entity_tag(body: bytes) -> str:
     return f'"{sha256(body).hexdigest()[:32]}"'
 
 
-class NetworkInfo(TypedDict):
-    """Where this server is, and who asks."""
+class Place(TypedDict):
+    """Where this server is."""
 
     location: str
     map_url: str
@@ -2832,7 +2832,23 @@ class NetworkInfo(TypedDict):
     facility_url: str
     looking_glass_ipv4: str
     looking_glass_ipv6: str
+
+
+class NetworkInfo(Place):
+    """Where this server is, and who asks."""
+
     your_ip: str
+
+
+def make_place(settings: Settings) -> Place:
+    return {
+        "location": settings.NETWORK_LOCATION,
+        "map_url": settings.NETWORK_MAP_URL,
+        "facility": settings.NETWORK_FACILITY,
+        "facility_url": settings.NETWORK_FACILITY_URL,
+        "looking_glass_ipv4": settings.NETWORK_IPV4,
+        "looking_glass_ipv6": settings.NETWORK_IPV6,
+    }
 
 
 class Health(TypedDict):
@@ -2849,7 +2865,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsError."""
-        self.settings, self.stopping = settings, asyncio.Event()
+        self.settings, self.place, self.stopping = settings, make_place(settings), asyncio.Event()
         self.commands, self.sizes = make_commands(settings), make_sizes(settings)
         if not self.commands and not self.sizes:
             raise SettingsError("expected a command or speed tests to offer", COMMANDS="", MAX_SPEEDTESTS=0)
@@ -2972,16 +2988,7 @@ class Service:
         return json_response({"status": "degraded", **faults} if faults else {"status": "ok"})
 
     async def network_info(self, request: Request) -> Response:
-        settings = self.settings
-        info: NetworkInfo = {
-            "location": settings.NETWORK_LOCATION,
-            "map_url": settings.NETWORK_MAP_URL,
-            "facility": settings.NETWORK_FACILITY,
-            "facility_url": settings.NETWORK_FACILITY_URL,
-            "looking_glass_ipv4": settings.NETWORK_IPV4,
-            "looking_glass_ipv6": settings.NETWORK_IPV6,
-            "your_ip": str(self.proxies.client(request)),
-        }
+        info: NetworkInfo = {**self.place, "your_ip": str(self.proxies.client(request))}
         return json_response(info)
 
     async def metrics(self, request: Request) -> Response:
@@ -3609,12 +3616,9 @@ def make_page(
     style = STYLE + (f":root {{ --mark: {settings.PAGE_COLOR}; }}\n" if settings.PAGE_COLOR else "")
     logo = f'<img src="{settings.PAGE_LOGO}" alt="">' if settings.PAGE_LOGO else ""
     streams = [rate.amount // 2 for rate in settings.RATE_LIMIT_SPEEDTEST]  # the next test has the rest
-    here = {"location": settings.NETWORK_LOCATION, "facility": settings.NETWORK_FACILITY}
-    here |= {"map_url": settings.NETWORK_MAP_URL, "facility_url": settings.NETWORK_FACILITY_URL}
-    here |= {"looking_glass_ipv4": settings.NETWORK_IPV4, "looking_glass_ipv6": settings.NETWORK_IPV6}
     setup = {
         "tools": tools,
-        "places": [{"name": settings.NETWORK_LOCATION, "url": "", "info": here}, *others],
+        "places": [{"name": settings.NETWORK_LOCATION, "url": "", "info": make_place(settings)}, *others],
         "sizes": [f"speedtest/{name}" for name in [*sizes][::-1]],
         "streams": min(MAX_STREAMS, settings.MAX_SPEEDTESTS_PER_CLIENT - 1, *streams),
         "seconds": settings.DIAGNOSTIC_TIMEOUT,
