@@ -2192,6 +2192,7 @@ class Exchange:
         self.complete = not (self.chunked or self.length)  # the body has come
         self.reported = False  # the application has been told that the body is complete
         self.started = self.ended = False  # the answer
+        self.header = b""  # of the answer, until it is written
         self.gone = False  # the client
         self.changed = asyncio.Event()
 
@@ -2294,10 +2295,13 @@ class Exchange:
             # The client's system could throw away an answer that is followed by a reset (RFC 9112, 9.6).
             headers += [] if self.complete else [CLOSE]
             status = HTTPStatus(message["status"])
-            self.write(h11.Response(status_code=status, headers=headers, reason=status.phrase))
+            response = h11.Response(status_code=status, headers=headers, reason=status.phrase)
+            self.header = self.http.send(response) or b""  # written with the first piece of the body
             log(logging.DEBUG, "request", target=self.request.target.decode(), status=int(status))
             return
-        self.write(h11.Data(data=b"" if self.request.method == b"HEAD" else message.get("body", b"")))
+        data = h11.Data(data=b"" if self.request.method == b"HEAD" else message.get("body", b""))
+        self.connection.transport.write(self.header + (self.http.send(data) or b""))
+        self.header = b""
         if message.get("more_body"):
             await self.connection.writable.wait()
         else:  # without waiting: an answer that nobody reads has ended
@@ -2580,6 +2584,7 @@ class StreamedResponse(Response):
         async with self.source as (headers, chunks), aclosing(chunks):
             self.init_headers({**self.fixed_headers, **headers})
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": b"", "more_body": True})  # the header goes now
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await asyncio.sleep(0)  # other requests go on although this client reads as fast as we write
