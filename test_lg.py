@@ -105,14 +105,9 @@ def outcome(coroutine: Coroutine[Any, Any, T]) -> T:
 SITE = r"""
 import json, os, socket, subprocess, threading, time
 
-folder = os.path.dirname(os.path.dirname(__file__))
-names = json.loads(os.environ.get("LG_TEST_NAMES", "{}"))
-real_getaddrinfo, real_popen, real_start, real_time = (
-    socket.getaddrinfo, subprocess.Popen, threading.Thread.start, time.time
-)
-
-def exists(name):
-    return os.path.exists(f"{folder}/{name}")
+folder = os.path.dirname(__file__)
+names = json.loads(os.environ["LG_TEST_NAMES"])
+real_getaddrinfo, real_time = socket.getaddrinfo, time.time
 
 def getaddrinfo(host, port, family=0, *rest, **more):
     if not isinstance(host, bytes):  # not a target's name
@@ -125,19 +120,19 @@ def getaddrinfo(host, port, family=0, *rest, **more):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     return [(family, socket.SOCK_STREAM, 6, "", (address, 0)) for address in found]
 
-def popen(*arguments, **options):
-    if exists("no-fork"):
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-    return real_popen(*arguments, **options)
+def exists(name):
+    return os.path.exists(f"{folder}/{name}")
 
-def start(thread):
-    if exists("no-threads"):
-        raise RuntimeError("can't start new thread")
-    real_start(thread)
+def fails(name, function, error):
+    def call(*arguments, **options):
+        if exists(name):
+            raise error
+        return function(*arguments, **options)
+    return call
 
 socket.getaddrinfo = getaddrinfo
-subprocess.Popen = popen
-threading.Thread.start = start
+subprocess.Popen = fails("no-fork", subprocess.Popen, BlockingIOError(11, "Resource temporarily unavailable"))
+threading.Thread.start = fails("no-threads", threading.Thread.start, RuntimeError("can't start new thread"))
 time.time = lambda: real_time() - 3600 * exists("an-hour-back")
 """
 
@@ -161,22 +156,17 @@ lg.main()
 """
 
 
-LIBC = ctypes.CDLL(None, use_errno=True)
-CLONE_NEWNET = 0x40000000
-
-
 @contextlib.contextmanager
 def in_network_of(pid: int) -> Iterator[None]:
     """Sockets that this thread makes meanwhile are in the network namespace of this process."""
-    paths = ("/proc/thread-self/ns/net", f"/proc/{pid}/ns/net")
-    here, there = (os.open(path, os.O_RDONLY) for path in paths)
-    try:
-        assert LIBC.setns(there, CLONE_NEWNET) == 0
-        yield
-    finally:
-        assert LIBC.setns(here, CLONE_NEWNET) == 0
-        os.close(here)
-        os.close(there)
+    setns = ctypes.CDLL(None).setns
+    paths = Path("/proc/thread-self/ns/net"), Path(f"/proc/{pid}/ns/net")
+    with paths[0].open() as here, paths[1].open() as there:
+        assert setns(there.fileno(), 0) == 0
+        try:
+            yield
+        finally:
+            assert setns(here.fileno(), 0) == 0
 
 
 class NamespaceTransport(httpx.HTTPTransport):
@@ -200,16 +190,28 @@ def write_script(path: Path, script: str) -> None:
 
 
 class Server:
-    """A looking glass on a free port, with these settings and stand-ins, as a client sees it."""
+    """A looking glass on a free port, with these settings and stand-ins, as a client sees it.
+
+    `names` stands in for the resolver. `constants` of the module have other values, so that a test need not
+    wait for a long limit.
+    """
 
     process: subprocess.Popen[bytes]  # of a SpawnedServer
+    pid = os.getpid()
     prefix: tuple[str, ...] = ()
 
-    def __init__(self, folder: Path, tools: Mapping[str, str] | None = None, **environment: str) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        tools: Mapping[str, str] = {},
+        names: Mapping[str, object] = {},
+        constants: Mapping[str, float] = {},
+        **environment: str,
+    ) -> None:
+        self.folder, self.names, self.constants = folder, names, constants
         self.port = int(environment.setdefault("PORT", str(free_port())))
         (folder / "bin").mkdir(exist_ok=True)
-        for tool, script in (tools or {}).items():
+        for tool, script in tools.items():
             self.stand_in(tool, script)
         self.environment = {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
@@ -229,13 +231,14 @@ class Server:
     def stand_in(self, tool: str, script: str) -> None:
         write_script(self.folder / "bin" / tool, script)
 
-    def run(self, command: str, target: str = "127.0.0.1", **options: Any) -> httpx.Response:
+    def run(self, command: str, target: str = "", **options: Any) -> httpx.Response:
+        target = target or ("::1" if command.endswith("6") else "127.0.0.1")
         return self.http.post(f"/lookingglass/{command}", json={"target": target}, **options)
 
     def connect(
         self, family: int = socket.AF_INET, receive_bytes: int = 0, source: str = ""
     ) -> socket.socket:
-        with in_network_of(self.process.pid) if self.prefix else contextlib.nullcontext():
+        with in_network_of(self.pid) if self.prefix else contextlib.nullcontext():
             connection = socket.socket(family)
         if source:
             connection.bind((source, 0))
@@ -269,67 +272,40 @@ class Server:
         return not running(f"{self.folder}/bin/")
 
     def has_reaped(self) -> bool:
-        return os.getpid() not in [parent for parent, _, line in processes().values() if not line]
+        return self.pid not in [parent for parent, _, line in processes().values() if not line]
 
     @property
     def log(self) -> str:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-
-class ThreadLog(logging.Handler):
-    """Keeps the lines that one thread logs at level info and above."""
-
-    def __init__(self, thread: threading.Thread) -> None:
-        super().__init__(logging.INFO)
-        self.thread, self.lines = thread, list[str]()
-        self.setFormatter(lg.Logfmt())
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self.thread.ident:
-            self.lines.append(self.format(record))
+        return (self.folder / "log").read_text(errors="replace")
 
 
 class LocalServer(Server):
-    """A service in a thread of this process; `names` stands in for the resolver.
+    """A service in a thread of this process. Its log has what this thread logs at level info and above.
 
-    Its tools are not tried at the start, unless `trials` asks for that: stand-ins would fail. `constants` of
-    the module have other values until it ends, so that a test need not wait for a long limit.
+    Its tools are not tried at the start, unless `trials` asks for that: stand-ins would fail.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        names: Mapping[str, object] | None = None,
-        trials: bool = False,
-        constants: Mapping[str, float] | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, folder: Path, trials: bool = False, **options: Any) -> None:
         super().__init__(folder, **options)
-        self.patches = [patch.object(lg, name, value) for name, value in (constants or {}).items()]
-        for each in self.patches:
-            each.start()
-        self.names, self.lookups = names or {}, list[str]()
+        self.patches = contextlib.ExitStack()
+        for name, value in self.constants.items():
+            self.patches.enter_context(patch.object(lg, name, value))
+        self.lookups = list[str]()
         settings = lg.load_settings(self.environment)
         self.server = lg.make_server(settings, lg.listen(settings.HOST, settings.PORT))
-        self.service = self.server.service
-        self.service.targets.getaddrinfo = self.getaddrinfo
+        self.server.service.targets.getaddrinfo = self.getaddrinfo
         if not trials:
-            self.service.tools.trials = {}
+            self.server.service.tools.trials = {}
         self.go_on = threading.Event()  # for lookups that wait
         self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.handler = ThreadLog(self.thread)
+        self.handler = logging.FileHandler(folder / "log")
+        self.handler.setFormatter(lg.Logfmt())
+        self.handler.addFilter(lambda record: record.thread == self.thread.ident)
         logging.getLogger("lg").setLevel(logging.INFO)
         logging.getLogger("lg").addHandler(self.handler)
         self.thread.start()
         until(lambda: self.server.started or not self.thread.is_alive())
         assert self.server.started
-
-    @property
-    def log(self) -> str:
-        return "".join(f"{line}\n" for line in self.handler.lines)
 
     def getaddrinfo(self, host: bytes, port: None, family: int, kind: int) -> list[Any]:
         """Answers for names with addresses, or as a word says."""
@@ -351,10 +327,10 @@ class LocalServer(Server):
         self.http.close()
         self.server.should_exit = True
         self.thread.join(PATIENCE)
-        for each in self.patches:
-            each.stop()
+        self.patches.close()
         assert not self.thread.is_alive()
         logging.getLogger("lg").removeHandler(self.handler)
+        self.handler.close()
 
 
 class SpawnedServer(Server):
@@ -367,27 +343,21 @@ class SpawnedServer(Server):
     def __init__(
         self,
         folder: Path,
-        names: Mapping[str, object] | None = None,
         prefix: tuple[str, ...] = (),
         command: tuple[str, ...] = (sys.executable, "lg.py"),
-        constants: Mapping[str, float] | None = None,
         descriptors: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(folder, **options)
-        if constants:
-            command = (sys.executable, "-c", WITH_CONSTANTS.format(constants=dict(constants)))
+        if self.constants:
+            command = (sys.executable, "-c", WITH_CONSTANTS.format(constants=dict(self.constants)))
         if descriptors:
             command = ("sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command)
         self.prefix = prefix
-        (folder / "site").mkdir(exist_ok=True)
-        (folder / "site" / "sitecustomize.py").write_text(SITE)
-        self.environment |= {
-            "PYTHONPATH": "" if prefix else str(folder / "site"),
-            "LG_TEST_NAMES": json.dumps(names or {}),
-        }
-        self.log_path = folder / "log"
-        with self.log_path.open("ab") as log:
+        if not prefix:
+            (folder / "sitecustomize.py").write_text(SITE)
+            self.environment |= {"PYTHONPATH": str(folder), "LG_TEST_NAMES": json.dumps(self.names)}
+        with (folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [*prefix, *command],
                 cwd=HERE,
@@ -396,8 +366,9 @@ class SpawnedServer(Server):
                 stderr=log,
                 stdin=subprocess.DEVNULL,
             )
+        self.pid = self.process.pid
         if prefix:
-            self.http = self.client(transport=NamespaceTransport(self.process.pid))
+            self.http = self.client(transport=NamespaceTransport(self.pid))
         try:
             until(self.answers)
         except BaseException:
@@ -413,20 +384,12 @@ class SpawnedServer(Server):
         assert health.status_code == 200, self.log
         return True
 
-    @property
-    def log(self) -> str:
-        return self.log_path.read_text(errors="replace")
-
     def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))  # noqa: PTH208
-
-    def has_reaped(self) -> bool:
-        return self.process.pid not in [parent for parent, _, line in processes().values() if not line]
+        return len(os.listdir(f"/proc/{self.pid}/fd"))  # noqa: PTH208
 
     def stop(self) -> int:
         """The status with which it ends after SIGTERM."""
-        if self.process.poll() is None:
-            self.process.terminate()
+        self.process.terminate()
         return self.process.wait(PATIENCE)
 
     def close(self) -> None:
@@ -454,14 +417,12 @@ Start = Callable[..., Any]
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Start]:
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts servers for one test."""
-    servers: list[Server] = []
+    servers: list[Any] = []
 
-    def start(**options: Any) -> Server:
-        folder = tmp_path / str(len(servers))
-        folder.mkdir()
-        servers.append(make(folder, **options))
+    def start(**options: Any) -> Any:
+        servers.append(make(tmp_path_factory.mktemp("server"), **options))
         return servers[-1]
 
     yield start
@@ -473,24 +434,23 @@ def serve(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts one server for all tests that want these settings, and that leave it as they found it."""
-    servers: dict[str, Server] = {}
-    failures: dict[str, BaseException] = {}  # of servers that cannot start, which is not tried again
+    servers: dict[str, Any] = {}  # or what was raised by the start, which is not tried again
 
-    def start(**options: Any) -> Server:
+    def start(**options: Any) -> Any:
         key = json.dumps(options, sort_keys=True)
-        if failure := failures.get(key):
-            raise failure
         if key not in servers:
             try:
                 servers[key] = make(tmp_path_factory.mktemp("shared"), **options)
             except BaseException as failure:
-                failures[key] = failure
-                raise
+                servers[key] = failure
+        if isinstance(servers[key], BaseException):
+            raise servers[key]
         return servers[key]
 
     yield start
     for server in servers.values():
-        server.close()
+        if not isinstance(server, BaseException):
+            server.close()
 
 
 Once = Callable[[str, Callable[[], Any]], Any]
@@ -557,9 +517,8 @@ def stand_ins_are_what_runs(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Refuses to run where the real tools would run in place of stand-ins, with every address allowed."""
     folder = tmp_path_factory.mktemp("stand-in")
     write_script(folder / "ping", ECHO)
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
-    line = ["/usr/bin/env", "ping", "-V"]
-    printed = subprocess.check_output(line, env=environment, stdin=subprocess.DEVNULL)
+    line = ["env", f"PATH={folder}:{os.environ['PATH']}", "ping", "-V"]
+    printed = subprocess.check_output(line, stdin=subprocess.DEVNULL)
     if not printed.startswith(b"argv -V\n"):
         pytest.fail(f"A stand-in for a tool is not what runs in {folder}: choose another with --basetemp")
 
@@ -628,11 +587,7 @@ def running(text: str) -> list[int]:
 
 def group_of(address: str) -> int:
     """The process group of the tool that measures this address, once it runs."""
-
-    def find() -> int:
-        return next((group for _, group, line in processes().values() if line.endswith(f" {address} ")), 0)
-
-    return int(until(find))
+    return os.getpgid(until(lambda: running(f" {address} "))[0])
 
 
 def members(group: int) -> list[int]:
@@ -662,16 +617,10 @@ def left(connection: socket.socket) -> bytes:
     return b"".join(chunks)
 
 
-def python_stand_in(code: str) -> str:
-    """A script that runs Python; a path with a blank cannot stand in a `#!` line."""
-    code = f"import sys; del sys.argv[0]\n{code}"  # then argv[0] is the script
-    return f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(code)} "$0" "$@"\n'
-
-
 ECHO = r"""#!/bin/sh
 echo argv "$@"
 echo environment $(tr '\0' ' ' < /proc/$$/environ)
-echo stdin $(wc -c)
+echo stdin $(wc -c < /proc/$$/fd/0)
 read -r _ _ _ _ _ session _ < /proc/$$/stat
 echo leads its session: $((session == $$))
 """
