@@ -2617,7 +2617,6 @@ def test_schemathesis_finds_nothing(serve: Start) -> None:
 UPLOAD = b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nContent-Length: %d\r\n\r\n"
 DOWNLOAD = b"GET /speedtest/10G HTTP/1.1\r\nHost: lg\r\n\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: lg\r\n\r\n"
-CLOSING = {"Connection": "close"}
 
 
 def test_download_is_zero_bytes_of_its_length(echo: Server) -> None:
@@ -2637,36 +2636,32 @@ def test_download_is_written_in_blocks_of_2_mib() -> None:
     assert outcome(lengths()) == {2 * 2**20}
 
 
-def test_download_has_headers_for_browsers_and_proxies(echo: Server) -> None:
-    headers = echo.http.head("/speedtest/100M").headers
-    names = ("Content-Type", "Content-Disposition", "Cache-Control", "Timing-Allow-Origin")
-    assert {name: headers[name] for name in names} == {
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(("size", "length"), [("100M", 104857600), ("1G", 1073741824), ("10G", 10737418240)])
+def test_download_has_its_length_and_headers_for_browsers_and_proxies(
+    echo: Server, method: str, size: str, length: int
+) -> None:
+    expected = {
+        "Content-Length": str(length),
         "Content-Type": "application/octet-stream",
-        "Content-Disposition": "attachment; filename=speedtest_100M.bin",
+        "Content-Disposition": f"attachment; filename=speedtest_{size}.bin",
         "Cache-Control": "no-store, no-transform",
         "Timing-Allow-Origin": "*",
     }
+    with echo.http.stream(method, f"/speedtest/{size}") as response:
+        assert {name: response.headers[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-@pytest.mark.parametrize(("size", "length"), [("100M", 104857600), ("1G", 1073741824), ("10G", 10737418240)])
-def test_download_declares_its_length(echo: Server, method: str, size: str, length: int) -> None:
-    with echo.http.stream(method, f"/speedtest/{size}", headers=CLOSING) as response:
-        assert int(response.headers["Content-Length"]) == length
+def begun(server: Server, size: str, client: str = "192.0.2.1", method: str = "GET") -> int:
+    """The status of a download that is broken off at once."""
+    with server.http.stream(method, f"/speedtest/{size}", headers={"X-Forwarded-For": client}) as response:
+        return response.status_code
 
 
 def test_head_costs_nothing_of_the_limit(serve: Start) -> None:
     server = serve(RATE_LIMIT_SPEEDTEST="1/hour")
-    for _ in range(3):
-        server.http.head("/speedtest/100M")
-    assert begun(server, "100M") == 200
-
-
-def begun(server: Server, size: str, client: str = "192.0.2.1") -> int:
-    """The status of a download that is broken off at once."""
-    headers = {"X-Forwarded-For": client}
-    with server.http.stream("GET", f"/speedtest/{size}", headers=headers) as response:
-        return response.status_code
+    methods = ("HEAD", "HEAD", "HEAD", "GET", "GET")
+    assert [begun(server, "100M", method=method) for method in methods] == [200, 200, 200, 200, 429]
 
 
 def test_10g_has_a_rate_limit_of_its_own(serve: Start) -> None:
@@ -2704,64 +2699,57 @@ def test_aborted_transfer_frees_its_slot(serve: Start, begin: Callable[[Server],
     until(lambda: begun(server, "1G") == 200)
 
 
-# What is full gives way to who has nothing.
+def test_download_loses_its_slot_when_its_reader_stalls_not_when_it_is_slow(serve: Start) -> None:
+    server = serve(constants={"STALL_SECONDS": 1}, spawned=False, MAX_SPEEDTESTS="1")
+    with server.send(DOWNLOAD, receive_bytes=65536) as connection:
+        for _ in range(15):
+            assert connection.recv(100_000)
+            time.sleep(0.2)
+        assert begun(server, "1G") == 503
+        until(lambda: begun(server, "1G") == 200)
+
+
+# Giving way: all slots are taken, and a client without a transfer asks for one.
 
 
 def is_reset(connection: socket.socket) -> bool:
     return connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
 
 
-ONE, MANY, NEW = "192.0.2.1", "192.0.2.2", "192.0.2.3"  # clients with one transfer, with two, with none
-
-
-@pytest.fixture
-def full_of_downloads(serve: Start) -> Iterator[tuple[Server, list[socket.socket]]]:
-    """A server whose slots are taken by these downloads, which have run long enough."""
+def test_longest_transfer_of_the_client_that_has_most_gives_way_to_one_that_has_none(serve: Start) -> None:
+    one, many, none = "192.0.2.1", "192.0.2.2", "192.0.2.3"
     server = serve(MAX_SPEEDTESTS="3", constants={"GIVE_WAY_SECONDS": 0}, spawned=False)
-    with contextlib.ExitStack() as stack:
-        yield server, [stack.enter_context(unread_download(server, client)) for client in (ONE, MANY, MANY)]
-
-
-def test_longest_transfer_of_the_client_that_has_most_gives_way(
-    full_of_downloads: tuple[Server, list[socket.socket]], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "lg")
-    server, downloads = full_of_downloads
-    with unread_download(server, NEW):
-        until(lambda: is_reset(downloads[1]))
-        assert [is_reset(downloads[0]), is_reset(downloads[2])] == [False, False]
-    until(lambda: f'size=10G client={MANY} outcome="gave way"' in caplog.text)
-
-
-def test_no_transfer_gives_way_to_a_client_that_has_one(
-    full_of_downloads: tuple[Server, list[socket.socket]],
-) -> None:
-    server, downloads = full_of_downloads
-    assert [begun(server, "1G", client) for client in (ONE, MANY)] == [503, 503]
+    downloads = [unread_download(server, client) for client in (one, many, many)]
+    assert [begun(server, "1G", client) for client in (one, many)] == [503, 503]
     assert not any(map(is_reset, downloads))
+    assert begun(server, "1G", none) == 200
+    until(lambda: is_reset(downloads[1]))
+    assert [is_reset(downloads[0]), is_reset(downloads[2])] == [False, False]
+    until(lambda: f'size=10G client={many} outcome="gave way"' in server.log)
 
 
 def test_no_transfer_gives_way_within_its_first_minute(serve: Start) -> None:
     server = serve(MAX_SPEEDTESTS="1")
     with unread_download(server) as download:
-        answer = server.http.get("/speedtest/1G", headers={"X-Forwarded-For": NEW})
+        answer = server.http.get("/speedtest/1G", headers={"X-Forwarded-For": "192.0.2.2"})
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
         assert not is_reset(download)
     assert lg.GIVE_WAY_SECONDS == 60
 
 
 def test_upload_that_gives_way_is_503(serve: Start) -> None:
-    server = serve(
-        MAX_SPEEDTESTS="1", constants={"GIVE_WAY_SECONDS": 0, "LINGER_SECONDS": 0.1}, spawned=False
-    )
-    with begin_upload(server) as upload:
-        assert begun(server, "1G", NEW) == 200
-        answer = left(upload)
-    assert answer.startswith(b"HTTP/1.1 503 ")
-    assert b"stopped to make room for another client" in answer
+    constants = {"GIVE_WAY_SECONDS": 0, "LINGER_SECONDS": 0.1}
+    server = serve(MAX_SPEEDTESTS="1", constants=constants, spawned=False)
+    upload = begin_upload(server)
+    assert begun(server, "1G", "192.0.2.2") == 200
+    assert re.match(rb"(?s)HTTP/1.1 503 .*stopped to make room for another client", left(upload))
 
 
 # The budget of a day.
+
+
+def used_today(server: Server) -> float:
+    return scrape(server)["lg_speedtest_budget_used_bytes"]
 
 
 def test_transfer_begins_only_where_its_whole_length_fits_into_the_budget(serve: Start) -> None:
@@ -2774,88 +2762,50 @@ def test_transfer_begins_only_where_its_whole_length_fits_into_the_budget(serve:
 
 
 def test_transfer_larger_than_what_is_left_of_the_budget_may_come_again_after_midnight(serve: Start) -> None:
-    server = serve(SPEEDTEST_GIB_PER_DAY="1")
-    server.http.get("/speedtest/100M")
-    answer = server.http.get("/speedtest/1G")
-    to_midnight = 86400 - time.time() % 86400
+    server, midnight = serve(SPEEDTEST_GIB_PER_DAY="1"), 20_000 * 86400
     message = "Today's budget of speed tests is used up: it begins anew at midnight UTC"
-    assert (answer.status_code, answer.json()["error"]) == (503, message)
-    assert to_midnight <= int(answer.headers["Retry-After"]) <= to_midnight + PATIENCE
+    with patch.object(time, "time", lambda: midnight - 99.5):
+        server.http.post("/speedtest/upload", content=b"xyz")
+        assert used_today(server) == 3
+        answer = server.http.get("/speedtest/1G")
+        assert (answer.status_code, answer.json()["error"]) == (503, message)
+        assert answer.headers["Retry-After"] == "100"
+    with patch.object(time, "time", lambda: midnight):
+        assert (used_today(server), begun(server, "1G")) == (0, 200)
 
 
-def test_transfer_larger_than_the_budget_of_a_day_is_refused_as_such(serve: Start) -> None:
-    answer = serve(SPEEDTEST_GIB_PER_DAY="1").http.get("/speedtest/10G")
-    message = "This is more than this server's budget of speed tests for a day: choose a smaller one"
-    assert (answer.status_code, answer.json()["error"]) == (503, message)
-
-
-def test_refusal_for_the_budget_costs_nothing_of_the_rate_limit(serve: Start) -> None:
-    server = serve(SPEEDTEST_GIB_PER_DAY="1", RATE_LIMIT_SPEEDTEST_10G="1/hour")
-    assert [begun(server, "10G") for _ in range(3)] == [503] * 3
-
-
-def used_today(server: Server) -> str:
-    found = re.search(r"^lg_speedtest_budget_used_bytes\{\} (.*)$", server.http.get("/metrics").text, re.M)
-    return found[1] if found else ""
-
-
-def test_what_was_moved_is_used_up_until_midnight(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    server, today = serve(SPEEDTEST_GIB_PER_DAY="1"), time.time()
-    server.http.post("/speedtest/upload", content=b"xyz")
-    assert (used_today(server), begun(server, "1G")) == ("3", 503)
-    monkeypatch.setattr(time, "time", lambda: today + 86400)
-    assert (used_today(server), begun(server, "1G")) == ("0", 200)
-
-
-def test_transfer_over_midnight_counts_on_each_day_what_it_moved(
-    serve: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server, today = serve(SPEEDTEST_GIB_PER_DAY="1"), time.time()
+def test_transfer_over_midnight_counts_on_each_day_what_it_moved(serve: Start) -> None:
+    server, tomorrow = serve(SPEEDTEST_GIB_PER_DAY="1"), time.time() + 86400
     connection = server.send(UPLOAD % 5 + b"xyz")
-    until(lambda: used_today(server) == "3")
-    monkeypatch.setattr(time, "time", lambda: today + 86400)
-    connection.sendall(b"zz")
-    until(lambda: used_today(server) == "2")
+    until(lambda: used_today(server) == 3)
+    with patch.object(time, "time", lambda: tomorrow):
+        connection.sendall(b"zz")
+        until(lambda: used_today(server) == 2)
 
 
-# Readers that are slow, or gone.
+def test_transfer_larger_than_the_budget_of_a_day_is_refused_as_such_at_no_cost(serve: Start) -> None:
+    server = serve(SPEEDTEST_GIB_PER_DAY="1", RATE_LIMIT_SPEEDTEST_10G="1/hour")
+    answers = [server.http.get("/speedtest/10G") for _ in range(3)]
+    message = "This is more than this server's budget of speed tests for a day: choose a smaller one"
+    assert [(answer.status_code, answer.json()["error"]) for answer in answers] == [(503, message)] * 3
 
 
-def test_slow_reader_keeps_its_transfer(serve: Start) -> None:
-    server = serve(constants={"STALL_SECONDS": 1}, spawned=False, MAX_SPEEDTESTS="1")
-    with server.send(DOWNLOAD, receive_bytes=65536) as connection:
-        for _ in range(15):
-            assert connection.recv(100_000)
-            time.sleep(0.2)
-        assert begun(server, "1G") == 503
-
-
-def test_stalled_download_loses_its_slot(serve: Start) -> None:
-    server = serve(constants={"STALL_SECONDS": 1}, spawned=False, MAX_SPEEDTESTS="1")
-    with unread_download(server):
-        until(lambda: begun(server, "1G") == 200)
-
-
-# Uploads
+# Uploads.
 
 
 @contextlib.contextmanager
 def trickling(connection: socket.socket) -> Iterator[None]:
-    """Meanwhile, a byte is sent each tenth of a second."""
-    done = threading.Event()
+    """Meanwhile, a byte is sent each tenth of a second; closes the connection."""
 
     def trickle() -> None:
         with contextlib.suppress(OSError):
-            while not done.wait(0.1):
+            while True:
                 connection.sendall(b"x")
+                time.sleep(0.1)
 
-    sender = threading.Thread(target=trickle)
-    sender.start()
-    try:
+    with ThreadPoolExecutor(1) as pool, connection:
+        pool.submit(trickle)
         yield
-    finally:
-        done.set()
-        sender.join()
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 10000000", "Transfer-Encoding: chunked"])
@@ -2864,10 +2814,8 @@ def test_early_answer_reaches_a_client_that_is_still_sending(serve: Start, frami
     server = serve(constants={"LINGER_SECONDS": 1}, spawned=False)
     chunk = b"%x\r\n%b\r\n" % (10**6, bytes(10**6)) if "chunked" in framing else bytes(10**6)
     header = f"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\n{framing}\r\n\r\n"
-    connection = server.send(header.encode())
-    for _ in range(10):
-        connection.sendall(chunk)
-    assert re.fullmatch(rb"(?is)HTTP/1.1 413 .*connection: close.*\{.*\}", left(connection))
+    answer = left(server.send(header.encode() + 10 * chunk))
+    assert re.fullmatch(rb"(?is)HTTP/1.1 413 .*connection: close.*\{.*\}", answer)
 
 
 def test_early_answer_frees_the_slot_at_once(serve: Start) -> None:
@@ -2886,11 +2834,8 @@ def test_rest_of_a_body_is_discarded_for_a_few_seconds_only(serve: Start) -> Non
 
 def test_upload_answers_bytes_seconds_and_megabits_per_second(echo: Server) -> None:
     answer = echo.http.post("/speedtest/upload", content=bytes(50_000_000)).json()
-    assert answer == {
-        "bytes": 50_000_000,
-        "seconds": answer["seconds"],
-        "mbps": pytest.approx(400 / answer["seconds"], rel=0.01),
-    }
+    mbps = pytest.approx(400 / answer["seconds"], rel=0.01)
+    assert answer == {"bytes": 50_000_000, "seconds": answer["seconds"], "mbps": mbps}
 
 
 def test_empty_upload_has_no_speed(echo: Server) -> None:
@@ -2908,8 +2853,7 @@ def test_upload_is_timed_from_its_first_byte_to_its_last(echo: Server) -> None:
 @pytest.mark.parametrize("length", [0, 1, 65_400, 65_536, 65_537, 200_000, 5_000_000])
 def test_connection_is_used_again_at_once_after_an_upload_of_any_length(echo: Server, length: int) -> None:
     connection = echo.send(UPLOAD % length + bytes(length))
-    uploaded = received(connection, b"}").partition(b"\r\n\r\n")[2]
-    assert json.loads(uploaded)["bytes"] == length
+    assert b'{"bytes":%d,' % length in received(connection, b"}")
     connection.settimeout(2)
     connection.sendall(HEALTH)
     assert received(connection, b"}").endswith(b'{"status":"ok"}')
@@ -2918,39 +2862,38 @@ def test_connection_is_used_again_at_once_after_an_upload_of_any_length(echo: Se
 @pytest.mark.parametrize("length", [1, 65_536, 5_000_000])
 def test_request_pipelined_behind_an_upload_is_answered(echo: Server, length: int) -> None:
     closing = HEALTH.replace(b"Host", b"Connection: close\r\nHost")
-    answers = left(echo.send(UPLOAD % length + bytes(length) + closing)).split(b"HTTP/1.1 200 OK\r\n")
-    bodies = [json.loads(answer.partition(b"\r\n\r\n")[2]) for answer in answers[1:]]
-    assert (bodies[0]["bytes"], bodies[1:]) == (length, [{"status": "ok"}])
+    answers = left(echo.send(UPLOAD % length + bytes(length) + closing))
+    found = re.findall(rb'HTTP/1.1 (\d+)|"bytes":(\d+)|("status":"ok")', answers)
+    assert [b"".join(each) for each in found] == [b"200", b"%d" % length, b"200", b'"status":"ok"']
 
 
-def test_upload_over_1_gib_is_413_before_it_is_sent(echo: Server) -> None:
-    connection = echo.send(UPLOAD.replace(b"\r\nHost", b"\r\nExpect: 100-continue\r\nHost") % (2**30 + 1))
-    assert received(connection, b"}").startswith(b"HTTP/1.1 413 ")
+@pytest.mark.parametrize(
+    ("framing", "status"), [(f"Content-Length: {2**30 + 1}", 413), ("Transfer-Encoding: chunked", 411)]
+)
+def test_upload_over_1_gib_or_without_a_length_is_refused_before_it_is_sent(
+    echo: Server, framing: str, status: int
+) -> None:
+    header = f"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nExpect: 100-continue\r\n{framing}\r\n\r\n"
+    assert received(echo.send(header.encode()), b"}").startswith(b"HTTP/1.1 %d " % status)
 
 
-def test_upload_without_content_length_is_411(echo: Server) -> None:
-    header = b"POST /speedtest/upload HTTP/1.1\r\nHost: lg\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert received(echo.send(header), b"}").startswith(b"HTTP/1.1 411 ")
-
-
-@pytest.mark.parametrize("options", [["--data-binary", "@{}"], ["-X", "POST", "-T", "{}"]])
-def test_curl_uploads_with_expect(echo: Server, tmp_path: Path, options: list[str]) -> None:
+@pytest.mark.parametrize("options", ["--data-binary @zeros", "-X POST -T zeros"])
+def test_curl_uploads_with_expect(echo: Server, tmp_path: Path, options: str) -> None:
     if not (curl := shutil.which("curl")):
         lacking("the command curl")
-    zeros = tmp_path / "zeros"
-    zeros.write_bytes(bytes(5_000_000))
-    options = [option.format(zeros) for option in options]
-    line = [curl, "-sS", *options, "-H", "Expect: 100-continue", f"{echo.http.base_url}/speedtest/upload"]
-    assert json.loads(subprocess.run(line, capture_output=True, check=True).stdout)["bytes"] == 5_000_000
+    (tmp_path / "zeros").write_bytes(bytes(5_000_000))
+    url = f"{echo.http.base_url}/speedtest/upload"
+    line = [curl, "-sS", *options.split(), "-H", "Expect: 100-continue", url]
+    assert json.loads(subprocess.check_output(line, cwd=tmp_path))["bytes"] == 5_000_000
 
 
 def test_running_uploads_of_a_test_are_counted_together(echo: Server) -> None:
-    def so_far(test: str) -> dict[str, Any]:
-        return cast(dict[str, Any], echo.http.get(f"/speedtest/upload?test={test}").json())
+    def so_far(test: str) -> Any:
+        return echo.http.get(f"/speedtest/upload?test={test}").json()
 
     named = UPLOAD.replace(b"/upload", b"/upload?test=mine")
-    uploads = [echo.send(named % 1000 + bytes(sent)) for sent in (10, 20)]
-    echo.send(UPLOAD % 1000 + bytes(5))
+    sent = [(UPLOAD, 5), (named, 10), (named, 20)]
+    uploads = [echo.send(header % 1000 + bytes(length)) for header, length in sent]
     until(lambda: so_far("mine")["bytes"] == 30)
     assert so_far("mine")["seconds"] > 0
     nothing = {"bytes": 0, "seconds": 0.0, "mbps": None}
@@ -2964,14 +2907,8 @@ def test_upload_at_its_time_limit_is_answered_with_what_came(serve: Start) -> No
     connection = serve(constants={"UPLOAD_SECONDS": 0.5}, spawned=False).send(UPLOAD % 2**30)
     with trickling(connection):
         header, _, body = received(connection, b"}").partition(b"\r\n\r\n")
-    assert header.startswith(b"HTTP/1.1 200 ")
-    assert b"connection: close" in header.lower()
+    assert re.match(rb"(?is)HTTP/1.1 200 .*\r\nconnection: close", header)
     assert 0 < json.loads(body)["bytes"] < 100
-
-
-def test_stalled_upload_is_408(serve: Start) -> None:
-    server = serve(constants={"UPLOAD_STALL_SECONDS": 0.2}, spawned=False)
-    assert received(server.send(UPLOAD % 1000 + b"x"), b"}").startswith(b"HTTP/1.1 408 ")
 
 
 # ---- about this server -------------------------------------------------------------------------------------
