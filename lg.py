@@ -2069,7 +2069,6 @@ class Runner:
         denied = DENIED.search(error)
         state: ToolState = "ok" if works else "forbidden" if denied else "failing"
         before, self.tools.states[tool] = self.tools.states.get(tool), state
-        self.tools.looked_at = -math.inf
         if state == before or (works and not before):
             return
         last = None if works else denied[0] if denied else error.rpartition("\n")[2]
