@@ -5742,95 +5742,80 @@ def test_check_prints_what_is_lacking_and_ends_with_0(echo: Server, tmp_path: Pa
 
 HOSTILE = [
     # what a shell would do something with
-    *("127.0.0.1;id", "127.0.0.1|id", "$(id)", "`id`", "127.0.0.1 127.0.0.2", "127.0.0.1\n", "a\nb"),
-    *("a\0b", "a&b", "a'b"),
-    *("a b", "a\tb", "a/b", "a\\b", "../etc/passwd", "http://example.com", "user@example.com"),
+    *("127.0.0.1;id", "127.0.0.1|id", "$(id)", "`id`", "127.0.0.1 127.0.0.2", "127.0.0.1\n", "a\nb", "a\0b"),
+    *("a&b", "a'b", "a b", "a\tb", "a/b", "a\\b", "../etc/passwd", "http://example.com", "user@example.com"),
     *("example.com:80", "*.com"),
     # what a tool would take for an option
     *("-f", "--help", "-c1000000", "-.example.com", "example.-com", "example.com-"),
     # what a resolver would take for an IPv4 address
     *("127.1", "127.0.1", "2130706433", "0x7f.1", "0x7f000001", "0177.0.0.1", "0x7f.0.0.0x1", "1.2.3.4."),
-    "1.2.3.0x4",
-    *("010.0.0.1", "1.2.3.256", "1.2.3.4.5", "1.2.3", "0", "00", "0x", "1.2.3.4%1", "127.0.0.1."),
-    *("example.1", "a.0x1F"),
+    *("1.2.3.0x4", "010.0.0.1", "1.2.3.256", "1.2.3.4.5", "1.2.3", "0", "00", "0x", "1.2.3.4%1", "a.0x1F"),
+    *("127.0.0.1.", "example.1"),
     # brackets, zones and almost addresses
-    *("[127.0.0.1]", "[::1", "::1]", "[[::1]]", "[]", "[example.com]", "::1%lo", "fe80::1%eth0"),
-    "[fe80::1%25eth0]",
-    *(":", ":::", "1::2::3", "12345::", "::1.2.3.256", "::127.1", "::010.1.1.1", "1:2:3:4:5:6:7:8:9"),
-    "::ffff:0x7f.1",
+    *("[127.0.0.1]", "[::1", "::1]", "[[::1]]", "[]", "[example.com]", "::1%lo", "fe80::1%eth0", ":", ":::"),
+    *("[fe80::1%25eth0]", "1::2::3", "12345::", "::1.2.3.256", "::127.1", "::010.1.1.1", "::ffff:0x7f.1"),
+    "1:2:3:4:5:6:7:8:9",
     # IPv4 in other scripts, names that look like others, what IDNA does not allow
     *("１２７.０.０.１", "127。0。0。1", "١٢٧.٠.٠.١", "①②⑦.0.0.1", "127.0.0.１", "::１", "exa​mple.com\u2028"),
     *("\ud800.example", "xn--\u00fc.example", "a\u0300.\u0300b", "\u200d.example", "☃︎.-", "例え。1"),
     # too long, or nothing
     *("", " ", ".", "..", "a..b", ".example.com", "example.com..", "a" * 64, "a" * 64 + ".example"),
-    "ü" * 300,
-    *(".".join(["a" * 63] * 4), "a." * 127 + "ab", "é" * 64 + ".example"),
+    *("ü" * 300, ".".join(["a" * 63] * 4), "a." * 127 + "ab", "é" * 64 + ".example"),
 ]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_that_is_no_target_is_422_with_examples(text: str) -> None:
-    with pytest.raises(lg.RequestError) as refused:
+    with pytest.raises(lg.RequestError, match=r"^\(422, .*example\.com"):
         lg.parse_target(text)
-    assert refused.value.status == 422
-    assert "example.com" in str(refused.value.body)
 
 
-SAME = ("192.0.2.1", "0.0.0.0", "255.255.255.255", "::", "1:2:3:4:5:6:7:8", "localhost", "Example.COM.")
 LONGEST = ".".join(["a" * 63] * 3 + ["a" * 61])
+NAMES_IN_ASCII = ["localhost", "Example.COM.", "_dmarc.example.com", "a--b.example", "1.example", LONGEST]
+NAMES_IN_ASCII += ["0x7f.example", "1and1.com", "xn--bcher-kva.example", f"{LONGEST}."]
+ADDRESSES = ("192.0.2.1", "0.0.0.0", "255.255.255.255", "::", "1:2:3:4:5:6:7:8", "2001:DB8::1")
 
 
 @pytest.mark.parametrize(
     ("text", "target"),
     [
-        *(
-            (text, text)
-            for text in (*SAME, "_dmarc.example.com", "a--b.example", "1.example", "0x7f.example")
-        ),
-        *((text, text) for text in ("1and1.com", "xn--bcher-kva.example", LONGEST, f"{LONGEST}.")),
-        ("2001:DB8::1", "2001:db8::1"),
-        ("[2001:db8::1]", "2001:db8::1"),
-        ("::ffff:192.0.2.1", "::ffff:c000:201"),
-        ("1:2:3:4:5:6:7.8.9.10", "1:2:3:4:5:6:708:90a"),
+        *((name, name) for name in NAMES_IN_ASCII),
         ("bücher.example", "xn--bcher-kva.example"),
         ("BÜCHER。example", "xn--bcher-kva.example"),
         ("faß.example", "xn--fa-hia.example"),
         ("例え.テスト", "xn--r8jz45g.xn--zckzah"),
+        *((address, ipaddress.ip_address(address)) for address in ADDRESSES),
+        ("[2001:db8::1]", ipaddress.ip_address("2001:db8::1")),
+        ("::ffff:192.0.2.1", ipaddress.ip_address("::ffff:c000:201")),
+        ("1:2:3:4:5:6:7.8.9.10", ipaddress.ip_address("1:2:3:4:5:6:708:90a")),
     ],
 )
-def test_target_is_an_address_or_an_ascii_name(text: str, target: str) -> None:
-    expected: object = ipaddress.ip_address(target) if ":" in target else target
-    parsed = lg.parse_target(text)
-    assert (parsed if isinstance(expected, ipaddress.IPv6Address) else str(parsed)) == expected
+def test_target_is_an_address_or_an_ascii_name(text: str, target: object) -> None:
+    assert lg.parse_target(text) == target
 
 
-SPECIAL_PURPOSE = {
-    # IANA IPv4 Special-Purpose Address Registry, multicast and reserved space: first, last and around
-    **dict.fromkeys(("0.0.0.0", "0.255.255.255", "10.0.0.0", "10.255.255.255", "100.64.0.0"), False),
-    **dict.fromkeys(("100.127.255.255", "127.0.0.0", "127.255.255.255", "169.254.169.254"), False),
-    **dict.fromkeys(("172.16.0.0", "172.31.255.255", "192.0.0.0", "192.0.0.8", "192.0.0.11"), False),
-    **dict.fromkeys(("192.0.0.170", "192.0.0.171", "192.0.0.255", "192.0.2.0", "192.0.2.255"), False),
-    **dict.fromkeys(("192.88.99.0", "192.88.99.255", "192.168.0.0", "192.168.255.255"), False),
-    **dict.fromkeys(("198.18.0.0", "198.19.255.255", "198.51.100.0", "203.0.113.255"), False),
-    **dict.fromkeys(("224.0.0.1", "239.255.255.255", "240.0.0.0", "255.255.255.255"), False),
-    **dict.fromkeys(("1.0.0.0", "9.255.255.255", "11.0.0.0", "100.63.255.255", "100.128.0.0"), True),
-    **dict.fromkeys(("126.255.255.255", "128.0.0.0", "172.15.255.255", "172.32.0.0", "8.8.8.8"), True),
-    **dict.fromkeys(("192.0.0.9", "192.0.0.10", "192.0.1.0", "192.31.196.1", "192.52.193.1"), True),
-    **dict.fromkeys(("192.88.98.255", "192.88.100.0", "192.175.48.1", "198.17.255.255"), True),
-    **dict.fromkeys(("198.20.0.0", "203.0.114.0", "223.255.255.255", "192.167.0.1"), True),
-    # IANA IPv6 Special-Purpose Address Registry, and what lies outside global unicast
-    **dict.fromkeys(("::", "::1", "::8.8.8.8", "::ffff:8.8.8.8", "64:ff9b:1::1", "100::1"), False),
-    **dict.fromkeys(("100:0:0:1::1", "2001::1", "2001:0:4136:e378:8000:63bf:3fff:fdd2", "2001:1::"), False),
-    **dict.fromkeys(("2001:1::4", "2001:2::1", "2001:2:0:ffff::", "2001:5::", "2001:10::1"), False),
-    **dict.fromkeys(("2001:1ff:ffff::", "2001:db8::1", "2001:db8:ffff::", "2002:808:808::1"), False),
-    **dict.fromkeys(("2002::", "3fff::1", "3fff:fff:ffff::", "4000::", "5f00::1", "fc00::1"), False),
-    **dict.fromkeys(("fdff::1", "fe80::1", "febf::1", "fec0::1", "ff02::1", "ffff::1", "1fff::1"), False),
-    **dict.fromkeys(("64:ff9b::10.0.0.1", "64:ff9b::127.0.0.1", "64:ff9b::192.88.99.1"), False),
-    **dict.fromkeys(("64:ff9b::8.8.8.8", "2000::1", "2001:1::1", "2001:1::2", "2001:1::3"), True),
-    **dict.fromkeys(("2001:3::1", "2001:4:112::1", "2001:20::1", "2001:30::1", "2001:200::1"), True),
-    **dict.fromkeys(("2001:db7:ffff::", "2001:db9::", "2003::1", "2606:4700:4700::1111"), True),
-    **dict.fromkeys(("2620:4f:8000::1", "3ffe:ffff::1", "3fff:1000::1", "2a00::1"), True),
-}
+# The IANA IPv4 and IPv6 Special-Purpose Address Registries, multicast, reserved space, and what lies outside
+# global unicast: first, last and around.
+NOT_PUBLIC = """
+0.0.0.0 0.255.255.255 10.0.0.0 10.255.255.255 100.64.0.0 100.127.255.255 127.0.0.0 127.255.255.255
+169.254.169.254 172.16.0.0 172.31.255.255 192.0.0.0 192.0.0.8 192.0.0.11 192.0.0.170 192.0.0.171 192.0.0.255
+192.0.2.0 192.0.2.255 192.88.99.0 192.88.99.255 192.168.0.0 192.168.255.255 198.18.0.0 198.19.255.255
+198.51.100.0 203.0.113.255 224.0.0.1 239.255.255.255 240.0.0.0 255.255.255.255
+:: ::1 ::8.8.8.8 ::ffff:8.8.8.8 64:ff9b:1::1 100::1 100:0:0:1::1 2001::1
+2001:0:4136:e378:8000:63bf:3fff:fdd2 2001:1:: 2001:1::4 2001:2::1 2001:2:0:ffff:: 2001:5:: 2001:10::1
+2001:1ff:ffff:: 2001:db8::1 2001:db8:ffff:: 2002:808:808::1 2002:: 3fff::1 3fff:fff:ffff:: 4000:: 5f00::1
+fc00::1 fdff::1 fe80::1 febf::1 fec0::1 ff02::1 ffff::1 1fff::1 64:ff9b::10.0.0.1 64:ff9b::127.0.0.1
+64:ff9b::192.88.99.1
+"""
+PUBLIC = """
+1.0.0.0 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0 172.15.255.255
+172.32.0.0 8.8.8.8 192.0.0.9 192.0.0.10 192.0.1.0 192.31.196.1 192.52.193.1 192.88.98.255 192.88.100.0
+192.175.48.1 198.17.255.255 198.20.0.0 203.0.114.0 223.255.255.255 192.167.0.1
+64:ff9b::8.8.8.8 2000::1 2001:1::1 2001:1::2 2001:1::3 2001:3::1 2001:4:112::1 2001:20::1 2001:30::1
+2001:200::1 2001:db7:ffff:: 2001:db9:: 2003::1 2606:4700:4700::1111 2620:4f:8000::1 3ffe:ffff::1
+3fff:1000::1 2a00::1
+"""
+SPECIAL_PURPOSE = dict.fromkeys(NOT_PUBLIC.split(), False) | dict.fromkeys(PUBLIC.split(), True)
 
 
 @pytest.mark.parametrize(("address", "public"), SPECIAL_PURPOSE.items())
@@ -5871,33 +5856,23 @@ def test_target_allow_adds_to_public_addresses_and_target_deny_removes(
     assert targets.is_allowed(ipaddress.ip_address(address)) is expected
 
 
-def raising(number: int) -> Callable[..., NoReturn]:
-    def getaddrinfo(*arguments: object) -> NoReturn:
-        raise socket.gaierror(number, "no address")
-
-    return getaddrinfo
-
-
 @pytest.mark.parametrize(
-    ("getaddrinfo", "reason", "message"),
+    ("answer", "reason"),
     [
-        (raising(socket.EAI_NONAME), "target", "a.example has no IPv4 address that may be measured here"),
-        (raising(socket.EAI_NODATA), "target", "a.example has no IPv4 address that may be measured here"),
-        (raising(socket.EAI_AGAIN), "resolver", "This server cannot look up a.example now: try again"),
-        (raising(socket.EAI_FAIL), "resolver", "This server cannot look up a.example now: try again"),
-        (lambda *_: time.sleep(1), "resolver", "This server's resolver gave no answer for a.example within"),
+        *((socket.gaierror(number, ""), "target") for number in (socket.EAI_NONAME, socket.EAI_NODATA)),
+        *((socket.gaierror(number, ""), "resolver") for number in (socket.EAI_AGAIN, socket.EAI_FAIL)),
+        (lambda *_: time.sleep(1), "resolver"),
     ],
 )
 def test_resolver_that_fails_is_told_from_a_name_without_an_address(
-    monkeypatch: pytest.MonkeyPatch, getaddrinfo: Callable[..., Any], reason: str, message: str
+    monkeypatch: pytest.MonkeyPatch, answer: object, reason: str
 ) -> None:
     monkeypatch.setattr(lg, "RESOLVE_SECONDS", 0.1)
     targets = make_targets()
-    targets.getaddrinfo = getaddrinfo
+    targets.getaddrinfo = Mock(side_effect=answer)
     with pytest.raises(lg.RequestError) as refused:
         outcome(targets.resolve("a.example", 4, "hint"))
     assert refused.value.reason == reason
-    assert cast(Any, refused.value.body)["detail"][0]["msg"].startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -5937,15 +5912,15 @@ def test_refused_target_is_422_in_the_shape_of_fastapi_with_what_to_do(
 )
 def test_targets_that_may_not_be_measured_get_the_same_answer(shared: Start, targets: list[str]) -> None:
     server = shared(names={**NAMES, "denied.example": ["8.8.8.8"]}, TARGET_DENY="8.8.8.0/24")
-    answers = [(server.run("ping", target), target) for target in targets]
-    assert {answer.status_code for answer, _ in answers} == {422}
-    assert len({answer.text.replace(target, "TARGET") for answer, target in answers}) == 1
+    answers = [server.run("ping", target) for target in targets]
+    assert {answer.status_code for answer in answers} == {422}
+    texts = {answer.text.replace(target, "") for answer, target in zip(answers, targets, strict=True)}
+    assert len(texts) == 1
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        b'{"target": " 127.0.0.1"}',
         b'{"target": "\\t127.0.0.1 \\r\\n"}',
         b'{"target": "\xc2\xa0127.0.0.1\xe3\x80\x80"}',
         b"target=%20127.0.0.1+%0A",
@@ -5959,12 +5934,8 @@ def test_blanks_around_a_target_are_removed(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "kind", "shown"),
     [
-        (b"", "missing", None),
-        (b"{}", "missing", None),
-        (b"[]", "missing", None),
-        (b"host=example.com", "missing", None),
-        (b'{"target": ', "json_invalid", None),
-        (b"\xff\xfe", "json_invalid", None),
+        *((body, "missing", None) for body in (b"", b"{}", b"[]", b"host=example.com")),
+        *((body, "json_invalid", None) for body in (b'{"target": ', b"\xff\xfe")),
         (b'{"target": 1}', "string_type", 1),
         (b'{"target": null}', "string_type", None),
         (b'{"target": ["127.0.0.1"]}', "string_type", ["127.0.0.1"]),
@@ -5990,11 +5961,10 @@ def test_body_that_is_nested_too_deeply_to_be_echoed_is_422(echo: Server) -> Non
     assert echo.http.post("/lookingglass/ping", content=body).status_code == 422
 
 
-LARGEST_BODY = b'{"target": "127.0.0.1", "x": "' + b"x" * (4096 - 32) + b'"}'
+LARGEST_BODY = b'{"target": "127.0.0.1"}'.rjust(4096)
 
 
 def test_body_of_4_kib_is_accepted(echo: Server) -> None:
-    assert len(LARGEST_BODY) == 4096
     assert echo.http.post("/lookingglass/ping", content=LARGEST_BODY).status_code == 200
 
 
@@ -6002,8 +5972,7 @@ def test_body_of_4_kib_is_accepted(echo: Server) -> None:
     "body", [LARGEST_BODY + b" ", [LARGEST_BODY, b" "], bytes(100_000)], ids=["length", "chunked", "large"]
 )
 def test_body_over_4_kib_is_413(echo: Server, body: bytes | list[bytes]) -> None:
-    content = body if isinstance(body, bytes) else iter(body)
-    response = echo.http.post("/lookingglass/ping", content=content)
+    response = echo.http.post("/lookingglass/ping", content=body)
     assert response.status_code == 413
     assert "4096 bytes" in response.json()["detail"]
 
@@ -6014,13 +5983,11 @@ LITERALS = st.one_of(
     st.from_regex(lg.HOST_NAME, fullmatch=True),
     st.text(),
 )
+VALUES = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), st.lists)
 BODIES = st.one_of(
     st.binary(max_size=5000),
-    LITERALS.map(lambda text: json.dumps({"target": text}).encode()),
+    *(texts.map(lambda value: json.dumps({"target": value}).encode()) for texts in (LITERALS, VALUES)),
     LITERALS.map(lambda text: f"target={text}".encode(errors="replace")),
-    st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), st.lists).map(
-        lambda value: json.dumps({"target": value}).encode()
-    ),
     st.text().map(lambda text: f'{{"target": {text}}}'.encode(errors="replace")),
 )
 
@@ -6031,7 +5998,7 @@ def recorder(shared: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[S
     started = tmp_path_factory.mktemp("recorder") / "started"
     script = f'#!/bin/sh\nfor last; do :; done\nprintf "%s\\n" "$last" >> \'{started}\'\n'
     names = {"here.example": ["127.0.0.1", "::1"], "inside.example": ["10.0.0.1", "fd00::1"]}
-    return shared(names=names, tools=every_tool(script), RATE_LIMIT_LOOKUPS="off"), started
+    return shared(names=names, tools=every_tool(script)), started
 
 
 @given(command=st.sampled_from(list(COMMANDS)), body=BODIES)
