@@ -2128,48 +2128,32 @@ def test_a_failed_result_is_valid_for_globalping_and_has_what_is_known(name: str
 # AS numbers, from a database in MaxMind's format that is written here.
 
 
-def mmdb(records: Mapping[str, object], padding: int = 0) -> bytes:
-    """The records of networks as an .mmdb file, as maxmind.github.io/MaxMind-DB has it."""
-
-    def head(kind: int, size: int) -> bytes:
-        size, more = (size, b"") if size < 29 else (29, bytes([size - 29]))
-        return (bytes([kind << 5 | size]) if kind < 8 else bytes([size, kind - 7])) + more
+def mmdb(record: object, padding: int = 0) -> bytes:
+    """A record for the first routers of .ci/hops as an .mmdb file, as maxmind.github.io/MaxMind-DB has it."""
 
     def encode(value: object) -> bytes:
         match value:
             case dict():
-                pairs = b"".join(encode(each) for pair in value.items() for each in pair)
-                return head(7, len(value)) + pairs
-            case list():
-                return head(11, len(value)) + b"".join(map(encode, value))
-            case (int(kind), int(number)):  # unsigned, of 16 bits (5), 32 (6) or 64 (9)
-                size = {5: 2, 6: 4, 9: 8}[kind]
-                return head(kind, size) + number.to_bytes(size, "big")
-            case int():
-                return encode((6, value))
-        text = str(value).encode()
-        return head(2, len(text)) + text
+                kind, size = 7, len(value)
+                content = b"".join(encode(each) for pair in value.items() for each in pair)
+            case []:
+                kind, size, content = 11, 0, b""
+            case (int(kind), int(number)):  # unsigned, of up to 16 bits (5), 32 (6) or 64 (9)
+                size = (number.bit_length() + 7) // 8
+                content = number.to_bytes(size, "big")
+            case str():
+                kind, size, content = 2, len(value), value.encode()
+        size, more = (size, b"") if size < 29 else (29, bytes([size - 29]))
+        head = bytes([kind << 5 | size]) if kind < 8 else bytes([size, kind - 7])
+        return head + more + content
 
-    nodes: list[list[Any]] = [[None, None]]
-    section = bytes(padding)
-    for text, record in records.items():
-        network = ipaddress.ip_network(text)
-        length = network.prefixlen + (96 if network.version == 4 else 0)
-        bits, node = f"{int(network.network_address):0128b}"[:length], 0
-        for bit in map(int, bits[:-1]):
-            if nodes[node][bit] is None:
-                nodes.append([None, None])
-                nodes[node][bit] = len(nodes) - 1
-            node = nodes[node][bit]
-        nodes[node][int(bits[-1])] = f"data {len(section)}"
-        section += encode(record)
-
-    def pointer(entry: object) -> int:
-        if isinstance(entry, str):
-            return len(nodes) + 16 + int(entry.split()[1])
-        return len(nodes) if entry is None else cast(int, entry)
-
-    tree = b"".join(pointer(entry).to_bytes(4, "big") for node in nodes for entry in node)
+    prefixes = map(ipaddress.IPv6Network, ("::198.51.100.0/124", "2001:db8::/32"))
+    networks = [f"{int(each.network_address):0128b}"[: each.prefixlen] for each in prefixes]
+    nodes = sorted({bits[:length] for bits in networks for length in range(len(bits))})
+    numbers = {bits: number for number, bits in enumerate(nodes)}  # the root, "", is first
+    numbers |= dict.fromkeys(networks, len(nodes) + 16 + padding)
+    pointers = [numbers.get(bits + bit, len(nodes)) for bits in nodes for bit in "01"]
+    tree = b"".join(pointer.to_bytes(4, "big") for pointer in pointers)
     metadata = {
         "node_count": (6, len(nodes)),
         "record_size": (5, 32),
@@ -2181,25 +2165,23 @@ def mmdb(records: Mapping[str, object], padding: int = 0) -> bytes:
         "build_epoch": (9, 1),
         "description": {},
     }
-    return tree + bytes(16) + section + b"\xab\xcd\xefMaxMind.com" + encode(metadata)
+    return tree + bytes(16 + padding) + encode(record) + b"\xab\xcd\xefMaxMind.com" + encode(metadata)
 
 
-GEOLITE = {"autonomous_system_number": 64500, "autonomous_system_organization": "Example"}
-AsDatabase = Callable[..., Path]
+GEOLITE = {"autonomous_system_number": (6, 64500), "autonomous_system_organization": "Example"}
+AsDatabase = Callable[..., lg.AsnDatabase]
 
 
 @pytest.fixture
 def as_database(tmp_path: Path) -> AsDatabase:
-    """Writes a database with a record for the first routers of .ci/hops."""
     if not importlib.util.find_spec("maxminddb"):
         lacking("the package maxminddb")
 
-    def write(record: object = GEOLITE, **options: Any) -> Path:
-        path = tmp_path / "asn.mmdb"
-        path.write_bytes(mmdb(dict.fromkeys(("198.51.100.0/28", "2001:db8::/32"), record), **options))
-        return path
+    def write_and_open(record: object = GEOLITE, **options: Any) -> lg.AsnDatabase:
+        (tmp_path / "asn.mmdb").write_bytes(mmdb(record, **options))
+        return lg.AsnDatabase(str(tmp_path / "asn.mmdb"))
 
-    return write
+    return write_and_open
 
 
 @pytest.mark.parametrize(
@@ -2212,17 +2194,21 @@ def as_database(tmp_path: Path) -> AsDatabase:
     ids=["GeoLite2-ASN, DB-IP, RouteViews", "IPinfo Lite", "IPinfo ASN"],
 )
 def test_the_as_numbers_of_each_vendor_are_read(as_database: AsDatabase, record: object) -> None:
-    database = lg.AsnDatabase(str(as_database(record)))
-    found = [database.find(address) for address in ("198.51.100.6", "2001:db8::1", "192.0.2.1", "::::", None)]
-    assert found == [(64500, "Example"), (64500, "Example"), (None, None), (None, None), (None, None)]
+    addresses = ["198.51.100.6", "2001:db8::1", "192.0.2.1", "::::", None]
+    found = map(as_database(record).find, addresses)
+    assert list(found) == [*[(64500, "Example")] * 2, *[(None, None)] * 3]
 
 
 @pytest.mark.parametrize("name", ["traceroute", "mtr"])
-def test_hops_of_events_and_results_have_the_as_of_their_router(as_database: AsDatabase, name: str) -> None:
-    parsed = parse(name, database=lg.AsnDatabase(str(as_database())))
-    systems = {hop["address"]: (hop["asn"], hop["network"]) for hop in parsed.hops}
+def test_hops_of_events_and_results_have_the_as_of_their_router(
+    serve: Start, as_database: AsDatabase, tmp_path: Path, name: str
+) -> None:
+    as_database()
+    server = serve(tools={name: printing(RECORDED[name])}, ASN_DATABASE=str(tmp_path / "asn.mmdb"))
+    *events, end = run_events(server, name)
+    systems = {each["address"]: (each["asn"], each["network"]) for each in events if each["event"] == "hop"}
     assert (systems[GW], systems[None]) == (([64500], "Example"), ([], None))
-    assert systems == {hop["resolvedAddress"]: (hop["asn"], hop["network"]) for hop in parsed.result["hops"]}
+    assert systems == {hop["resolvedAddress"]: (hop["asn"], hop["network"]) for hop in end["result"]["hops"]}
 
 
 @pytest.mark.parametrize("name", ["traceroute", "mtr"])
@@ -2236,21 +2222,19 @@ def test_without_a_database_hops_have_no_as(name: str) -> None:
 def test_the_table_of_mtr_has_the_as_before_the_name(
     as_database: AsDatabase, number: int, column: str
 ) -> None:
-    database = lg.AsnDatabase(str(as_database({"asn": f"AS{number}"})))
-    head, *rows = parse("mtr", database=database).table
+    head, *rows = parse("mtr", database=as_database({"asn": f"AS{number}"})).table
     starts = [f"  1. {column}198.51.100.2 ", "  2. AS???    ??? ", "  3. AS???    198.51.100.254 "]
     assert [row[: len(start)] for row, start in zip(rows, starts, strict=True)] == starts
     assert {len(row) for row in rows} == {len(f"HOST: {head}")}
 
 
 def test_further_routers_of_a_hop_have_their_as(as_database: AsDatabase) -> None:
-    table = parse("mtr, names and labels", database=lg.AsnDatabase(str(as_database()))).table
+    table = parse("mtr, names and labels", database=as_database()).table
     assert table[3] == "     AS64500  198.51.100.2"
 
 
 def test_the_text_of_traceroute_stays_its_own(as_database: AsDatabase) -> None:
-    text = parse("traceroute", database=lg.AsnDatabase(str(as_database()))).text
-    assert text == RECORDED["traceroute"]
+    assert parse("traceroute", database=as_database()).text == RECORDED["traceroute"]
 
 
 def test_an_as_database_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2260,30 +2244,29 @@ def test_an_as_database_without_the_package_says_what_to_install(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"", b"no database", mmdb({"198.51.100.0/24": {"country": "NL"}})], ids=str
+    ("name", "content"),
+    [
+        *(("", None), ("missing.mmdb", None)),
+        *(("asn.mmdb", content) for content in (b"", b"no database", mmdb({"country": "NL"}))),
+    ],
+    ids=["a folder", "no file", "empty", "another format", "no AS numbers"],
 )
-def test_an_as_database_that_cannot_be_used_says_what_is_expected(
-    tmp_path: Path, content: bytes | None
+def test_an_as_database_that_cannot_be_used_stops_the_start_with_what_is_expected(
+    tmp_path: Path, name: str, content: bytes | None
 ) -> None:
-    path = tmp_path / "asn.mmdb"
+    path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"expected a database of AS numbers in MaxMind's format \(\.mmdb\)"):
-        lg.AsnDatabase(str(path))
-
-
-def test_an_as_database_that_cannot_be_used_stops_the_start_with_one_line(tmp_path: Path) -> None:
-    line = start_error(ASN_DATABASE=str(tmp_path))
-    assert f"ASN_DATABASE='{tmp_path}' cannot be used: expected" in line
+    expected = "expected a database of AS numbers in MaxMind's format (.mmdb)"
+    assert f"ASN_DATABASE='{path}' cannot be used: {expected}" in start_error(ASN_DATABASE=str(path))
 
 
 def test_an_as_database_is_mapped_and_not_loaded(as_database: AsDatabase) -> None:
     def own_kib() -> int:  # pages of a mapped file are the kernel's to drop
         return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
 
-    path = str(as_database(padding=32 * 2**20))
     before = own_kib()
-    assert lg.AsnDatabase(path).find(GW).asn == 64500
+    assert as_database(padding=32 * 2**20).find(GW).asn == 64500
     assert own_kib() - before < 16 * 1024
 
 
