@@ -2265,7 +2265,8 @@ def test_an_as_database_is_mapped_and_not_loaded(as_database: AsDatabase) -> Non
         return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
 
     before = own_kib()
-    assert as_database(padding=32 * 2**20).find(GW).asn == 64500
+    database = as_database(padding=32 * 2**20)
+    assert database.find(GW).asn == 64500
     assert own_kib() - before < 16 * 1024
 
 
