@@ -64,7 +64,7 @@ import lg
 
 sys.path.insert(0, str(Path(__file__).parent / ".ci"))
 
-from browsers import Chromium, Engine, Firefox, WebKit
+from browsers import Chromium, Engine, Firefox, WebKit, open_page, shifts
 
 HERE = Path(__file__).parent
 HOPS, HOPS_NAME = HERE / ".ci" / "hops", f"test{os.getpid()}-"
@@ -3152,25 +3152,6 @@ AMSTERDAM = {
     "TARGET_ALLOW": "127.0.0.0/8,::1,198.51.100.0/24,2001:db8::/32",
     "MAX_DIAGNOSTICS_PER_CLIENT": "20",
 }
-# Run before a page's own script: notes layout shifts, and what the status region announces.
-WATCH = """
-window.shifts = [];
-let begun = Infinity; // what a slow machine paints before the script has run is not counted
-addEventListener("load", () => setTimeout(() => (begun = performance.now()), 100));
-const late = (entries) => entries.filter((each) => !each.hadRecentInput && each.startTime > begun);
-const edges = ({ x, y, width, height }) => [x, y, width, height].map(Math.round).join(" ");
-const where = ({ sources }) => sources.map(({ node, previousRect, currentRect }) =>
-  `${node?.outerHTML ?? node?.data}: ${edges(previousRect)} -> ${edges(currentRect)}`.slice(-200));
-new PerformanceObserver((list) => shifts.push(...late(list.getEntries()).map(where)))
-  .observe({ type: "layout-shift", buffered: true });
-window.announced = [];
-addEventListener("DOMContentLoaded", () => {
-  const status = document.getElementById("status");
-  const note = () => announced.push(status.textContent);
-  const all = { childList: true, characterData: true, subtree: true };
-  if (status) new MutationObserver(note).observe(status, all);
-});
-"""
 SLOW_PING = """#!/bin/sh
 echo "PING 127.0.0.1 (127.0.0.1) 56(84) bytes of data."
 echo "64 bytes from 127.0.0.1: icmp_seq=1 ttl=60 time=10.0 ms"
@@ -3196,9 +3177,10 @@ done
 """
 # The real tools with fewer probes.
 QUICK = {
-    "ping": """#!/bin/sh\nexec /usr/bin/ping $(echo "$@" | sed 's/ -c 15 / -c 3 /')\n""",
-    "mtr": """#!/bin/sh\nexec /usr/bin/mtr $(echo "$@" | sed 's/ -c 10 / -c 3 /')\n""",
+    tool: f"""#!/bin/sh\nexec /usr/bin/{tool} $(echo "$@" | sed 's/ -c 1[05] / -c 3 /')\n"""
+    for tool in ("ping", "mtr")
 }
+CLIPBOARD = ["clipboard-read", "clipboard-write"]
 
 Visit = Callable[..., Page]
 
@@ -3210,31 +3192,14 @@ def browser_in_hops(launch: Callable[..., Browser], hops: tuple[str, ...]) -> It
     running.close()
 
 
-def open_page(browser: Browser, url: str, faults: list[str], **options: Any) -> Page:
-    """The page at `url`, ready for a click; errors and breaches of its policy go to `faults`."""
-    context = browser.new_context(**options)
-    context.add_init_script(WATCH)
-    page = context.new_page()
-    page.set_default_timeout(PATIENCE * 1000)
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on(
-        "console",
-        lambda said: faults.append(said.text) if "olicy" in said.text or "attribute" in said.text else None,
-    )
-    page.goto(url)
-    if options.get("java_script_enabled", True):
-        page.wait_for_selector("#mine button", state="attached")
-    return page
-
-
-@pytest.fixture
-def visit(browser_in_hops: Browser) -> Iterator[Visit]:
+@contextlib.contextmanager
+def visiting(browser: Browser) -> Iterator[Visit]:
     """Opens the page of a server. Errors of the script and violations of the policy fail the test."""
     pages: list[Page] = []
     faults: list[str] = []
 
     def open_at(server: Server, query: str = "", host: str = "127.0.0.1", **options: Any) -> Page:
-        pages.append(open_page(browser_in_hops, f"http://{host}:{server.port}/{query}", faults, **options))
+        pages.append(open_page(browser, f"http://{host}:{server.port}/{query}", faults, **options))
         return pages[-1]
 
     yield open_at
@@ -3243,49 +3208,43 @@ def visit(browser_in_hops: Browser) -> Iterator[Visit]:
     assert faults == []
 
 
-@contextlib.contextmanager
-def places(prefix: tuple[str, ...], folders: Iterable[Path], tools: Mapping[str, str]) -> Iterator[Server]:
+@pytest.fixture
+def visit(browser_in_hops: Browser) -> Iterator[Visit]:
+    with visiting(browser_in_hops) as open_at:
+        yield open_at
+
+
+def places(shared: Start, **options: Any) -> Any:
     """Amsterdam; Frankfurt is up as well, without IPv6 and extra commands, Sydney is down."""
-    start: Start = SpawnedServer
     elsewhere = {"NETWORK_LOCATION": "Frankfurt am Main", "NETWORK_IPV6": "", "NETWORK_MAP_URL": ""}
-    there, here = folders
-    frankfurt = start(there, prefix=prefix, tools=tools, **{**AMSTERDAM, **elsewhere})
-    port = str(free_port())
-    urls = {"Amsterdam": int(port), "Frankfurt": frankfurt.port, "Sydney": free_port()}
-    locations = json.dumps([{"name": name, "url": f"http://127.0.0.1:{urls[name]}/"} for name in urls])
+    frankfurt = shared(**{**AMSTERDAM, **elsewhere, **options})
+    port = free_port()
+    ports = {"Amsterdam": port, "Frankfurt": frankfurt.port, "Sydney": free_port()}
+    locations = json.dumps([{"name": name, "url": f"http://127.0.0.1:{ports[name]}/"} for name in ports])
     bgp = json.dumps({"bgp": r"printf '%s\n' {address} unicast"})
-    settings = {"PORT": port, "LOCATIONS": locations, "EXTRA_COMMANDS": bgp, **AMSTERDAM}
-    server = start(here, prefix=prefix, tools=tools, **settings)
-    yield server
-    server.stop()
-    frankfurt.stop()
+    return shared(PORT=str(port), LOCATIONS=locations, EXTRA_COMMANDS=bgp, **AMSTERDAM, **options)
 
 
 @pytest.fixture(scope="session")
-def amsterdam(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def amsterdam(shared: Start, hops: tuple[str, ...]) -> Any:
     """The real server with the real tools, and its other places."""
-    with places(hops, map(tmp_path_factory.mktemp, ("frankfurt", "amsterdam")), {}) as server:
-        yield server
+    return places(shared, prefix=hops)
 
 
 @pytest.fixture(scope="session")
-def quick(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def quick(shared: Start, hops: tuple[str, ...]) -> Any:
     """The same with the real tools and three probes."""
-    with places(hops, map(tmp_path_factory.mktemp, ("frankfurt", "quick")), QUICK) as server:
-        yield server
+    return places(shared, prefix=hops, tools=QUICK)
 
 
 @pytest.fixture(scope="session")
-def stand_ins(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def stand_ins(shared: Start, hops: tuple[str, ...]) -> Any:
     """A server whose ping runs until it is stopped; its traceroute prints marks, its mtr has a bad hop."""
     hop = 'echo " $n  r$n.example (198.51.100.$n)  1.000 ms  2.000 ms !N  *"; sleep 0.2'
     last = 'echo " 4  t.example (198.51.100.254)  1.000 ms  2.000 ms  *"'
     traceroute = f"#!/bin/sh\nfor n in 1 2 3; do {hop}; done\n{last}\n"
     tools = {"ping": SLOW_PING, "traceroute": traceroute, "mtr": BAD_HOP}
-    start: Start = SpawnedServer
-    server = start(tmp_path_factory.mktemp("stand-ins"), prefix=hops, tools=tools, **AMSTERDAM)
-    yield server
-    server.stop()
+    return shared(prefix=hops, tools=tools, **AMSTERDAM)
 
 
 @pytest.fixture
@@ -3296,34 +3255,20 @@ def serve_in_hops(serve: Start, hops: tuple[str, ...]) -> Start:
 @pytest.fixture(scope="session")
 def live(browser_in_hops: Browser, amsterdam: Server) -> Iterator[Mapping[str, Page]]:
     """Pages on which the real tools have measured the target of .ci/hops, at the same time."""
-    faults: list[str] = []
-    queries = {name: f"?command={name}&target=target.lg.example" for name in ("ping", "traceroute", "mtr")}
+    queries = {name: f"?command={name}&target=target.lg.example" for name in TOOLS}
     queries["closed"] = "?command=ping&target=closed.lg.example"
-    url = f"http://127.0.0.1:{amsterdam.port}/"
-    size = {"width": 1280, "height": 1600}
-    allowed = ["clipboard-read", "clipboard-write"]
-    pages = {
-        name: open_page(browser_in_hops, url + query, faults, viewport=size, permissions=allowed)
-        for name, query in queries.items()
-    }
-    for page in pages.values():
-        page.click("#run")
-    for page in pages.values():
-        ended(page)
-    yield pages
-    for page in pages.values():
-        page.context.close()
-    assert faults == []
+    options = {"viewport": {"width": 1280, "height": 1600}, "permissions": CLIPBOARD}
+    with visiting(browser_in_hops) as visit:
+        pages = {name: visit(amsterdam, query, **options) for name, query in queries.items()}
+        for page in pages.values():
+            page.click("#run")
+        for page in pages.values():
+            ended(page)
+        yield pages
 
 
 def text(page: Page, selector: str) -> str:
     return page.inner_text(selector).replace("\xa0", " ")
-
-
-def shifts(page: Page) -> list[Any]:
-    """The layout shifts without a click before, as the browser reports them: those of a frame in the next."""
-    frame = "await new Promise(requestAnimationFrame);"
-    return cast(list[Any], page.evaluate(f"(async () => {{ {frame} {frame} return shifts; }})()"))
 
 
 def ended(page: Page) -> str:
@@ -3363,35 +3308,26 @@ def answer_with(page: Page, *events: Mapping[str, object], **more: Any) -> None:
 
 
 Engines = Callable[..., Engine]
+# The programs of each, besides Chromium.
+ENGINES = {"chromium": (), "firefox": ("firefox-esr",), "webkit": ("WebKitWebDriver", "xvfb-run")}
 
 
 @pytest.fixture(scope="session")
 def engines(launch: Callable[..., Browser], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     """Starts a browser of an engine, by a prefix where it shall stand elsewhere."""
-    running: list[Engine] = []
-    chromium: dict[tuple[str, ...], Browser] = {}
+    with contextlib.ExitStack() as stack:
 
-    def start(name: str, prefix: tuple[str, ...], dark: bool = False, script: bool = True) -> Engine:
-        if name == "chromium":
-            chromium.setdefault(prefix, launch(*prefix))
-            scheme = "dark" if dark else "light"
-            running.append(Chromium(chromium[prefix], color_scheme=scheme, java_script_enabled=script))
-            return running[-1]
-        for program in ("firefox-esr",) if name == "firefox" else ("WebKitWebDriver", "xvfb-run"):
-            if not shutil.which(program):
-                lacking(f"the program {program}")
-        kind = Firefox if name == "firefox" else WebKit
-        running.append(kind(tmp_path_factory.mktemp(name), prefix, dark, script))
-        return running[-1]
+        def start(name: str, prefix: tuple[str, ...], **options: bool) -> Engine:
+            for program in ENGINES[name]:
+                if not shutil.which(program):
+                    lacking(f"the program {program}")
+            if name == "chromium":
+                return stack.enter_context(contextlib.closing(Chromium(launch(*prefix), **options)))
+            kind = Firefox if name == "firefox" else WebKit
+            engine = kind(tmp_path_factory.mktemp(name), prefix, **options)
+            return stack.enter_context(contextlib.closing(engine))
 
-    yield start
-    for engine in running:
-        engine.close()
-    for browser in chromium.values():
-        browser.close()
-
-
-ENGINES = ("chromium", "firefox", "webkit")
+        yield start
 
 
 @pytest.fixture(scope="session", params=ENGINES)
@@ -3411,28 +3347,32 @@ def test_first_view_names_the_place_and_what_each_test_answers(engine: Engine, q
 
 
 @pytest.mark.parametrize("version", [4, 6])
-@pytest.mark.parametrize("name", ["ping", "traceroute", "mtr"])
+@pytest.mark.parametrize("name", TOOLS)
 def test_command_reaches_its_target(engine: Engine, quick: Server, name: str, version: int) -> None:
     query = f"?command={name}&target=target.lg.example&version={version}"
     assert re.fullmatch(r"[\d.]+ ms, (none|\d) of 3 probes lost", engine.run(at(quick, query)))
     assert (TARGET4, TARGET6)[version == 6] in engine.text("#results summary")
 
 
-def test_dots_are_round(engine: Engine, stand_ins: Server) -> None:
-    engine.open(at(stand_ins, "?target=127.0.0.1"))
-    engine.press("#run")
+@pytest.fixture
+def pinging(engine: Engine, stand_ins: Server) -> Iterator[Engine]:
+    """A browser that shows a ping which runs until it is stopped, after its two replies."""
+    engine.begin(at(stand_ins, "?target=127.0.0.1"))
     engine.wait("document.querySelectorAll('#results circle').length === 2")
-    box = "document.querySelector('#results circle').getBoundingClientRect()"
-    assert engine.js(f"(({{ width, height }}) => [width, height])({box})") == pytest.approx([8, 8], abs=0.1)
+    yield engine
     engine.keys("Escape")
     engine.ended()
 
 
+def test_dots_are_round(pinging: Engine) -> None:
+    box = "document.querySelector('#results circle').getBoundingClientRect()"
+    assert pinging.js(f"(({{ width, height }}) => [width, height])({box})") == pytest.approx([8, 8], abs=0.1)
+
+
 def test_rows_grow_and_stay_where_they_are(engine: Engine, stand_ins: Server) -> None:
-    engine.open(at(stand_ins, "?command=traceroute&target=127.0.0.1"))
-    engine.press("#run")
-    engine.wait("document.querySelector('#results tbody tr')")
+    engine.begin(at(stand_ins, "?command=traceroute&target=127.0.0.1"))
     first = "document.querySelector('#results tbody tr')"
+    engine.wait(first)
     top = engine.js(f"({first}.mark = 1, {first}.getBoundingClientRect().top)")
     engine.ended()
     marked = f"[{first}.mark, {first}.getBoundingClientRect().top, {first}.parentNode.childNodes.length]"
@@ -3455,8 +3395,7 @@ def test_press_of_any_length_counts(engine: Engine, stand_ins: Server, seconds: 
 @pytest.mark.parametrize("how", ["Escape", "Stop"])
 def test_stop_ends_the_process(engine: Engine, amsterdam: Server, how: str) -> None:
     address = lone_address()
-    engine.open(at(amsterdam, f"?target={address}"))
-    engine.press("#run")
+    engine.begin(at(amsterdam, f"?target={address}"))
     group = group_of(address)
     engine.wait("document.querySelector('#results circle')")
     engine.keys("Escape") if how == "Escape" else engine.press("#run")
@@ -3465,11 +3404,8 @@ def test_stop_ends_the_process(engine: Engine, amsterdam: Server, how: str) -> N
     assert "Stopped." in engine.text("#results")
 
 
-def test_running_page_writes_nothing_that_has_not_changed(engine: Engine, stand_ins: Server) -> None:
-    engine.open(at(stand_ins, "?target=127.0.0.1"))
-    engine.press("#run")
-    engine.wait("document.querySelectorAll('#results circle').length === 2")
-    written = engine.js("""new Promise((resolve) => {
+def test_running_page_writes_nothing_that_has_not_changed(pinging: Engine) -> None:
+    written = pinging.js("""new Promise((resolve) => {
       const found = [];
       new MutationObserver((list) => found.push(...list.map(({ target }) => target.nodeName)))
         .observe(document, { childList: true, attributes: true, characterData: true, subtree: true });
@@ -3477,8 +3413,6 @@ def test_running_page_writes_nothing_that_has_not_changed(engine: Engine, stand_
       setInterval(redraw, 100);
       setTimeout(() => resolve(found), 1500);
     })""")
-    engine.keys("Escape")
-    engine.ended()
     assert written == []
 
 
@@ -3527,23 +3461,21 @@ def test_keyboard_alone_runs_a_test(engine: Engine, quick: Server) -> None:
     assert engine.text("#results b") == "Traceroute · Amsterdam → target.lg.example"
 
 
-# Puts the page into a frame as wide as a phone: windows are wider in most engines.
-PHONE = """new Promise((resolve) => {
-  const frame = document.body.appendChild(document.createElement("iframe"));
-  Object.assign(frame, { src: "/%s", width: 390, height: 844, onload: () => resolve(1) });
-})"""
-
-
 def test_phone_shows_all_of_a_result_in_its_width(engine: Engine, serve_in_hops: Start) -> None:
     port = str(free_port())
     server = serve_in_hops(PORT=port, FRAME_ANCESTORS=f"http://127.0.0.1:{port}", tools=QUICK)
     engine.visit(at(server, "metrics"))
-    engine.js(PHONE % "?command=mtr&target=target.lg.example")
+    # In a frame as wide as a phone: windows are wider in most engines.
+    engine.js("""new Promise((resolve) => {
+      const frame = document.body.appendChild(document.createElement("iframe"));
+      const src = "/?command=mtr&target=target.lg.example";
+      Object.assign(frame, { src, width: 390, height: 844, onload: () => resolve(1) });
+    })""")
     engine.wait("frames[0].document.querySelector('#mine button')")
     engine.js("frames[0].document.querySelector('#run').click()")
     engine.wait("frames[0].document.querySelector('#run:not(.stop)')")
-    size = "[({0}) => [{0}.clientWidth, {0}.scrollWidth]][0](frames[0].document.documentElement)"
-    width, needed = engine.js(size.format("root"))
+    root = "frames[0].document.documentElement"
+    width, needed = engine.js(f"[{root}.clientWidth, {root}.scrollWidth]")
     assert needed <= width <= 390
 
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -19,10 +20,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import httpx
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Page
 
 PATIENCE = 30.0  # seconds for what must come; these machines can be slow
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -39,7 +40,7 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 def random_port() -> int:
-    """Below those that the system gives to outgoing connections; the namespace of a browser has few others."""
+    """Below those that the system gives to outgoing connections; a browser's namespace has few others."""
     return 10_000 + secrets.randbelow(20_000)
 
 
@@ -114,10 +115,14 @@ class Engine:
         self.aside = 8 - self.aside  # pixels: two presses of one place would be a double click
         self.hold(x + width / 2 + self.aside, y + height / 2, seconds)
 
-    def run(self, url: str) -> str:
-        """The verdict of the test that a link describes."""
+    def begin(self, url: str) -> None:
+        """Begin the test that a link describes."""
         self.open(url)
         self.press("#run")
+
+    def run(self, url: str) -> str:
+        """The verdict of the test that a link describes."""
+        self.begin(url)
         return self.ended()
 
     def ended(self) -> str:
@@ -128,8 +133,9 @@ class Engine:
 class Chromium(Engine):
     """Chromium, by Playwright."""
 
-    def __init__(self, browser: Browser, **options: Any) -> None:
-        self.page = browser.new_context(**options).new_page()
+    def __init__(self, browser: Browser, dark: bool = False, script: bool = True) -> None:
+        self.browser = browser
+        self.page = browser.new_page(color_scheme="dark" if dark else "light", java_script_enabled=script)
         self.page.set_default_timeout(PATIENCE * 1000)
         self.visit, self.js = self.page.goto, self.page.evaluate  # type: ignore[method-assign, assignment]
 
@@ -144,7 +150,7 @@ class Chromium(Engine):
             self.page.keyboard.press(chord)
 
     def close(self) -> None:
-        self.page.context.close()
+        self.browser.close()
 
 
 KEYS = {"Enter": "\ue007", "Tab": "\ue004", "Control": "\ue009", "Escape": "\ue00c", "ArrowRight": "\ue014"}
@@ -276,9 +282,9 @@ class WebKit(Driven):
         program = next(Path("/usr/lib").glob("*/webkit2gtk-4.1/MiniBrowser"))
         options = {"binary": str(program), "args": ["--automation", f"--enable-javascript={script}".lower()]}
         wanted = {"capabilities": {"alwaysMatch": {"webkitgtk:browserOptions": options}}}
-        self.http.base_url = self.http.base_url.join(f"/session/{until(partial(self.begin, wanted))}")
+        self.http.base_url = self.http.base_url.join(f"/session/{until(partial(self.new_session, wanted))}")
 
-    def begin(self, wanted: Mapping[str, Any]) -> str | None:
+    def new_session(self, wanted: Mapping[str, Any]) -> str | None:
         with contextlib.suppress(httpx.ConnectError):
             return str(self.http.post("/session", json=wanted).json()["value"]["sessionId"])
         return None
@@ -287,3 +293,46 @@ class WebKit(Driven):
         answer = self.http.post(f"/{self.PATHS[name]}", json=parameters).json()["value"]
         assert not (isinstance(answer, dict) and "error" in answer), answer
         return answer
+
+
+# Chromium's pages, by Playwright itself
+
+# Run before a page's own script: notes layout shifts, and what the status region announces.
+WATCH = """
+window.shifts = [];
+let begun = Infinity; // what a slow machine paints before the script has run is not counted
+addEventListener("load", () => setTimeout(() => (begun = performance.now()), 100));
+const late = (entries) => entries.filter((each) => !each.hadRecentInput && each.startTime > begun);
+const edges = ({ x, y, width, height }) => [x, y, width, height].map(Math.round).join(" ");
+const where = ({ sources }) => sources.map(({ node, previousRect, currentRect }) =>
+  `${node?.outerHTML ?? node?.data}: ${edges(previousRect)} -> ${edges(currentRect)}`.slice(-200));
+new PerformanceObserver((list) => shifts.push(...late(list.getEntries()).map(where)))
+  .observe({ type: "layout-shift", buffered: true });
+window.announced = [];
+addEventListener("DOMContentLoaded", () => {
+  const status = document.getElementById("status");
+  const note = () => announced.push(status.textContent);
+  const all = { childList: true, characterData: true, subtree: true };
+  if (status) new MutationObserver(note).observe(status, all);
+});
+"""
+
+
+def open_page(browser: Browser, url: str, faults: list[str], **options: Any) -> Page:
+    """The page at `url`, ready for a click; errors and breaches of its policy go to `faults`."""
+    context = browser.new_context(**options)
+    context.add_init_script(WATCH)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda said: faults.extend(re.findall(".*(?:olicy|attribute).*", said.text)))
+    page.goto(url)
+    if options.get("java_script_enabled", True):
+        page.wait_for_selector("#mine button", state="attached")
+    return page
+
+
+def shifts(page: Page) -> list[Any]:
+    """The layout shifts without a click before, as the browser reports them: those of a frame in the next."""
+    frame = "await new Promise(requestAnimationFrame);"
+    return cast(list[Any], page.evaluate(f"(async () => {{ {frame} {frame} return shifts; }})()"))
