@@ -43,7 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, cast, get_args
 from unittest.mock import Mock, patch
 from urllib.parse import quote
 
@@ -3500,15 +3500,23 @@ def test_enter_runs_a_test_without_javascript(
 # Speed tests over a wire
 
 WIRE = 25  # Mbit/s
-GRADES = {
-    "A+": 5,
-    "A": 30,
-    "B": 60,
-    "C": 200,
-    "D": 400,
-    "F": math.inf,
-}  # by the ms that load adds: Waveform's
-SHAPE = f"rate {WIRE}mbit burst 16kb latency 120ms"  # tc-tbf(8): what may pass at once, and what may wait
+# By the ms that load adds: Waveform's.
+GRADES = {"A+": 5, "A": 30, "B": 60, "C": 200, "D": 400, "F": math.inf}
+# A wire for each engine between two namespaces; tc-tbf(8): what may pass at once, and what may wait.
+WIRES = f"""
+for end in 1 2; do
+  ip netns add $0-$end
+  ip -n $0-$end link set lo up
+done
+for wire in 0 1 2; do
+  ip link add w$wire netns $0-1 type veth peer name w$wire netns $0-2
+  for end in 1 2; do
+    ip -n $0-$end addr add 10.99.$wire.$end/24 dev w$wire
+    ip -n $0-$end link set w$wire up
+    tc -n $0-$end qdisc add dev w$wire root tbf rate {WIRE}mbit burst 16kb latency 120ms
+  done
+done
+"""
 SAMPLE = """(() => {
   window.samples = [];
   setInterval(() => {
@@ -3519,85 +3527,60 @@ SAMPLE = """(() => {
 })()"""
 
 
-class SpeedTest(TypedDict):
-    """What a page showed during and after a speed test, and the Mbit/s by the server's log."""
-
-    samples: list[list[Any]]
-    heading: str
-    card: str
-    logged: dict[str, float]
-
-
-def logged_rates(log: str, client: str) -> dict[str, float]:
-    """The rate of all transfers of a client together, by what was transferred."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for size, length, seconds in re.findall(rf"size=(\S+) client={client} .*bytes=(\d+) seconds=(\S+)", log):
-        found.setdefault(size, []).append((int(length), float(seconds)))
-    return {
-        size: sum(length for length, _ in each) * 8e-6 / max(seconds for _, seconds in each)
-        for size, each in found.items()
-    }
+def upload_rate(log: str, client: str) -> float:
+    """The Mbit/s of all uploads of a client together, by the server's log."""
+    found = re.findall(rf"size=upload client={client} .*bytes=(\d+) seconds=(\S+)", log)
+    return sum(int(length) for length, _ in found) * 8e-6 / max(float(seconds) for _, seconds in found)
 
 
 @pytest.fixture(scope="session")
-def wires(
-    engines: Engines, once: Once, alone: Alone, tmp_path_factory: pytest.TempPathFactory
-) -> Mapping[str, SpeedTest]:
-    """A speed test in each engine, each over a wire of its own between two namespaces."""
-    ip = shutil.which("ip")
-    if os.geteuid() != 0 or not ip or not shutil.which("tc"):
-        lacking("root, ip and tc, for wires of limited rates")
-    near, far = f"lgw{os.getpid()}a", f"lgw{os.getpid()}b"
-    commands = [each for host in (near, far) for each in (f"netns add {host}", f"-n {host} link set lo up")]
-    for wire, _ in enumerate(ENGINES):
-        commands.append(f"link add w{wire} netns {near} type veth peer name w{wire} netns {far}")
-        for host, end in ((near, 1), (far, 2)):
-            commands += [
-                f"-n {host} addr add 10.99.{wire}.{end}/24 dev w{wire}",
-                f"-n {host} link set w{wire} up",
-                f"netns exec {host} tc qdisc add dev w{wire} root tbf {SHAPE}",
-            ]
+def wires(engines: Engines, once: Once, alone: Alone, shared: Start) -> Any:
+    """What each engine showed during and after a speed test over a wire, and the Mbit/s of its upload."""
+    name = f"lgw{os.getpid()}"
+    near, far = (("ip", "netns", "exec", f"{name}-{end}") for end in (1, 2))
 
-    def measure() -> Mapping[str, SpeedTest]:
-        for command in commands:
-            done = subprocess.run([ip, *command.split()], capture_output=True, text=True, check=False)
-            if done.returncode:
-                lacking(f"wires of limited rates: {done.stderr}")
-        start: Start = SpawnedServer
-        server = start(tmp_path_factory.mktemp("wires"), prefix=("ip", "netns", "exec", near), **AMSTERDAM)
-        running = {name: engines(name, ("ip", "netns", "exec", far)) for name in ENGINES}
-        for wire, engine in enumerate(running.values()):
+    def measure() -> Mapping[str, Mapping[str, Any]]:
+        made = subprocess.run(["/bin/sh", "-euc", WIRES, name], capture_output=True, text=True, check=False)
+        if made.returncode:
+            lacking(f"root, ip and tc, for wires of limited rates: {made.stderr}")
+        server = shared(prefix=near, **AMSTERDAM)
+        running = [engines(each, far) for each in ENGINES]
+        for wire, engine in enumerate(running):
             engine.open(f"http://10.99.{wire}.1:{server.port}/?command=speedtest")
             engine.js(SAMPLE)
         with alone():
-            for engine in running.values():
+            for engine in running:
                 engine.press("#run")
-            for engine in running.values():
-                engine.ended()
+            headings = [engine.ended() for engine in running]
         server.stop()
         return {
-            name: SpeedTest(
-                samples=engine.js("samples"),
-                heading=engine.js("document.querySelector('#results h2').textContent").replace("\xa0", " "),
-                card=engine.text("#results"),
-                logged=logged_rates(server.log, f"10.99.{wire}.2"),
-            )
-            for wire, (name, engine) in enumerate(running.items())
+            each: {
+                "samples": engine.js("samples"),
+                "heading": headings[wire],
+                "card": engine.text("#results"),
+                "uploaded": upload_rate(server.log, f"10.99.{wire}.2"),
+            }
+            for wire, (each, engine) in enumerate(zip(ENGINES, running, strict=True))
         }
 
     try:
-        return cast(Mapping[str, SpeedTest], once("wires", measure))
+        return once("wires", measure)
     finally:
-        for host in (near, far):
-            subprocess.run([ip, "netns", "del", host], check=False, capture_output=True)
+        delete = "ip netns del $0-1; ip netns del $0-2"
+        subprocess.run(["/bin/sh", "-c", delete, name], check=False, capture_output=True)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.fixture(params=ENGINES)
+def shown(request: pytest.FixtureRequest, wires: Mapping[str, Any]) -> Any:
+    """The speed test of one engine."""
+    return wires[request.param]
+
+
 @pytest.mark.parametrize(("phase", "column"), [("download", 2), ("upload", 3)])
 def test_live_figure_is_that_of_the_wire_after_two_seconds(
-    wires: Mapping[str, SpeedTest], name: str, phase: str, column: int
+    shown: Mapping[str, Any], phase: str, column: int
 ) -> None:
-    samples = [each for each in wires[name]["samples"] if each[1] == f"Measuring {phase}" and each[column]]
+    samples = [each for each in shown["samples"] if each[1] == f"Measuring {phase}" and each[column]]
     settled = [each[column] for each in samples if each[0] > samples[0][0] + 2000]
     assert len(settled) > 15
     assert median(settled) == pytest.approx(WIRE, rel=0.07)
@@ -3605,29 +3588,24 @@ def test_live_figure_is_that_of_the_wire_after_two_seconds(
     assert sum(each != pytest.approx(WIRE, rel=0.15) for each in settled) <= len(settled) / 4
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_speed_test_agrees_with_the_log_of_the_server(wires: Mapping[str, SpeedTest], name: str) -> None:
-    shown = wires[name]
+def test_speed_test_agrees_with_the_log_of_the_server(shown: Mapping[str, Any]) -> None:
     down, up = re.fullmatch(r"([\d.]+) Mbit/s down, ([\d.]+) Mbit/s up", shown["heading"]).groups()  # type: ignore[union-attr]
     # The log counts as downloaded what the system has taken, of which some is not sent when the page leaves.
-    assert [float(down), float(up)] == pytest.approx([WIRE, shown["logged"]["upload"]], rel=0.1)
+    assert [float(down), float(up)] == pytest.approx([WIRE, shown["uploaded"]], rel=0.1)
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_speed_test_states_latency_in_words_and_a_grade(wires: Mapping[str, SpeedTest], name: str) -> None:
-    card = wires[name]["card"]
+def test_speed_test_states_latency_in_words_and_a_grade(shown: Mapping[str, Any]) -> None:
     latency = r"Latency: ([\d.]+) ms while downloading, ([\d.]+) ms while uploading, ([\d.]+) ms idle\."
-    down, up, idle = map(float, re.search(latency, card).groups())  # type: ignore[union-attr]
+    down, up, idle = map(float, re.search(latency, shown["card"]).groups())  # type: ignore[union-attr]
     grade = next(name for name, most in GRADES.items() if max(down, up) - idle < most)
     assert idle + 5 < min(down, up)
-    assert f"Grade {grade}: " in card
+    assert f"Grade {grade}: " in shown["card"]
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_speed_test_is_ended_by_the_clock(wires: Mapping[str, SpeedTest], name: str) -> None:
-    samples = wires[name]["samples"]
+def test_speed_test_is_ended_by_the_clock(shown: Mapping[str, Any]) -> None:
     times = [
-        [each[0] for each in samples if each[1] == f"Measuring {phase}"] for phase in ("idle", "download")
+        [each[0] for each in shown["samples"] if each[1] == f"Measuring {phase}"]
+        for phase in ("idle", "download")
     ]
     assert [max(each) - min(each) for each in times] == pytest.approx([2000, 8000], abs=700)
 
