@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import fcntl
 import gc
@@ -64,13 +63,23 @@ import lg
 
 sys.path.insert(0, str(Path(__file__).parent / ".ci"))
 
-from browsers import Chromium, Engine, Firefox, WebKit, open_page, shifts
+from browsers import (
+    PATIENCE,
+    Chromium,
+    Engine,
+    Firefox,
+    NamespaceTransport,
+    WebKit,
+    in_network_of,
+    open_page,
+    shifts,
+    until,
+)
 
 HERE = Path(__file__).parent
 HOPS, HOPS_NAME = HERE / ".ci" / "hops", f"test{os.getpid()}-"
 TARGET4, TARGET6 = "198.51.100.254", "2001:db8::254"
 T = TypeVar("T")
-PATIENCE = 30.0  # how long a test waits for what must come; these machines can be slow
 SOON = 5.0  # where what must come would come by itself later
 DEFAULTS = lg.load_settings({})
 COMMANDS, SIZES = lg.make_commands(DEFAULTS), lg.make_sizes(DEFAULTS)
@@ -83,15 +92,6 @@ def lacking(what: str) -> NoReturn:
     if os.environ.get("LG_TEST_REQUIRE_ALL"):
         pytest.fail(reason)
     pytest.skip(reason)
-
-
-def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """What `condition` returns once it is true."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"still not so after {seconds} s"
-        time.sleep(0.01)
-    return result
 
 
 def outcome(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -156,31 +156,6 @@ for name, value in {constants}.items():
     setattr(lg, name, value)
 lg.main()
 """
-
-
-@contextlib.contextmanager
-def in_network_of(pid: int) -> Iterator[None]:
-    """Sockets that this thread makes meanwhile are in the network namespace of this process."""
-    setns = ctypes.CDLL(None).setns
-    paths = Path("/proc/thread-self/ns/net"), Path(f"/proc/{pid}/ns/net")
-    with paths[0].open() as here, paths[1].open() as there:
-        assert setns(there.fileno(), 0) == 0
-        try:
-            yield
-        finally:
-            assert setns(here.fileno(), 0) == 0
-
-
-class NamespaceTransport(httpx.HTTPTransport):
-    """Connects in the network namespace of a process."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__()
-        self.pid = pid
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        with in_network_of(self.pid):
-            return super().handle_request(request)
 
 
 def write_script(path: Path, script: str) -> None:

@@ -26,15 +26,13 @@ import httpx
 from playwright.sync_api import Browser, Page
 
 PATIENCE = 30.0  # seconds for what must come; these machines can be slow
-LIBC = ctypes.CDLL(None, use_errno=True)
-CLONE_NEWNET = 0x40000000
 
 
-def until(condition: Callable[[], Any]) -> Any:
+def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """What `condition` returns once it is true."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + seconds
     while not (result := condition()):
-        assert time.monotonic() < deadline, f"still not so after {PATIENCE} s"
+        assert time.monotonic() < deadline, f"still not so after {seconds} s"
         time.sleep(0.01)
     return result
 
@@ -47,15 +45,14 @@ def random_port() -> int:
 @contextlib.contextmanager
 def in_network_of(pid: int) -> Iterator[None]:
     """Sockets that this thread makes meanwhile are in the network namespace of this process."""
-    paths = ("/proc/thread-self/ns/net", f"/proc/{pid}/ns/net")
-    here, there = (os.open(path, os.O_RDONLY) for path in paths)
-    try:
-        assert LIBC.setns(there, CLONE_NEWNET) == 0
-        yield
-    finally:
-        assert LIBC.setns(here, CLONE_NEWNET) == 0
-        os.close(here)
-        os.close(there)
+    setns = ctypes.CDLL(None).setns
+    paths = Path("/proc/thread-self/ns/net"), Path(f"/proc/{pid}/ns/net")
+    with paths[0].open() as here, paths[1].open() as there:
+        assert setns(there.fileno(), 0) == 0
+        try:
+            yield
+        finally:
+            assert setns(here.fileno(), 0) == 0
 
 
 class NamespaceTransport(httpx.HTTPTransport):
