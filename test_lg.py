@@ -2826,11 +2826,6 @@ def test_one_port_serves_ipv4_and_ipv6(echo: Server, host: str, address: str) ->
     assert info["your_ip"] == address
 
 
-def test_x_real_ip_does_not_count_where_x_forwarded_for_names_proxies_alone(echo: Server) -> None:
-    headers = {"X-Real-IP": "192.0.2.1", "X-Forwarded-For": "127.0.0.1"}
-    assert echo.http.get("/network/info", headers=headers).json()["your_ip"] == "127.0.0.1"
-
-
 def test_client_that_a_proxy_does_not_name_is_limited_as_the_proxy_and_in_no_list(serve: Start) -> None:
     unnamed = {"X-Forwarded-For": "unknown"}
     server = serve(RATE_LIMIT_EXEMPT="127.0.0.1", RATE_LIMIT_SPEEDTEST="1/hour")
