@@ -1933,6 +1933,7 @@ class UnreadOutput:
             while (chunk := await waiting.get()) is not None:
                 for start in range(0, len(chunk), PIECE_BYTES):
                     yield chunk[start : start + PIECE_BYTES]
+                    await asyncio.sleep(0)  # others go on although this client reads as fast as we write
                 self.add(give_way, -len(chunk))
 
         async with interruptible() as give_way:
@@ -2586,7 +2587,6 @@ class StreamedResponse(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": True})  # the header goes now
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await asyncio.sleep(0)  # other requests go on although this client reads as fast as we write
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -2678,6 +2678,8 @@ class SpeedTests:
 
     def __init__(self, settings: Settings, limits: Limits) -> None:
         self.limits = limits
+        # In each turn of the loop one download writes, so that others wait for one block, not for all.
+        self.turn = asyncio.Lock()
         self.budget = Budget(settings.SPEEDTEST_GIB_PER_DAY * 2**30)
         # Those with uploads that run, by the name that the client gave its test.
         self.upload_tests: WeakValueDictionary[bytes, UploadTest] = WeakValueDictionary()
@@ -2720,6 +2722,8 @@ class SpeedTests:
         async def blocks() -> AsyncGenerator[bytes]:
             rest = size.length
             while block := BLOCK[:rest]:
+                async with self.turn:
+                    await asyncio.sleep(0)
                 yield block
                 rest -= len(block)
                 count(len(block))

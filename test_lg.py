@@ -2518,15 +2518,26 @@ def test_download_is_zero_bytes_of_its_length(echo: Server) -> None:
     assert sum(lengths) == 104857600
 
 
-def test_download_is_written_in_blocks_of_2_mib() -> None:
-    """Larger ones are no faster, and delay the answers of others."""
+def test_one_download_writes_in_a_turn_of_the_loop_and_2_mib_at_most() -> None:
+    """So a line of a command waits for one block, not for one of each download."""
+    settings = lg.load_settings({"RATE_LIMIT_SPEEDTEST": "off"})
 
-    async def lengths() -> set[int]:
-        speedtests, client = lg.Service(DEFAULTS).speedtests, lg.Client(ipaddress.ip_address("192.0.2.1"))
-        async with speedtests.download(SIZES["100M"], client) as (_, blocks):
-            return {len(block) async for block in blocks}
+    async def written() -> list[tuple[int, int]]:
+        """The turn and the length of each block of four downloads."""
+        service, client, turn = lg.Service(settings), lg.Client(ipaddress.ip_address("192.0.2.1")), 0
 
-    assert outcome(lengths()) == {2 * 2**20}
+        async def download() -> list[tuple[int, int]]:
+            async with service.speedtests.download(service.sizes["100M"], client) as (_, blocks):
+                return [(turn, len(block)) async for block in blocks]
+
+        downloads = asyncio.gather(*(download() for _ in range(4)))
+        while not downloads.done():
+            turn += 1
+            await asyncio.sleep(0)
+        return [block for blocks in await downloads for block in blocks]
+
+    turns, lengths = zip(*outcome(written()), strict=True)
+    assert (len(set(turns)), set(lengths)) == (4 * 50, {2**21})
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
