@@ -37,13 +37,13 @@ import time
 import zlib
 from base64 import b64encode
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, cast, get_args
-from unittest.mock import Mock, patch
+from unittest.mock import AsyncMock, Mock, patch
 from urllib.parse import quote
 
 import h11
@@ -5860,9 +5860,7 @@ def test_redis_cluster_is_used_when_it_is_up(serve: Start, redis: Redis) -> None
 
 # ---- the life of a process ---------------------------------------------------------------------------------
 
-SCRIPTS = pytest.mark.parametrize(
-    "script", [ENDLESS, SILENT, STUBBORN, FORKING], ids=["endless", "silent", "stubborn", "forking"]
-)
+SCRIPTS = {"endless": ENDLESS, "silent": SILENT, "stubborn": STUBBORN, "forking": FORKING}
 FLOODING = "#!/bin/sh\nexec yes $(printf %01000d 0)\n"
 # It has a child in a group of its own, as a newer mtr has, and one that forks while it is killed.
 SPREADING = """#!/bin/bash
@@ -5884,18 +5882,29 @@ def session_members(leader: int) -> dict[int, int]:
     return found
 
 
+def start_run(server: Server, command: str = "ping") -> tuple[socket.socket, int]:
+    """A connection on which a command runs, and the process group of its tool."""
+    connection = server.begin(command, address := lone_address())
+    return connection, group_of(address)
+
+
 def leave(connection: socket.socket, with_reset: bool) -> None:
     if with_reset:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
+MORE = {"line": b"\r\n", "byte": b"G", "request": HEALTH, "flood": bytes(200_000)}
+
+
 @pytest.mark.parametrize("with_reset", [False, True], ids=["FIN", "RST"])
-@SCRIPTS
-def test_client_that_leaves_ends_its_processes(serve: Start, script: str, with_reset: bool) -> None:
-    server = serve(tools={"ping": script})
-    connection = server.begin("ping", address := lone_address())
-    group = group_of(address)
+@pytest.mark.parametrize("case", [*SCRIPTS, *MORE])
+def test_client_that_leaves_ends_its_processes(serve: Start, case: str, with_reset: bool) -> None:
+    """Also one that has sent more, which nobody reads."""
+    server = serve(tools={"ping": SCRIPTS.get(case, SILENT)})
+    connection, group = start_run(server)
+    connection.sendall(MORE.get(case, b""))
+    server.answer_seconds()  # so that it has read the above
     leave(connection, with_reset)
     until(lambda: not members(group), SOON)
 
@@ -5905,12 +5914,12 @@ def slots_taken(server: Server) -> float:
 
 
 @pytest.mark.parametrize("way", ["done", "client gone", "time", "output", "stop"])
-def test_end_of_a_run_ends_every_process_of_its_session(serve: Start, gate: Gate, way: str) -> None:
-    last = {"done": "exit", "output": "exec yes"}.get(way, "sleep 1000")
-    limit = {"DIAGNOSTIC_TIMEOUT": "1"} if way == "time" else {}
-    server = serve(tools={"ping": SPREADING + gate.wait + last}, **limit)
-    connection = server.begin("ping", address := lone_address())
-    leader = group_of(address)
+def test_end_of_a_run_ends_its_session_and_frees_its_slot(serve: Start, gate: Gate, way: str) -> None:
+    last = {"done": "exit", "output": "exec yes " + "x" * 1000}.get(way, "sleep 1000")
+    limit = {"DIAGNOSTIC_TIMEOUT": "3"} if way == "time" else {}
+    tools = {"ping": SPREADING + gate.wait + last, "mtr": ECHO}
+    server = serve(tools=tools, MAX_DIAGNOSTICS="1", **limit)
+    connection, leader = start_run(server)
     until(lambda: len(set(session_members(leader).values()) - {leader}) == 2)
     gate.open()
     if way == "client gone":
@@ -5919,21 +5928,17 @@ def test_end_of_a_run_ends_every_process_of_its_session(serve: Start, gate: Gate
         server.close()
     until(lambda: not session_members(leader), SOON)
     if way != "stop":
-        until(lambda: not slots_taken(server), SOON)
+        until(lambda: server.run("mtr").status_code == 200, SOON)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOSYS])
 def test_end_of_a_tool_is_noticed_without_pidfd(
     serve: Start, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def fail(pid: int) -> int:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "pidfd_open", fail)
+    monkeypatch.setattr(os, "pidfd_open", Mock(side_effect=OSError(number, os.strerror(number))))
     server = serve(tools={"ping": "#!/bin/sh\nsleep 0.2\nexit 3\n", "mtr": SILENT})
     assert server.run("ping").text == "--- ping: exit status 3 ---\n"
-    connection = server.begin("mtr", address := lone_address())
-    group = group_of(address)
+    connection, group = start_run(server, "mtr")
     connection.close()
     until(lambda: not members(group), SOON)
 
@@ -5944,96 +5949,54 @@ def shell(line: str) -> tuple[str, ...]:
 
 
 def test_exit_status_is_reported_where_the_parent_ignores_its_children(serve: Start) -> None:
-    ignoring = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
-    code = f"{ignoring}; os.execv(sys.argv[1], sys.argv[1:])"
-    command = (sys.executable, "-c", code, sys.executable, "lg.py")
-    server = serve(command=command, tools={"ping": "#!/bin/sh\nexit 3\n"})
+    code = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); import lg; lg.main()"
+    server = serve(command=(sys.executable, "-c", code), tools={"ping": "#!/bin/sh\nexit 3\n"})
     assert server.run("ping").text == "--- ping: exit status 3 ---\n"
 
 
 def test_server_opens_as_many_files_as_the_machine_lets_it(serve: Start, many_files: int) -> None:
     server = serve(command=shell("ulimit -S -n 300"))
     held = [server.connect() for _ in range(400)]
-    assert all(connected(connection) for connection in held)
-
-
-def test_client_that_leaves_frees_its_slot(serve: Start) -> None:
-    server = serve(tools={"ping": SILENT, "mtr": ECHO}, MAX_DIAGNOSTICS="1")
-    connection = server.begin("ping", address := lone_address())
-    group_of(address)
-    assert server.run("mtr").status_code == 503
-    connection.close()
-    until(lambda: server.run("mtr").status_code == 200, SOON)
-
-
-def test_client_that_leaves_is_logged(serve: Start) -> None:
-    server = serve(tools={"ping": SILENT})
-    connection = server.begin("ping", address := lone_address())
-    group_of(address)
-    connection.close()
-    until(lambda: f'address={address} client=127.0.0.1 outcome="client gone"' in server.log)
+    assert all(map(connected, held))
 
 
 def test_client_that_leaves_ends_the_generator_of_its_answer() -> None:
     """Not the garbage collector, at some time later."""
-    gone = asyncio.Event()
-    ended: list[str] = []
+    gone, ended = asyncio.Event(), asyncio.Event()
 
     async def blocks() -> AsyncGenerator[bytes]:
         try:
             while True:
                 yield b"block"
+                gone.set()
         finally:
             await asyncio.sleep(0)
-            ended.append("blocks")
-
-    @contextlib.asynccontextmanager
-    async def source() -> AsyncIterator[tuple[lg.Headers, AsyncGenerator[bytes]]]:
-        yield {}, blocks()
+            ended.set()
 
     async def receive() -> Message:
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: Message) -> None:
-        if message["type"] == "http.response.body":
-            gone.set()
+    async def answer() -> bool:
+        source: lg.StreamSource = contextlib.nullcontext(({}, blocks()))
+        await lg.StreamedResponse(source, {})({}, receive, AsyncMock())
+        return ended.is_set()
 
-    async def answer() -> list[str]:
-        await lg.StreamedResponse(source(), {})({}, receive, send)
-        return list(ended)
-
-    assert outcome(answer()) == ["blocks"]
+    assert outcome(answer())
 
 
 def test_real_mtr_leaves_no_process_behind(serve: Start) -> None:
     mtr = shutil.which("mtr")
     if not mtr or subprocess.run([mtr, "-nrc1", "127.0.0.1"], capture_output=True).returncode:
         lacking("an mtr that this user may run")
-    server, address = serve(), lone_address()
-    connection = server.begin("mtr", address)
-    group = group_of(address)
+    connection, group = start_run(serve(), "mtr")
     until(lambda: len(members(group)) > 1)  # mtr-packet
     connection.close()
     until(lambda: not members(group), SOON)
 
 
-@pytest.mark.parametrize(
-    "more", [b"\r\n", b"G", HEALTH, bytes(200_000)], ids=["line", "byte", "request", "flood"]
-)
-def test_client_that_sends_more_and_leaves_ends_its_processes(serve: Start, more: bytes) -> None:
-    server = serve(tools={"mtr": SILENT})
-    connection = server.begin("mtr", address := lone_address())
-    group = group_of(address)
-    connection.sendall(more)
-    server.answer_seconds()  # so that it has read the above
-    leave(connection, with_reset=True)
-    until(lambda: not members(group), SOON)
-
-
 def test_client_that_leaves_during_a_lookup_frees_its_slot(serve: Start) -> None:
-    names = {"slow.example": "hang"}
-    server = serve(tools={"ping": ECHO}, names=names, MAX_DIAGNOSTICS="1")
+    server = serve(tools={"ping": ECHO}, names={"slow.example": "hang"}, MAX_DIAGNOSTICS="1")
     connection = server.begin("ping", "slow.example")
     until(lambda: server.lookups == ["slow.example"])
     assert server.run("ping").status_code == 503
@@ -6047,32 +6010,16 @@ def test_name_that_is_not_resolved_in_time_is_422(serve: Start) -> None:
     assert (response.status_code, "within 1 s" in response.text) == (422, True)
 
 
-@pytest.fixture
-def slow_names(serve: Start) -> Iterator[Callable[[int], LocalServer]]:
-    """A server that looks up this many names, which takes for ever."""
+def test_slow_names_delay_neither_addresses_nor_other_services(serve: Start) -> None:
     slots = dict.fromkeys(("MAX_DIAGNOSTICS", "MAX_DIAGNOSTICS_PER_CLIENT"), "1000")
-    server = serve(tools={"ping": ECHO}, names={"slow.example": "hang", **NAMES}, **slots)
-    connections: list[socket.socket] = []
-
-    def look_up(number: int) -> LocalServer:
-        connections.extend(server.begin("ping", "slow.example") for _ in range(number))
-        until(lambda: len(server.lookups) == number)
-        return cast(LocalServer, server)
-
-    yield look_up
-    for connection in connections:
-        connection.close()
-
-
-def test_slow_names_do_not_delay_an_address(slow_names: Callable[[int], LocalServer]) -> None:
-    server = slow_names(lg.LOOKUP_THREADS)
+    names = {"slow.example": "hang", **NAMES}
+    server = serve(tools={"ping": ECHO}, names=names, **slots)
+    other = serve(tools={"ping": ECHO}, names=NAMES)
+    held = [server.begin("ping", "slow.example") for _ in range(lg.LOOKUP_THREADS)]
+    until(lambda: len(server.lookups) == len(held))
     begun = time.monotonic()
     assert server.run("ping").status_code == 200
     assert time.monotonic() - begun < lg.RESOLVE_SECONDS - 1
-
-
-def test_threads_are_bounded_for_each_service(slow_names: Callable[[int], LocalServer], serve: Start) -> None:
-    server, other = slow_names(lg.LOOKUP_THREADS), serve(tools={"ping": ECHO}, names=NAMES)
     refused = server.run("ping", "here.example")
     assert (refused.status_code, "cannot look up here.example now" in refused.text) == (422, True)
     assert len(server.lookups) == lg.LOOKUP_THREADS
@@ -6088,13 +6035,12 @@ def test_ping_prints_its_summary_at_the_time_limit(serve: Start) -> None:
     assert re.search(r" packets transmitted, \d received.*\n.*\n--- ping: stopped after 2 s ---\n$", text)
 
 
-@SCRIPTS
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_time_limit_ends_the_answer_and_the_processes(serve: Start, script: str) -> None:
-    server = serve(tools={"ping": script}, DIAGNOSTIC_TIMEOUT="1")
-    connection = server.begin("ping", address := lone_address())
-    group = group_of(address)
-    assert b"--- ping: stopped after 1 s ---\n" in received(connection, b"\r\n0\r\n\r\n")
-    assert not members(group)
+    tool = SCRIPTS[script].replace("\n", '\necho $$ > "$0.pid"\n', 1)
+    server = serve(tools={"ping": tool}, DIAGNOSTIC_TIMEOUT="1")
+    assert server.run("ping").text.endswith("--- ping: stopped after 1 s ---\n")
+    assert not members(int((server.folder / "bin" / "ping.pid").read_text()))
 
 
 def test_output_is_cut_at_1_mib_and_the_tool_ended(shared: Start) -> None:
@@ -6103,14 +6049,10 @@ def test_output_is_cut_at_1_mib_and_the_tool_ended(shared: Start) -> None:
     assert not running(address)
 
 
-def test_background_child_with_the_pipe_open_does_not_delay_the_end(serve: Start) -> None:
-    server = serve(tools={"ping": "#!/bin/sh\nsleep 1000 &\necho done\n"})
-    assert server.run("ping").text == "done\n"
-
-
-def test_child_in_another_session_with_the_pipe_open_does_not_delay_the_end(serve: Start) -> None:
+@pytest.mark.parametrize("setsid", ["", "setsid"], ids=["its session", "another session"])
+def test_child_with_the_pipe_open_does_not_delay_the_end(serve: Start, setsid: str) -> None:
     seconds = f"{1000 + secrets.randbelow(10**6)}.5"
-    server = serve(tools={"ping": f"#!/bin/sh\nsetsid sleep {seconds} &\nsleep 0.2\necho done\n"})
+    server = serve(tools={"ping": f"#!/bin/sh\n{setsid} sleep {seconds} &\nsleep 0.2\necho done\n"})
     text = server.run("ping").text
     for pid in running(f"sleep {seconds}"):
         os.kill(pid, signal.SIGKILL)
@@ -6139,137 +6081,67 @@ def test_large_output_as_events_gives_way_to_other_requests(serve: Start) -> Non
 
 def test_client_that_does_not_read_holds_neither_slot_nor_process(serve: Start) -> None:
     server = serve(tools={"ping": FLOODING, "mtr": ECHO}, MAX_DIAGNOSTICS="1")
-    connection = server.begin("ping", address := lone_address(), receive_bytes=4096)
-    until(lambda: 'outcome="output cut at 1 MiB"' in server.log)
-    assert (running(address), server.run("mtr").status_code) == ([], 200)
-    connection.close()
+    with server.begin("ping", address := lone_address(), receive_bytes=4096):
+        until(lambda: 'outcome="output cut at 1 MiB"' in server.log)
+        assert (running(address), server.run("mtr").status_code) == ([], 200)
 
 
-@pytest.fixture(scope="module")
-def visited(shared: Start) -> tuple[SpawnedServer, int]:
-    """A server that 200 clients have left at random moments, and its descriptors before."""
+def test_200_clients_that_leave_at_random_leave_no_process_descriptor_or_slot(serve: Start) -> None:
     slots = dict.fromkeys(("MAX_DIAGNOSTICS", "MAX_DIAGNOSTICS_PER_CLIENT"), "20")
     tools = {"ping": ENDLESS, "traceroute": FORKING, "mtr": STUBBORN}
-    server = shared(spawned=True, tools=tools, names=NAMES, COMMANDS="ping,traceroute6,mtr", **slots)
+    server = serve(spawned=True, tools=tools, names=NAMES, COMMANDS="ping,traceroute6,mtr", **slots)
     until(server.idle)  # the tools have been tried
     before = server.descriptors()
-    choices = list(itertools.product(("ping", "traceroute6", "mtr"), (False, True), (False, True)))
 
     def visit(number: int) -> None:
         chance = random.Random(number)  # noqa: S311
-        command, by_name, with_reset = chance.choice(choices)
-        address = "::1" if command.endswith("6") else "127.0.0.1"
-        connection = server.begin(command, "here.example" if by_name else address)
+        command = chance.choice(("ping", "traceroute6", "mtr"))
+        target = chance.choice(("here.example", "::1" if command == "traceroute6" else "127.0.0.1"))
+        connection = server.begin(command, target)
         with contextlib.suppress(TimeoutError):
             connection.settimeout(chance.random() * 0.3 + 0.001)
             for _ in range(chance.randrange(4)):
                 connection.recv(64)
-        leave(connection, with_reset)
+        leave(connection, with_reset=chance.choice((False, True)))
 
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(visit, range(200)))
     until(server.idle)
-    return server, before
-
-
-def test_200_clients_that_leave_at_random_leave_no_descriptor(visited: tuple[SpawnedServer, int]) -> None:
-    server, before = visited
     until(lambda: server.descriptors() <= before)
-
-
-def test_200_clients_that_leave_at_random_leave_every_slot_free(visited: tuple[SpawnedServer, int]) -> None:
-    server, _ = visited
     until(lambda: not slots_taken(server))
 
 
-class Stopped(NamedTuple):
-    """What SIGTERM did to a server with commands and downloads under way."""
-
-    status: int
-    seconds: float
-    survivors: list[int]
-    answers: list[bytes]  # of the commands
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+@pytest.mark.parametrize(
+    ("number", "status", "commands"),
+    [
+        (signal.SIGTERM, -signal.SIGTERM, ("ping", "mtr") * 3),
+        (signal.SIGINT, 0, ("mtr",)),
+        (signal.SIGHUP, -signal.SIGTERM, ("mtr",)),
+    ],
+    ids=["SIGTERM", "SIGINT", "SIGHUP"],
+)
+def test_signal_ends_a_busy_server_its_processes_and_its_answers(
+    serve: Start, number: int, status: int, commands: tuple[str, ...]
+) -> None:
     tools = {"ping": STUBBORN, "mtr": FORKING}
-    server = SpawnedServer(tmp_path_factory.mktemp("busy"), tools=tools, MAX_DIAGNOSTICS_PER_CLIENT="20")
-    addresses = [lone_address() for _ in range(6)]
-    commands = [server.begin(name, each) for each, name in zip(addresses, itertools.cycle(("ping", "mtr")))]
-    groups = [group_of(address) for address in addresses]
-    downloads = [server.send(DOWNLOAD, receive_bytes=4096) for _ in range(3)]
-    for connection in downloads:
-        assert connection.recv(12) == b"HTTP/1.1 200"
+    server = serve(spawned=True, tools=tools, MAX_DIAGNOSTICS_PER_CLIENT="20")
+    runs = [start_run(server, command) for command in commands]
+    downloads = [unread_download(server) for _ in range(3)]
     reader = threading.Thread(target=left, args=(downloads[0],))
     reader.start()
     begun = time.monotonic()
-    status = server.stop()
-    seconds = time.monotonic() - begun
-    reader.join()
-    survivors = [pid for group in groups for pid in members(group)]
-    return Stopped(status, seconds, survivors, list(map(left, commands)))
-
-
-def test_sigterm_ends_a_busy_server_within_10_s(stopped: Stopped) -> None:
-    assert stopped.status in (0, -signal.SIGTERM)
-    assert stopped.seconds < 10
-
-
-def test_sigterm_ends_all_processes(stopped: Stopped) -> None:
-    assert stopped.survivors == []
-
-
-def test_sigterm_ends_each_answer_with_its_reason(stopped: Stopped) -> None:
-    for answer in stopped.answers:
-        assert re.search(rb"stopped, the server is shutting down ---\n\r\n0\r\n\r\n$", answer)
-
-
-def test_stop_answers_503_to_a_request_whose_name_is_being_resolved(serve: Start) -> None:
-    server = serve(names={"slow.example": "hang"})
-    connection = server.begin("ping", "slow.example")
-    until(lambda: server.lookups)
-    server.server.should_exit = True
-    assert re.match(rb"(?s)HTTP/1.1 503 .*\r\nretry-after: ", left(connection))
-
-
-def test_stop_does_not_wait_for_an_incomplete_body(serve: Start) -> None:
-    server = serve()
-    connection = server.send(
-        b"POST /lookingglass/ping HTTP/1.1\r\nHost: lg\r\nContent-Length: 20\r\n\r\ntarget="
-    )
-    server.answer_seconds()  # so that it has read the above
-    begun = time.monotonic()
-    server.close()
-    left(connection)
-    assert time.monotonic() - begun < SOON < lg.BODY_SECONDS
-
-
-def test_name_that_is_resolved_during_the_shutdown_starts_nothing(serve: Start) -> None:
-    server = serve(tools={"ping": STUBBORN}, names={"slow.example": "wait"})
-    connection = server.begin("ping", "slow.example")
-    until(lambda: server.lookups)
-    server.server.should_exit = True
-    until(lambda: "msg=stopping" in server.log)
-    server.go_on.set()
-    assert left(connection).startswith(b"HTTP/1.1 503 ")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_sigint_and_sighup_end_it_like_sigterm(serve: Start, number: int) -> None:
-    server = serve(spawned=True, tools={"ping": FORKING})
-    connection = server.begin("ping", address := lone_address())
-    group = group_of(address)
     server.process.send_signal(number)
-    server.process.wait(PATIENCE)
-    assert not members(group)
-    assert b"stopped, the server is shutting down" in left(connection)
+    assert server.process.wait(PATIENCE) == status
+    assert time.monotonic() - begun < 10
+    reader.join()
+    assert [pid for _, group in runs for pid in members(group)] == []
+    for connection, _ in runs:
+        assert re.search(rb"stopped, the server is shutting down ---\n\r\n0\r\n\r\n$", left(connection))
 
 
 def test_second_sigint_is_no_error(serve: Start) -> None:
     server = serve(spawned=True, tools={"ping": STUBBORN})
-    connection = server.begin("ping", address := lone_address())
-    group_of(address)
+    connection, _ = start_run(server)
     server.process.send_signal(signal.SIGINT)
     assert b"shutting down" in left(connection)
     server.process.send_signal(signal.SIGINT)
@@ -6277,7 +6149,36 @@ def test_second_sigint_is_no_error(serve: Start) -> None:
     assert not re.search("level=error|Traceback|Cancelled", server.log), server.log
 
 
+@pytest.mark.parametrize("is_found", [False, True], ids=["never", "during the stop"])
+def test_stop_answers_503_to_a_request_whose_name_is_being_resolved(serve: Start, is_found: bool) -> None:
+    server = serve(tools={"ping": STUBBORN}, names={"slow.example": "hang"})
+    connection = server.begin("ping", "slow.example")
+    until(lambda: server.lookups)
+    server.server.should_exit = True
+    until(lambda: "msg=stopping" in server.log)
+    if is_found:
+        server.go_on.set()
+    assert re.match(rb"(?s)HTTP/1.1 503 .*\r\nretry-after: ", left(connection))
+
+
+def test_stop_does_not_wait_for_an_incomplete_body(serve: Start) -> None:
+    server = serve()
+    connection = server.send(request_to("POST /lookingglass/ping", "Content-Length: 20", body=b"target="))
+    server.answer_seconds()  # so that it has read the above
+    begun = time.monotonic()
+    server.close()
+    left(connection)
+    assert time.monotonic() - begun < SOON < lg.BODY_SECONDS
+
+
 # ---- slow and hostile clients ------------------------------------------------------------------------------
+
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+def request_to(what: str, *fields: str, body: bytes = b"") -> bytes:
+    """An HTTP request: its method and path, its header fields beside that of the host, and its body."""
+    return "\r\n".join([f"{what} HTTP/1.1", "Host: lg", *fields, "", ""]).encode() + body
 
 
 @pytest.fixture(scope="session")
