@@ -819,29 +819,17 @@ def test_mtr_ends_with_the_table_of_its_report(transcripts: Transcripts, command
 
 # ---- what the tools print ----------------------------------------------------------------------------------
 
+
+def recorded(name: str) -> str:
+    return (HERE / ".ci" / "recorded" / name).read_text()
+
+
 # From runs in .ci/hops where it says "hops", else typed after the tools' sources.
 RECORDED = {
     # hops, ping -4, one reply lost
-    "ping, a loss": """\
-PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
-64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=32.1 ms
-no answer yet for icmp_seq=2
-64 bytes from 198.51.100.254: icmp_seq=3 ttl=60 time=32.5 ms
-
---- 198.51.100.254 ping statistics ---
-3 packets transmitted, 2 received, 33.3333% packet loss, time 2031ms
-rtt min/avg/max/mdev = 32.100/32.300/32.500/0.200 ms
-""",
+    "ping, a loss": recorded("ping"),
     # hops, ping -6
-    "ping6, nothing comes back": """\
-PING 2001:db8::66(2001:db8::66) 56 data bytes
-no answer yet for icmp_seq=1
-no answer yet for icmp_seq=2
-
---- 2001:db8::66 ping statistics ---
-3 packets transmitted, 0 received, 100% packet loss, time 2101ms
-
-""",
+    "ping6, nothing comes back": recorded("ping6"),
     "ping, unreachable": """\
 PING 198.51.100.254 (198.51.100.254) 56(84) bytes of data.
 From 198.51.100.2 icmp_seq=1 Destination Host Unreachable
@@ -925,14 +913,7 @@ PING gw.lg.example (198.51.100.254) 56(84) bytes of data.
 [1732562402.123456] no answer yet for icmp_seq=2
 """,
     # hops, traceroute -4
-    "traceroute": """\
-traceroute to 198.51.100.254 (198.51.100.254), 30 hops max, 60 byte packets
- 1  gw.pop.lg.example (198.51.100.2)  2.959 ms  2.933 ms  2.906 ms
- 2  core1.ams.lg.example (198.51.100.6)  6.202 ms  6.177 ms  6.106 ms
- 3  * * *
- 4  * core2.fra.lg.example (198.51.100.14)  17.132 ms  15.696 ms
- 5  target.lg.example (198.51.100.254)  29.599 ms  29.598 ms  31.944 ms
-""",
+    "traceroute": recorded("traceroute"),
     "traceroute6, several routers at a hop, addresses without names, a zone": """\
 traceroute to 2001:db8::254 (2001:db8::254), 30 hops max, 80 byte packets
  1  fe80::1%eth0 (fe80::1%eth0)  0.500 ms  0.400 ms  0.300 ms
@@ -955,15 +936,12 @@ traceroute to 2001:db8::254 (2001:db8::254), 30 hops max, 80 byte packets
  1  gw.pop.lg.example (198.51.100.2)  1.000 ms  1.100 ms  1.200 ms
  2  * core1.ams.lg.example (198.51.100.6)  2.0""",
     "traceroute, no route": "connect: Network is unreachable\n",
+    # hops, mtr --raw, three cycles, shortened
+    "mtr": recorded("mtr"),
+    # mtr 0.96, with the stand-in for mtr-packet that stands below
+    "mtr, version 0.96": recorded("mtr-0.96"),
 }
 MTR_RECORDED = {  # with "; " for the ends of lines
-    # hops, mtr --raw, three cycles, shortened
-    "mtr": """\
-x 0 33000; h 0 198.51.100.2; h 0 198.51.100.2; p 0 2827 33000; x 1 33001; x 2 33002;
-h 2 198.51.100.254; h 2 198.51.100.254; p 2 32910 33002; x 3 33003; h 3 198.51.100.254;
-p 3 33412 33003; x 0 33004; p 0 2644 33004; x 1 33005; x 2 33006; x 0 33007; p 0 2622 33007;
-x 1 33008; x 2 33009; p 2 35493 33009
-""",
     "mtr6, a hop that changes, and an error": """\
 x 0 33000; h 0 2001:db8:0:1::2; p 0 1000 33000; x 1 33001; h 1 2001:db8:0:2::2; p 1 2000 33001;
 mtr: Unexpected mtr-packet error; x 1 33002; h 1 2001:db8:0:2::3; p 1 3000 33002
@@ -975,28 +953,8 @@ d 2 target.lg.example; p 2 2100 33002; x 0 33003; d 0 <img/src=x/onerror=alert(1
 x 1 33004; d 1 198.51.100.254; p 1 2200 33004; x 0 33005; h 0 198.51.100.3; m 0 16005 0 1 1;
 h 0 198.51.100.3; m 0 16005 0 1 1; d 0 .; p 0 1200 33005
 """,
-    # mtr 0.96, with the stand-in for mtr-packet that stands below
-    "mtr, version 0.96": """\
-x 0 33000; h 0 198.51.100.2; h 0 198.51.100.2; p 0 89609 33000; x 1 33001; x 2 33002;
-h 2 198.51.100.5; h 2 198.51.100.5; p 2 34742 33002; x 3 33003; h 3 198.51.100.254;
-h 3 198.51.100.254; p 3 500 33003; x 4 33004; h 4 198.51.100.254; h 4 198.51.100.254;
-d 4 target.lg.example; p 4 -869 33004; x 0 33005; d 0 gw.pop.lg.example; p 0 1472410 33005;
-x 1 33006; x 2 33007; h 2 198.51.100.14; m 2 16004 0 1 1; h 2 198.51.100.14; m 2 16004 0 1 1;
-p 2 -153 33007; x 3 33008; d 3 target.lg.example; p 3 17781087 33008; x 0 33009; p 0 37369 33009;
-x 1 33010; x 2 33011; d 2 core2.fra.lg.example; p 2 32840 33011; x 3 33012; p 3 -97 33012;
-x 0 33013; x 1 33014; x 2 33015; p 2 3704002 33015; x 3 33016; p 3 -161 33016
-""",
 }
 RECORDED |= {name: re.sub("; ?\n?", "\n", text) for name, text in MTR_RECORDED.items()}
-# What it prints of the same probes with --report --report-wide --show-ips.
-TABLE_096 = """\
-HOST: vm                                   Loss%   Snt   Last   Avg  Best  Wrst StDev
-  1.|-- gw.pop.lg.example (198.51.100.2)     25.0%     4   37.4 533.1  37.4 1472. 813.9
-  2.|-- ???                                  100.0     4    0.0   0.0   0.0   0.0   0.0
-  3.|-- core2.fra.lg.example (198.51.100.14)  0.0%     4  3704. 942.9  -0.2 3704. 1840.8
-        198.51.100.5
-  4.|-- target.lg.example (198.51.100.254)    0.0%     4   -0.2 4445.  -0.2 17781 8890.5
-"""
 
 
 def mtr_raw(*probes: tuple[int, str, float]) -> str:
@@ -1836,7 +1794,7 @@ def test_the_table_is_that_of_mtr_to_the_last_digit(tables: Mapping[str, list[st
 
 def test_the_table_is_that_of_mtr_0_96(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "vm")
-    assert table_lines(parse("mtr, version 0.96").text) == table_lines(TABLE_096)
+    assert table_lines(parse("mtr, version 0.96").text) == table_lines(recorded("mtr-0.96-report"))
 
 
 # ---- the event stream --------------------------------------------------------------------------------------
