@@ -1486,126 +1486,109 @@ def test_lines_that_arrive_together_make_one_event_for_a_hop() -> None:
 
 PACKET = f'''#!{sys.executable}
 """Answers as mtr-packet does, with routers, times and losses that depend on the seed and the probe alone."""
-import random, sys
-path, sent = PATH, {{}}
+import json, os, random, sys
+path, in_order, sure, loss, loop, seed = json.loads(os.environ["ANSWERS"])
+sent = {{}}
 for line in sys.stdin:
     token, command, *rest = line.split()
     if command == "check-support":
         print(token, "feature-support support ok", flush=True)
         continue
     options = dict(zip(rest[::2], rest[1::2]))
-    ttl = min(int(options["ttl"]), len(path))
-    count = sent[ttl] = sent.get(ttl, 0) + 1
-    draw = random.Random(f"SEED {{ttl}} {{options['ttl']}} {{count}}")
-    since = {{each: int(each.partition(">")[2] or 0) for each in path[ttl - 1]}}
-    newest = max((after for after in since.values() if after < count), default=0)
-    choices = [each for each, after in since.items() if after == newest]
-    kind, address, *labels = draw.choice(choices).partition(">")[0].split() if choices else ["no-reply", ""]
-    if kind == "no-reply" or (count > SURE and draw.random() < LOSS):
-        print(token, "no-reply", flush=True)
-        continue
-    if not address[:1].isdigit():
+    ttl = int(options["ttl"])
+    count = sent[ttl] = sent.get(ttl, 0) + 1  # of its own: runs differ in how far beyond the target they send
+    draw = random.Random(f"{{seed}} {{ttl}} {{count}}")
+    choices, answer = path[min(ttl, len(path)) - 1], "no-reply none"
+    if choices and (count <= sure or draw.random() >= loss):
+        answer = choices[min(count, len(choices)) - 1] if in_order else draw.choice(choices)
+    kind, address, *labels = (f"ttl-expired {{answer}}" if answer[0].isdigit() else answer).split()
+    if address == "none":
         print(token, kind, flush=True)
         continue
     family = "ip-6" if ":" in address else "ip-4"
     time = draw.randrange(*draw.choice([(-900, 1000), (1, 100_000), (1, 20_000_000)]))
-    time = 5000 * ttl + time % 1000 if LOOP else time
+    time = 5000 * ttl + time % 1000 if loop else time
     print(token, kind, family, address, "round-trip-time", time, *labels, flush=True)
 '''
-X4, X6 = "no-route 198.51.100.9", "no-route 2001:db8:0:1::9"
-TARGET_REPLY = f"reply {TARGET4}"
-
-
-def expired(*addresses: str) -> list[str]:
-    return [f"ttl-expired {address}" for address in addresses]
-
-
-TABLES: dict[str, list[list[str]]] = {  # what each position answers; ">2" is after two probes
-    "reached": [expired(GW), [], expired(CORE2), [TARGET_REPLY]],
-    "no names": [expired("198.51.100.3"), [], expired("198.51.100.7"), ["reply 198.51.100.250"]],
-    "not reached": [expired(GW), expired(CORE1), [], []],
+REPLY = f"reply {TARGET4}"
+TABLES: dict[str, list[list[str]]] = {  # what answers at each position
+    "reached": [[GW], [], [CORE2], [REPLY]],
+    "no names": [["198.51.100.3"], [], ["198.51.100.7"], ["reply 198.51.100.250"]],
+    "not reached": [[GW], [CORE1], [], []],
     "nothing answers": [[], []],
     "long addresses": [
-        expired("2001:db8:0:1::2"),
+        ["2001:db8:0:1::2"],
         [],
-        expired("2001:db8:ffff:ffff:ffff:ffff:ffff:1"),
+        ["2001:db8:ffff:ffff:ffff:ffff:ffff:1"],
         [f"reply {TARGET6}"],
     ],
-    "several routers": [expired(GW), expired("198.51.100.5", "198.51.100.7", "198.51.100.8"), [TARGET_REPLY]],
+    "several routers": [[GW], ["198.51.100.5", "198.51.100.7", "198.51.100.8"], [REPLY]],
     "labels": [
-        expired(f"{GW} mpls 16004,0,1,1"),
-        expired("198.51.100.5 mpls 3,0,0,1,8,2,1,9", "198.51.100.7", "198.51.100.8 mpls 16005,7,1,255"),
-        expired(f"{CORE1} mpls 1,0,1,1", f"{CORE1} mpls 2,0,1,1"),
-        [TARGET_REPLY],
+        [f"{GW} mpls 16004,0,1,1"],
+        ["198.51.100.5 mpls 3,0,0,1,8,2,1,9", "198.51.100.7", "198.51.100.8 mpls 16005,7,1,255"],
+        [f"{CORE1} mpls 1,0,1,1", f"{CORE1} mpls 2,0,1,1"],
+        [REPLY],
     ],
-    "unreachable": [expired(GW), [f"no-route {CORE1}"]],
-    "unreachable, IPv6": [expired("2001:db8:0:1::2"), [X6]],
-    "unreachable without an address": [expired(GW), ["no-route none"]],
-    "unreachable at the end": [expired(GW), [], expired("198.51.100.7"), [X4]],
-    "a loop": [expired(GW), *([expired(CORE1), []] * 14), expired(CORE1)],
-    "a long name": [expired("198.51.100.100"), expired("198.51.100.100", "198.51.100.5"), [TARGET_REPLY]],
+    "unreachable": [[GW], [f"no-route {CORE1}"]],
+    "unreachable, IPv6": [["2001:db8:0:1::2"], ["no-route 2001:db8:0:1::9"]],
+    "unreachable without an address": [[GW], ["no-route none"]],
+    "unreachable at the end": [[GW], [], ["198.51.100.7"], ["no-route 198.51.100.9"]],
+    "a loop": [[GW], *([[CORE1], []] * 14), [CORE1]],
+    "a long name": [["198.51.100.100"], ["198.51.100.100", "198.51.100.5"], [REPLY]],
     "a path that changes": [
-        expired(GW),
-        [*expired("198.51.100.5"), "ttl-expired 198.51.100.7>1"],
-        [*expired("198.51.100.10"), f"{TARGET_REPLY}>2"],
-        expired(CORE2),
-        [TARGET_REPLY],
+        [GW],
+        ["198.51.100.5", "198.51.100.7"],
+        ["198.51.100.10", "198.51.100.10", REPLY],
+        [CORE2],
+        [REPLY],
     ],
 }
 
 
-def packet_script(name: str, seed: int) -> str:
-    script = PACKET.replace("SEED", str(seed)).replace("PATH", repr(TABLES[name]))
-    script = script.replace("SURE", "0" if name == "no names" else "2")  # mtr looks names up meanwhile
-    script = script.replace("LOOP", str(name == "a loop"))
-    return script.replace("LOSS", "0" if "unreachable" in name or name == "a loop" else "0.2")
-
-
 def table_target(name: str) -> str:
-    first, last = (" ".join(replies) for replies in (TABLES[name][0], TABLES[name][-1]))
-    if last.startswith("reply "):
-        return last.split()[1]
-    return TARGET6 if ":" in first else TARGET4
+    path = str(TABLES[name])
+    if reply := re.search(r"reply ([\w.:]+)", path):
+        return reply[1]
+    return TARGET6 if ":" in path else TARGET4
 
 
 @pytest.fixture(scope="session")
 def tables(hops: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """For each of TABLES what mtr prints with --raw and with --report."""
-    folder, runs = tmp_path_factory.mktemp("mtr"), {}
-    for name in TABLES:
-        packet = folder / re.sub(r"\W", "-", name)
-        packet.write_text(packet_script(name, secrets.randbelow(1000)))
-        packet.chmod(0o755)
-        environment = {"LC_ALL": "C", "PATH": os.environ["PATH"], "MTR_PACKET": str(packet)}
+    packet, runs = tmp_path_factory.mktemp("mtr") / "packet", {}
+    write_script(packet, PACKET)
+    environment = {"LC_ALL": "C", "PATH": os.environ["PATH"], "MTR_PACKET": str(packet)}
+    for name, path in TABLES.items():
+        in_order, loop = name == "a path that changes", name == "a loop"
+        sure = 0 if name == "no names" else 2  # mtr looks names up meanwhile
+        loss = 0 if "unreachable" in name or loop else 0.2
+        answers = {"ANSWERS": json.dumps([path, in_order, sure, loss, loop, secrets.randbelow(1000)])}
         target = table_target(name)
         line = [*hops, *f"mtr -{6 if ':' in target else 4} -e -c 5 -i 1 -G 1 -Z 2 -m 30".split()]
         runs[name] = [
-            subprocess.Popen([*line, *how, target], env=environment, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [*line, *how, target], env=environment | answers, stdout=subprocess.PIPE, text=True
+            )
             for how in (["--raw"], ["--report", "--report-wide", "--show-ips"])
         ]
     return {name: [each.communicate()[0] for each in pair] for name, pair in runs.items()}
 
 
-def table_lines(text: str) -> list[str]:
-    """A table's lines without MPLS labels, of which mtr leaves some out."""
-    lines = text.partition("HOST: ")[2].splitlines()
-    return [line.rstrip() for line in lines if "[MPLS" not in line]
-
-
-def our_table(target: str, raw: str) -> list[str]:
-    parser = parser_of("mtr", target)
-    return table_lines((parser.feed(raw.encode())[0] + parser.finish(complete=True)[0]).decode())
+def without_labels(table: list[str]) -> list[str]:
+    """A table without MPLS labels, of which mtr leaves some out."""
+    return [line for line in table if "[MPLS" not in line]
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_table_is_that_of_mtr_to_the_last_digit(tables: Mapping[str, list[str]], name: str) -> None:
     raw, report = tables[name]
-    assert our_table(table_target(name), raw) == table_lines(report) != []
+    ours = parse_output("mtr", raw.encode(), address=table_target(name)).table
+    assert without_labels(ours) == without_labels(table_of(report)) != []
 
 
 def test_the_table_is_that_of_mtr_0_96(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "vm")
-    assert table_lines(parse("mtr, version 0.96").text) == table_lines(recorded("mtr-0.96-report"))
+    assert without_labels(parse("mtr, version 0.96").table) == table_of(recorded("mtr-0.96-report"))
 
 
 # ---- the event stream --------------------------------------------------------------------------------------
