@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, cast
 import httpx
 import limits
 import pytest
+from browsers import PATIENCE, until
 from dotenv import dotenv_values
 from playwright.sync_api import Page
 
@@ -33,7 +34,6 @@ import lg
 from test_lg import (
     ECHO,
     HERE,
-    PATIENCE,
     RECORDED,
     SILENT,
     TARGET4,
@@ -46,7 +46,6 @@ from test_lg import (
     lacking,
     lone_address,
     members,
-    until,
 )
 
 pytest_plugins = ["test_lg"]  # its fixtures
