@@ -4494,14 +4494,6 @@ def test_page_is_under_20_kb_compressed(echo: Server) -> None:
     assert int(packed.headers["Content-Length"]) < 20_000
 
 
-def test_page_is_at_most_1000_lines_and_no_function_of_its_script_over_40() -> None:
-    texts = [lg.STYLE, lg.PAGE, lg.SCRIPT, *lg.ABOUT.values()]
-    functions = re.findall(r"^(?:async )?function\*? \w+.*?^}$", lg.SCRIPT, re.M | re.S)
-    assert sum(len(each.splitlines()) for each in texts) <= 1000
-    assert len(functions) > 50
-    assert max(function.count("\n") + 1 for function in functions) <= 40
-
-
 def test_clients_other_than_browsers_get_the_usage(echo: Server) -> None:
     for accept in ("*/*", "application/json", "text/plain"):
         answer = echo.http.get("/", headers={"Accept": accept})
