@@ -2177,7 +2177,6 @@ def page(browser: Browser) -> Iterator[Page]:
 
 
 AXE = "axe-core@4.14.1"
-COMPATIBILITY = "@mdn/browser-compat-data@8.1.9"
 
 
 @pytest.fixture(scope="session")
@@ -2189,7 +2188,7 @@ def npm_packages(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def download() -> str:
         folder = tmp_path_factory.mktemp("npm")
         shown = {word.partition("/")[0] for word in lg.API_DOCS_FILES.split() if "@" in word}
-        for package in shown | {AXE, COMPATIBILITY}:
+        for package in shown | {AXE}:
             line = [npm, "pack", "--silent", package]
             packed = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
             if packed.returncode:
