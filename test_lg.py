@@ -6558,71 +6558,42 @@ def records_so_far(server: Server) -> list[dict[str, str]]:
     return [record for record in records(server) if record.get("target") != target]
 
 
-def test_run_is_one_line_in_the_log(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, names=NAMES)
+def test_each_run_and_speed_test_is_one_line_in_the_log(serve: Start) -> None:
+    tools = {"ping": ECHO, "traceroute": "#!/bin/sh\nexit 2\n", "mtr": ENDLESS}
+    server = serve(tools=tools, names=NAMES)
     server.run("ping", "here.example", headers={"X-Forwarded-For": "192.0.2.9"})
-    (line,) = until(lambda: [line for line in server.log.splitlines() if "here.example" in line])
-    assert re.fullmatch(
-        r"time=\S+ level=info msg=run command=ping target=here\.example address=127\.0\.0\.2 "
-        r"client=192\.0\.2\.9 outcome=finished seconds=\d+\.\d",
-        line,
-    )
-
-
-def test_run_that_failed_is_a_warning(serve: Start) -> None:
-    server = serve(tools={"ping": "#!/bin/sh\nexit 2\n"})
-    server.run("ping")
-    assert records_of(server, "run", level="warning", outcome="exit status 2")
-
-
-def test_run_whose_client_leaves_is_no_warning(serve: Start) -> None:
-    server = serve(tools={"ping": ENDLESS})
-    server.begin("ping").close()
-    assert records_of(server, "run", level="info", outcome="client gone")
-
-
-def test_speed_tests_are_one_line_each_in_the_log(serve: Start) -> None:
-    server = serve()
+    server.run("traceroute")
+    server.begin("mtr").close()
     server.http.get("/speedtest/100M")
     server.http.post("/speedtest/upload", content=b"x" * 1000)
-    assert records_of(server, "speedtest", size="100M", outcome="finished", bytes="104857600")
-    assert records_of(server, "speedtest", size="upload", client="127.0.0.1", bytes="1000")
+    until(lambda: server.log.count("\n") == 6)
+    log = re.sub(r"(?m)^time=\S+ level=| seconds=\d+\.\d$", "", server.log)
+    assert sorted(log.splitlines()[1:]) == [
+        'info msg=run command=mtr target=127.0.0.1 address=127.0.0.1 client=127.0.0.1 outcome="client gone"',
+        "info msg=run command=ping target=here.example address=127.0.0.2 client=192.0.2.9 outcome=finished",
+        "info msg=speedtest size=100M client=127.0.0.1 outcome=finished bytes=104857600",
+        "info msg=speedtest size=upload client=127.0.0.1 outcome=finished bytes=1000",
+        "warning msg=run command=traceroute target=127.0.0.1 address=127.0.0.1 client=127.0.0.1 "
+        'outcome="exit status 2"',
+    ]
 
 
-def test_start_is_logged_with_time_version_place_and_what_it_listens_on(serve: Start) -> None:
+@pytest.mark.parametrize(("host", "shown"), [({}, "*"), ({"HOST": "127.0.0.1"}, "127.0.0.1")])
+def test_start_is_logged_with_place_and_limits_and_the_stop_with_nothing_between(
+    serve: Start, host: dict[str, str], shown: str
+) -> None:
     place = {"NETWORK_LOCATION": "Zürich, Switzerland", "NETWORK_FACILITY": 'The "Cellar"'}
-    server = serve(spawned=True, TZ="XYZ-05:45", **place)
-    (started,) = records_of(server, "started", version=lg.VERSION, listening=f"*:{server.port}")
-    assert (started["location"], started["facility"]) == tuple(place.values())
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+05:45", started["time"])
-
-
-def test_address_that_is_listened_on_is_logged_with_its_port(serve: Start) -> None:
-    server = serve(spawned=True, HOST="127.0.0.1")
-    assert records_of(server, "started", listening=f"127.0.0.1:{server.port}")
-
-
-def test_limits_are_logged_at_the_start_in_english(serve: Start) -> None:
-    server = serve(RATE_LIMIT_DIAGNOSTICS="2/minute;30/2 hours", MAX_DIAGNOSTICS="7")
-    (limits,) = records_of(server, "limits")
-    command, speedtest = "2 per minute and 30 per 2 hours for each command", "none for each speed test"
-    assert limits["rates"] == f"{command}, {speedtest}, none for the 10G download"
-    assert limits["commands"] == "7 at once, 4 per client"
-    assert limits["speedtests"] == "20 at once, 4 per client"
-
-
-def test_start_and_stop_log_nothing_else(serve: Start) -> None:
-    server = serve(spawned=True, tools=WORKING_TOOLS)
+    bounds = {"RATE_LIMIT_DIAGNOSTICS": "2/minute;30/2 hours", "MAX_DIAGNOSTICS": "7"}
+    server = serve(spawned=True, tools=WORKING_TOOLS, TZ="XYZ-05:45", **host, **place, **bounds)
     server.stop()
-    assert [record["msg"] for record in records(server)] == ["started", "limits", "stopping"]
-
-
-def test_every_line_of_the_log_is_logfmt_at_debug_too(serve: Start) -> None:
-    server = serve(spawned=True, tools=every_tool(ECHO), LOG_LEVEL="debug")
-    server.run("ping")
-    path = '/"quotes"=and\\backslashes%25'
-    server.http.get(path)
-    assert records_of(server, "request", target=httpx.URL(path).raw_path.decode(), status="404")
+    head = re.compile(r"^time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+05:45 level=info ", re.M)
+    assert head.sub("", server.log).splitlines() == [
+        f'msg=started version={lg.VERSION} location="Zürich, Switzerland" facility="The \\"Cellar\\"" '
+        f"listening={shown}:{server.port}",
+        'msg=limits rates="2 per minute and 30 per 2 hours for each command, none for each speed test, '
+        'none for the 10G download" commands="7 at once, 4 per client" speedtests="20 at once, 4 per client"',
+        "msg=stopping",
+    ]
 
 
 def test_percent_sign_in_a_tool_is_logged_as_it_is(serve: Start) -> None:
@@ -6631,44 +6602,38 @@ def test_percent_sign_in_a_tool_is_logged_as_it_is(serve: Start) -> None:
     assert records_of(server, "A tool cannot be started", tool="nice%d", level="error")
 
 
-def test_refusal_by_rate_is_logged_once_a_minute_for_each_client(serve: Start) -> None:
-    server = serve(tools={"ping": ECHO}, RATE_LIMIT_DIAGNOSTICS="1/hour")
-    for client in ("192.0.2.1", "2001:db8:1:2::1", "2001:db8:1:2::2"):
+def test_refusal_is_logged_once_a_minute_for_each_client_with_its_reason(serve: Start) -> None:
+    server = serve(tools={"ping": ECHO}, names=NAMES, RATE_LIMIT_DIAGNOSTICS="1/hour")
+    for client, target in [
+        ("192.0.2.1", "127.0.0.1"),
+        ("192.0.2.2", "10.0.0.1"),
+        ("192.0.2.3", "nowhere.example"),
+        ("192.0.2.4", "broken.example"),
+        ("2001:db8:1:2::1", "127.0.0.1"),
+        ("2001:db8:1:2::2", "127.0.0.1"),  # the same client: their /64 is the same
+    ]:
         for _ in range(4):
-            server.run("ping", headers={"X-Forwarded-For": client})
-    refused = [record for record in records_so_far(server) if record.get("reason") == "rate limit"]
-    assert [record["client"] for record in refused] == [
-        "192.0.2.1",
-        "2001:db8:1:2::1",  # one client with 2001:db8:1:2::2: their /64 is the same
+            server.run("ping", target, headers={"X-Forwarded-For": client})
+    refused = [record for record in records_so_far(server) if record["msg"] == "refused"]
+    assert [(record["client"], record["reason"]) for record in refused] == [
+        ("192.0.2.1", "rate limit"),
+        ("192.0.2.2", "target"),
+        ("192.0.2.3", "target"),
+        ("192.0.2.4", "resolver"),
+        ("2001:db8:1:2::1", "rate limit"),
     ]
 
 
 def test_refusal_for_want_of_a_slot_is_logged(serve: Start) -> None:
     server = serve(tools={"ping": SILENT}, MAX_DIAGNOSTICS="2", MAX_DIAGNOSTICS_PER_CLIENT="1")
-    held = []
-    for source in ("127.0.0.1", "127.0.0.2"):
-        held.append(server.begin("ping", target := lone_address(), source=source))
-        group_of(target)
-    assert server.run("ping").status_code == 429
-    assert server.run("ping", headers={"X-Forwarded-For": "192.0.2.1"}).status_code == 503
-    (own,) = records_of(server, "refused", reason="client slots")
-    (every,) = records_of(server, "refused", reason="server slots")
-    assert (own["client"], every["client"], every["path"]) == ("127.0.0.1", "192.0.2.1", "/lookingglass/ping")
+    held = [server.begin(source=source) for source in ("127.0.0.1", "127.0.0.2")]
+    until(lambda: slots_taken(server) == 2)
+    server.run("ping")
+    server.run("ping", headers={"X-Forwarded-For": "192.0.2.1"})
+    path = "/lookingglass/ping"
+    assert records_of(server, "refused", path=path, client="127.0.0.1", reason="client slots")
+    assert records_of(server, "refused", path=path, client="192.0.2.1", reason="server slots")
     del held
-
-
-@pytest.mark.parametrize(
-    ("target", "reason"),
-    [("10.0.0.1", "target"), ("here6.example", "target"), ("broken.example", "resolver")],
-)
-def test_target_that_is_not_measured_is_logged_once_with_the_reason(
-    echo: Server, target: str, reason: str
-) -> None:
-    client = f"192.0.2.{zlib.crc32(target.encode()) % 256}"
-    for _ in range(3):
-        echo.run("ping", target, headers={"X-Forwarded-For": client})
-    refused = [record for record in records_so_far(echo) if record.get("client") == client]
-    assert [record["reason"] for record in refused] == [reason]
 
 
 def test_invalid_request_is_not_logged(serve: Start) -> None:
@@ -6697,15 +6662,13 @@ def test_shared_store_that_does_not_answer_is_logged_at_the_start(serve: Start) 
     until(lambda: "The rate-limit store fails" in server.log)
 
 
-def test_nothing_that_a_client_sends_forges_a_line_in_the_log(serve: Start) -> None:
+def test_nothing_that_a_client_sends_forges_a_line_in_the_log_at_debug_too(serve: Start) -> None:
     server = serve(spawned=True, tools=every_tool(ECHO), LOG_LEVEL="debug")
-    forged = "127.0.0.1\nFORGED"
-    server.run("ping", forged)
-    server.run("ping", "127.0.0.1", headers={"X-Forwarded-For": "192.0.2.1 FORGED", "User-Agent": "FORGED"})
-    server.http.get("/%0aFORGED")
-    server.http.get("/?x=%0d%0aFORGED")
-    assert records_so_far(server)
-    assert not [line for line in server.log.splitlines() if line.startswith("FORGED")]
+    server.run("ping", "127.0.0.1\nFORGED")
+    server.run("ping", headers={"X-Forwarded-For": "192.0.2.1 FORGED", "User-Agent": "FORGED"})
+    for path in ('/"quotes"=and\\backslashes%25', "/%0aFORGED", "/?x=%0d%0aFORGED"):
+        status = str(server.http.get(path).status_code)
+        assert records_of(server, "request", target=httpx.URL(path).raw_path.decode(), status=status)
 
 
 # ---- for the operator --------------------------------------------------------------------------------------
