@@ -34,7 +34,6 @@ import sys
 import threading
 import time
 import timeit
-import zlib
 from base64 import b64encode
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -102,14 +101,12 @@ def outcome(coroutine: Coroutine[Any, Any, T]) -> T:
 
 # ---- the server under test ---------------------------------------------------------------------------------
 
-# Loaded into a server's process: answers for names with addresses, and makes a fault while a file of its name
-# exists.
+# Loaded into a server's process: answers for names with addresses.
 SITE = r"""
-import json, os, socket, subprocess, threading, time
+import json, os, socket, time
 
-folder = os.path.dirname(__file__)
 names = json.loads(os.environ["LG_TEST_NAMES"])
-real_getaddrinfo, real_time = socket.getaddrinfo, time.time
+real_getaddrinfo = socket.getaddrinfo
 
 def getaddrinfo(host, port, family=0, *rest, **more):
     if not isinstance(host, bytes):  # not a target's name
@@ -122,20 +119,7 @@ def getaddrinfo(host, port, family=0, *rest, **more):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     return [(family, socket.SOCK_STREAM, 6, "", (address, 0)) for address in found]
 
-def exists(name):
-    return os.path.exists(f"{folder}/{name}")
-
-def fails(name, function, error):
-    def call(*arguments, **options):
-        if exists(name):
-            raise error
-        return function(*arguments, **options)
-    return call
-
 socket.getaddrinfo = getaddrinfo
-subprocess.Popen = fails("no-fork", subprocess.Popen, BlockingIOError(11, "Resource temporarily unavailable"))
-threading.Thread.start = fails("no-threads", threading.Thread.start, RuntimeError("can't start new thread"))
-time.time = lambda: real_time() - 3600 * exists("an-hour-back")
 """
 
 
@@ -6681,10 +6665,6 @@ def program(name: str) -> str:
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") or lacking(f"the command {name}")
 
 
-def events_of(server: Server, command: str, target: str = "") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in server.run(command, target, headers=NDJSON).iter_lines()]
-
-
 def notes_of(events: list[dict[str, Any]]) -> str:
     return "".join(f"{event['text']}\n" for event in events if event["event"] == "note")
 
@@ -6718,7 +6698,7 @@ def test_extra_command_runs_for_both_ip_versions(extended: Server, command: str,
 
 
 def test_extra_command_passes_no_shell_and_each_of_its_lines_is_a_note(extended: Server) -> None:
-    events, output = events_of(extended, "shell"), "show route\n$(id)\n127.0.0.1\n;\nreboot\n"
+    events, output = run_events(extended, "shell"), "show route\n$(id)\n127.0.0.1\n;\nreboot\n"
     assert notes_of(events) == output
     result = {"status": "finished", "resolvedAddress": "127.0.0.1", "rawOutput": output}
     assert events[-1]["result"] == result
@@ -6728,7 +6708,7 @@ def test_ping_of_an_extra_command_by_its_path_may_have_no_reply(serve: Start, tm
     recorded = RECORDED["ping6, nothing comes back"]
     write_script(tmp_path / "ping", f"#!/bin/sh\ncat <<'END'\n{recorded}END\nexit 1\n")
     server = serve(EXTRA_COMMANDS=json.dumps({"far": f"{shlex.quote(str(tmp_path))}/ping {{address}}"}))
-    end = events_of(server, "far6")[-1]
+    end = run_events(server, "far6")[-1]
     assert (end["status"], end["result"]["stats"]["loss"]) == ("finished", 100)
 
 
@@ -6802,7 +6782,7 @@ def bgp(hops: tuple[str, ...], shared: Start, tmp_path_factory: pytest.TempPathF
     [("bgp", "203.0.113.2", "203.0.113.2/32"), ("bgp6", "2001:db8:113::2", "2001:db8:113::2/128")],
 )
 def test_route_learned_over_bgp_is_shown(bgp: Server, command: str, target: str, route: str) -> None:
-    events = events_of(bgp, command, target)
+    events = run_events(bgp, command, target)
     notes = notes_of(events)
     assert re.search(rf"^{route} .* \[AS64502i\]$", notes, re.M)
     assert "\tBGP.as_path: 64502\n" in notes
@@ -6811,7 +6791,7 @@ def test_route_learned_over_bgp_is_shown(bgp: Server, command: str, target: str,
 
 @pytest.mark.parametrize(("command", "target"), [("tcp", TARGET4), ("tcp6", TARGET6)])
 def test_trace_over_tcp_reaches_the_target_hop_by_hop(bgp: Server, command: str, target: str) -> None:
-    events = events_of(bgp, command, target)
+    events = run_events(bgp, command, target)
     numbers, addresses = zip(*((e["hop"], e["address"]) for e in events if e["event"] == "hop"), strict=True)
     # The fifth hop is the target; if all its answers are lost, the trace goes on until one comes.
     assert numbers == tuple(range(1, max(5, len(numbers)) + 1)) and addresses[0] and addresses[-1] == target
