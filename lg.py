@@ -1046,13 +1046,18 @@ class HopStats(Stats):
     jMax: float | None
 
 
-class ResultHop(TypedDict):
-    resolvedAddress: str | None
-    resolvedHostname: str | None
+class Routers(TypedDict):
+    """What events and results have in common about the routers of a hop."""
+
     addresses: NotRequired[list[str]]
     hostnames: NotRequired[list[str | None]]
     asn: list[int]
     network: str | None
+
+
+class ResultHop(Routers):
+    resolvedAddress: str | None
+    resolvedHostname: str | None
     timings: list[Timing]
 
 
@@ -1114,7 +1119,7 @@ class LostEvent(TypedDict):
     seq: int
 
 
-class HopEvent(TypedDict):
+class HopEvent(Routers):
     """A hop, and one router that answered for it: mtr's last, traceroute's first.
 
     `addresses` has all routers, if there are several, and `hostnames` their names in the same order.
@@ -1123,11 +1128,7 @@ class HopEvent(TypedDict):
     event: Literal["hop"]
     hop: int
     address: str | None
-    addresses: NotRequired[list[str]]
     hostname: str | None
-    hostnames: NotRequired[list[str | None]]
-    asn: list[int]
-    network: str | None
 
 
 class TracerouteHopEvent(HopEvent):
@@ -1177,8 +1178,8 @@ def note(text: str) -> NoteEvent:
 
 
 class AutonomousSystem(NamedTuple):
-    asn: int | None = None
-    network: str | None = None
+    asn: list[int]  # empty where it is not known
+    network: str | None
 
 
 def autonomous_system(record: object) -> AutonomousSystem:
@@ -1187,8 +1188,8 @@ def autonomous_system(record: object) -> AutonomousSystem:
     number = columns.get("autonomous_system_number") or columns.get("asn")  # IPinfo has "AS64500"
     names = map(columns.get, ("autonomous_system_organization", "as_name", "name"))
     if not (match := re.fullmatch(r"(?:AS)?(\d{1,10})", str(number))):
-        return AutonomousSystem()
-    return AutonomousSystem(int(match[1]), next((str(name) for name in names if name), None))
+        return AutonomousSystem([], None)
+    return AutonomousSystem([int(match[1])], next((str(name) for name in names if name), None))
 
 
 class AsnDatabase:
@@ -1212,17 +1213,16 @@ class AsnDatabase:
     def find(self, address: str | None) -> AutonomousSystem:
         with suppress(ValueError, RuntimeError):  # IPv6 in a database of IPv4; a damaged record
             return autonomous_system(self.record(address) if address else None)
-        return AutonomousSystem()
+        return autonomous_system(None)
 
 
-def result_hop(event: HopEvent, timings: list[Timing]) -> ResultHop:
-    address, hostname, asn, network = event["address"], event["hostname"], event["asn"], event["network"]
-    hop = ResultHop(
-        resolvedAddress=address, resolvedHostname=hostname, asn=asn, network=network, timings=timings
-    )
-    if "addresses" in event:
-        hop |= {"addresses": event["addresses"], "hostnames": event["hostnames"]}
-    return hop
+RESULT_KEYS = {"address": "resolvedAddress", "hostname": "resolvedHostname"}
+
+
+def result_hop(event: AnyHopEvent, timings: list[Timing]) -> Any:
+    """The hop of a result that belongs to its last event."""
+    kept = {key: value for key, value in event.items() if key not in ("event", "hop", "probes")}
+    return {RESULT_KEYS.get(key, key): value for key, value in kept.items()} | {"timings": timings}
 
 
 HOSTNAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}")
@@ -1267,9 +1267,9 @@ class OutputParser:
 
     def make_hop_event(self, hop: int, address: str | None, names: Mapping[str, str | None]) -> HopEvent:
         """What hop events of traceroute and mtr have in common; `names` has every router that answered."""
-        asn, network = self.asn_database.find(address) if self.asn_database else AutonomousSystem()
-        asns, name = [] if asn is None else [asn], names.get(address or "")
-        event = HopEvent(event="hop", hop=hop, address=address, hostname=name, asn=asns, network=network)
+        asn, network = self.asn_database.find(address) if self.asn_database else autonomous_system(None)
+        name = names.get(address or "")
+        event = HopEvent(event="hop", hop=hop, address=address, hostname=name, asn=asn, network=network)
         if len(names) > 1:
             event |= {"addresses": list(names), "hostnames": list(names.values())}
         return event
@@ -1303,9 +1303,7 @@ class PingParser(OutputParser):
         super().__init__(address, asn_database)
         self.hostname: str | None = None
         self.timings: list[PingTiming] = []
-        self.sent = 0  # requests known to have been sent
-        self.received: set[int] = set()
-        self.lost: set[int] = set()
+        self.replied: dict[int, bool] = {}  # by sequence number, of requests known to have been sent
         self.summary: tuple[int, int, float | None] | None = None
         self.times: list[float] = []
 
@@ -1320,7 +1318,6 @@ class PingParser(OutputParser):
                 yield from self.mark_lost(int(match[1]))
             elif match := self.SUMMARY.match(line):
                 self.summary = int(match[1]), int(match[2]), float(match[3]) if match[3] else None
-                self.sent = max(self.sent, self.summary[0])
             elif match := self.TIMES.fullmatch(line):
                 self.times = [float(text) for text in match.groups()]
 
@@ -1331,8 +1328,7 @@ class PingParser(OutputParser):
         if "(BAD CHECKSUM!)" in remark:  # ping counts it as lost
             yield from self.mark_lost(seq)
         else:
-            self.sent = max(self.sent, seq)
-            self.received.add(seq)
+            self.replied[seq] = True
             if rtt is not None and ttl is not None:
                 self.timings.append({"rtt": rtt, "ttl": ttl})
             yield {"event": "reply", "seq": seq, "ttl": ttl, "rtt": rtt}
@@ -1342,23 +1338,26 @@ class PingParser(OutputParser):
             yield note(match[0])
 
     def mark_lost(self, seq: int) -> Iterator[Event]:
-        self.sent = max(self.sent, seq)
-        if seq not in self.received and seq not in self.lost:
-            self.lost.add(seq)
+        if seq not in self.replied:
+            self.replied[seq] = False
             yield {"event": "lost", "seq": seq}
 
+    def totals(self) -> tuple[int, int, float | None]:
+        """Requests sent, replies received and the loss in percent, where ping printed it."""
+        return self.summary or (max(self.replied, default=0), sum(self.replied.values()), None)
+
     def last_events(self, complete: bool) -> Iterator[Event]:
-        for seq in range(1, 1 + min(self.sent, MAX_LOSSES)):
+        for seq in range(1, 1 + min(self.totals()[0], MAX_LOSSES)):
             yield from self.mark_lost(seq)
 
     def has_sent(self) -> bool:
-        return bool(self.sent or self.summary)
+        return bool(self.replied or self.summary)
 
     def result(self, status: Status = "finished", raw_output: str = "") -> PingResult:
         rtts = [timing["rtt"] for timing in self.timings]
         computed = [min(rtts), round(sum(rtts) / len(rtts), 3), max(rtts)] if rtts else [None] * 3
         low, average, high = self.times or computed
-        total, received, loss = self.summary or (self.sent, len(self.received), None)
+        total, received, loss = self.totals()
         if loss is None and total:
             loss = round(100 - 100 * received / total, 2)
         loss = None if loss is None else min(max(loss, 0), 100)
@@ -1386,7 +1385,7 @@ class TracerouteParser(OutputParser):
 
     def __init__(self, address: IPAddress, asn_database: AsnDatabase | None) -> None:
         super().__init__(address, asn_database)
-        self.hops: list[ResultHop] = []
+        self.hops: list[TracerouteHopEvent] = []
 
     def parse_line(self, line: str) -> Iterator[Event]:
         match = self.HOP.fullmatch(line)
@@ -1396,9 +1395,9 @@ class TracerouteParser(OutputParser):
             return
         probes, names, complete = self.parse_probes(match[2])
         timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
-        event = self.make_hop_event(int(match[1]), next(iter(names), None), names)
-        yield {**event, "timings": timings, "probes": probes}
-        self.hops.append(result_hop(event, timings))
+        common = self.make_hop_event(int(match[1]), next(iter(names), None), names)
+        self.hops.append({**common, "timings": timings, "probes": probes})
+        yield self.hops[-1]
         if not complete:
             yield note(line)
 
@@ -1428,9 +1427,10 @@ class TracerouteParser(OutputParser):
         return probes, names, complete and not text[position:].strip()
 
     def result(self, status: Status = "finished", raw_output: str = "") -> TracerouteResult:
-        names = (hop["resolvedHostname"] for hop in self.hops if hop["resolvedAddress"] == self.address)
+        names = (hop["hostname"] for hop in self.hops if hop["address"] == self.address)
+        hops = [result_hop(hop, hop["timings"]) for hop in self.hops]
         common = super().result(status, raw_output)
-        return {**common, "resolvedHostname": next(names, None), "hops": self.hops}
+        return {**common, "resolvedHostname": next(names, None), "hops": hops}
 
 
 class MtrHop:
@@ -1485,12 +1485,11 @@ class MtrHop:
         return f"{loss}{sent} {''.join(cells)}{deviation}"
 
     def stats(self) -> HopStats:
-        low = average = high = deviation = least = mean = most = None
-        if self.times:
-            spread = (self.best, self.average, self.worst, self.deviation())
-            jitter_mean = self.jitter_sum / max(len(self.times) - 1, 1)
-            jitter = (self.jitter_best, jitter_mean, self.jitter_worst)
-            low, average, high, deviation, least, mean, most = (round(us / 1000, 3) for us in spread + jitter)
+        jitter_mean = self.jitter_sum / max(len(self.times) - 1, 1)
+        spread = (self.best, self.average, self.worst, self.deviation())
+        times = (*spread, self.jitter_best, jitter_mean, self.jitter_worst)
+        rounded = (round(us / 1000, 3) if self.times else None for us in times)
+        low, average, high, deviation, least, mean, most = rounded
         total, rcv, loss = self.completed(), len(self.times), self.loss()
         stats = Stats(min=low, avg=average, max=high, total=total, rcv=rcv, drop=total - rcv, loss=loss)
         return {**stats, "stDev": deviation, "jMin": least, "jAvg": mean, "jMax": most}
@@ -1518,9 +1517,8 @@ class MtrParser(OutputParser):
         self.hops: defaultdict[int, MtrHop] = defaultdict(MtrHop)
         self.names: dict[str, str] = {}
         self.changed: dict[int, None] = {}  # positions to send an event for, in the order of their changes
-        self.reported: set[int] = set()  # positions whose events are valid
+        self.events: dict[int, MtrHopEvent] = {}  # the last of each position within the path
         self.printed: set[int] = set()  # hops that are in the text
-        self.length, self.ending = 0, ""  # of the path
         self.opening = time.strftime("Start: %Y-%m-%dT%H:%M:%S%z\n").encode()
 
     def feed(self, chunk: bytes) -> tuple[bytes, list[Event]]:
@@ -1565,16 +1563,19 @@ class MtrParser(OutputParser):
 
     def changes(self) -> Iterator[Event]:
         """The events of positions that changed, within the path as it is now known."""
-        self.length, self.ending = self.path()
-        if void := {position for position in self.reported if position >= self.length}:
-            self.reported -= void
-            self.changed |= dict.fromkeys(sorted(void))  # in case the path grows again
-            yield {"event": "path", "hops": self.length}
-        due = [position for position in self.changed if position < self.length]
-        self.reported.update(due)
-        for position in due:
+        length, _ = self.path()
+        if void := sorted(position for position in self.events if position >= length):
+            for position in void:
+                del self.events[position]
+            self.changed |= dict.fromkeys(void)  # in case the path grows again
+            yield {"event": "path", "hops": length}
+        for position in [position for position in self.changed if position < length]:
             del self.changed[position]
-            yield {**self.event_at(position), "stats": self.hops[position].stats()}
+            hop = self.hops[position]
+            names = {router: self.names.get(router) for router in hop.routers}
+            event = self.make_hop_event(position + 1, hop.address, names)
+            self.events[position] = {**event, "stats": hop.stats()}
+            yield self.events[position]
 
     def path(self) -> tuple[int, str]:
         """The number of positions up to the target, and what to note on a path that ends before it.
@@ -1601,20 +1602,16 @@ class MtrParser(OutputParser):
         answers = f"hop {hops[0]} ({router}) also answered for hops {hops[1]} to {hops[-1]}"
         return hops[0], f"{answers}: unreachable, or a loop"
 
-    def event_at(self, position: int) -> HopEvent:
-        hop = self.hops[position]
-        names = {router: self.names.get(router) for router in hop.routers}
-        return self.make_hop_event(position + 1, hop.address, names)
-
     def last_events(self, complete: bool) -> Iterator[Event]:
         for position, hop in self.hops.items():
             if complete and hop.in_flight:
                 hop.in_flight = False
                 self.changed[position] = None
-        self.changed |= dict.fromkeys(sorted(set(range(self.path()[0])) - self.reported))
+        length, ending = self.path()
+        self.changed |= dict.fromkeys(sorted(set(range(length)) - self.events.keys()))
         yield from self.changes()
-        if self.ending:
-            yield note(self.ending)
+        if ending:
+            yield note(ending)
 
     def render(self, events: Sequence[Event]) -> bytes:
         """Notes, and each hop when it first answers; the first time with mtr's first line."""
@@ -1629,7 +1626,7 @@ class MtrParser(OutputParser):
 
     def table(self) -> Iterator[str]:
         """The lines of mtr's report, with each router once and its MPLS labels below it."""
-        hops = [self.hops[position] for position in range(self.length)]
+        hops = [self.hops[position] for position in sorted(self.events)]
         mark, extra = (".", 1) if self.asn_database else (".|--", 0)
         hostname = socket.gethostname()
         width = max(map(len, [hostname, *(self.row(hop.address) for hop in hops)]))
@@ -1647,15 +1644,13 @@ class MtrParser(OutputParser):
         name = f"{self.names[address]} ({address})" if address in self.names else address or "???"
         if not self.asn_database:
             return name
-        asn = self.asn_database.find(address).asn
-        return f"AS{'???' if asn is None else asn:<6} {name}"
+        asn, *_ = [*self.asn_database.find(address).asn, "???"]
+        return f"AS{asn:<6} {name}"
 
     def result(self, status: Status = "finished", raw_output: str = "") -> MtrResult:
-        hops: list[MtrResultHop] = []
-        for position in range(self.length):
-            event, hop = self.event_at(position), self.hops[position]
-            timings: list[Timing] = [{"rtt": rtt / 1000} for rtt in hop.times]
-            hops.append({**result_hop(event, timings), "stats": hop.stats()})
+        hops = []
+        for position, event in sorted(self.events.items()):
+            hops.append(result_hop(event, [{"rtt": rtt / 1000} for rtt in self.hops[position].times]))
         common = super().result(status, raw_output)
         return {**common, "resolvedHostname": self.names.get(self.address), "hops": hops}
 
