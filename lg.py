@@ -1997,11 +1997,11 @@ class Runner:
                 raise
             finally:
                 if outcome:
-                    pairs = {"target": target, "address": address, "client": client}
-                    self.record(command, pairs, outcome, time.monotonic() - begun)
+                    seconds = time.monotonic() - begun
+                    self.record(command, outcome, seconds, target=target, address=address, client=client)
         yield transcript.end(fault, process.status)
 
-    def record(self, command: Command, pairs: Mapping[str, object], outcome: str, seconds: float) -> None:
+    def record(self, command: Command, outcome: str, seconds: float, **pairs: object) -> None:
         """Count a run that has ended, and log it."""
         counters = self.limits.counters
         counters.add("lg_runs_total", 1, command=command.name, outcome=outcome)
@@ -2046,29 +2046,31 @@ class Runner:
 
     async def try_tool(self, command: Command) -> None:
         """Let a tool measure loopback, and keep and log what is wrong with it."""
-        tool, loopback = command.tool, ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
-        parser = parser_for(command)(loopback, None)
-        works, output = False, bytearray()
         try:
-            async with self.open(command, loopback, TRIAL_SECONDS) as process:
-                async for chunk in process.output():
-                    output += chunk
-                    if works := any(map(has_reply, parser.feed(chunk)[1])):
-                        break
-                    await asyncio.sleep(0)  # requests go on although the tool writes fast
-            error = output.decode(errors="replace").strip() or process.stopped
-            error = error or f"exit status {process.status}, and no reply from {loopback}"
+            error = await self.trial_error(command)
         except FileNotFoundError:
             return  # missing is not failing
         except OSError as failure:  # its file has capabilities that this process may not have
             error = str(failure)
         denied = DENIED.search(error)
-        state: ToolState = "ok" if works else "forbidden" if denied else "failing"
-        before, self.tools.states[tool] = self.tools.states.get(tool), state
-        if state == before or (works and not before):
-            return
-        last = None if works else denied[0] if denied else error.rpartition("\n")[2]
-        log(logging.WARNING, TRIAL_MESSAGES[state], tool=tool, error=last)
+        state: ToolState = "forbidden" if denied else "failing" if error else "ok"
+        before, self.tools.states[command.tool] = self.tools.states.get(command.tool, "ok"), state
+        if state != before:
+            last = denied[0] if denied else error.rpartition("\n")[2]
+            log(logging.WARNING, TRIAL_MESSAGES[state], tool=command.tool, error=last or None)
+
+    async def trial_error(self, command: Command) -> str:
+        """What a tool prints that does not measure loopback, or how it ends; "" for one that does."""
+        loopback = ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
+        parser, output = parser_for(command)(loopback, None), bytearray()
+        async with self.open(command, loopback, TRIAL_SECONDS) as process:
+            async for chunk in process.output():
+                output += chunk
+                if any(map(has_reply, parser.feed(chunk)[1])):
+                    return ""
+                await asyncio.sleep(0)  # requests go on although the tool writes fast
+        printed = output.decode(errors="replace").strip() or process.stopped
+        return printed or f"exit status {process.status}, and no reply from {loopback}"
 
 
 # ---- connections -------------------------------------------------------------------------------------------
