@@ -395,8 +395,7 @@ RETRY_LATER = {"Retry-After": "5"}  # when no slot is free: a command takes abou
 # Lookups are refused first, which leaves threads for the shared store.
 LOOKUP_THREADS, STORE_THREADS = 100, 200
 
-IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}", re.ASCII)
-IPV6 = re.compile(r"\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Fa-f:.]{2,45}")
+ADDRESS = re.compile(r"[0-9A-Fa-f:.]+|\[(?P<ipv6>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)\]")  # without a zone
 LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 # A last label that makes resolvers read a name as an IPv4 address.
 NUMERIC = r"(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?$"
@@ -504,11 +503,9 @@ def parse_target(text: str) -> Target:
 
     `[2001:db8::1]` and `2001:db8::1` are the same; `bücher.example` becomes `xn--bcher-kva.example` (UTS 46).
     """
-    if IPV4.fullmatch(text):
-        return ipaddress.IPv4Address(text)
-    if ":" in text and IPV6.fullmatch(text):
+    if match := ADDRESS.fullmatch(text):
         with suppress(ValueError):
-            return ipaddress.IPv6Address(text.strip("[]"))
+            return ipaddress.ip_address(match["ipv6"] or text)
     name = text
     if not text.isascii() and len(text) <= 253:
         with suppress(UnicodeError):
