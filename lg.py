@@ -105,8 +105,8 @@ BUILT_IN = {
 }
 LOGO_BYTES = 2**16  # the logo is embedded in the page
 BOOLEANS = dict.fromkeys(["true", "yes", "on", "1"], True) | dict.fromkeys(["false", "no", "off", "0"], False)
-# Characters that must not stand in a line of the log, in the page or in an argument.
-UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# Text without the characters that must not stand in a line of the log, in the page or in an argument.
+USABLE = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*")
 # As a content security policy writes it: without a syntax for IPv6 addresses.
 HTTP_ORIGIN = re.compile(r"https?://[A-Za-z0-9*._-]+(?::\d+)?", re.ASCII)
 LOCATION_URL = re.compile(rf"({HTTP_ORIGIN.pattern}(?:/[A-Za-z0-9._~%-]+)*)/?", re.ASCII)
@@ -131,12 +131,6 @@ class SettingsError(Exception):
         named = ", ".join(f"{name}={str(value)!r}" for name, value in values.items())
         line = f"{named} cannot be used: {reason}" if values else reason
         super().__init__(re.sub("://.*@", "://***@", line))
-
-
-def plain_text(value: str) -> str:
-    if UNUSABLE.search(value):
-        raise ValueError("expected text without control characters")
-    return value
 
 
 def boolean(value: str) -> bool:
@@ -280,6 +274,7 @@ def setting(default: str, parse: Parser[T]) -> T:
     return row
 
 
+plain_text = matching(USABLE, "text without control characters")
 log_level = matching("(?i)critical|error|warning|info|debug", "critical, error, warning, info or debug")
 texts = comma_separated(plain_text)
 ip_networks = comma_separated(ip_network)
@@ -444,14 +439,14 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, deprecated
 
 
+@dataclass(eq=False)
 class RequestError(Exception):
     """A refused request: status, JSON body and headers of the answer, and the reason for the metrics."""
 
-    def __init__(
-        self, status: int, body: Mapping[str, object], headers: Headers | None = None, reason: str = "invalid"
-    ) -> None:
-        super().__init__(status, body)
-        self.status, self.body, self.headers, self.reason = status, body, dict(headers or {}), reason
+    status: int
+    body: Mapping[str, object]
+    headers: Headers = field(default_factory=dict)
+    reason: str = "invalid"
 
 
 def validation_error(
