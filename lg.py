@@ -1457,32 +1457,23 @@ class MtrHop:
         self.average = int(before + (rtt - before) / len(self.times))
         self.squares = int(self.squares + float(rtt - before) * (rtt - self.average))
 
-    def deviation(self) -> int:
-        return int(math.sqrt(self.squares / (len(self.times) - 1))) if len(self.times) > 1 else 0
-
-    def completed(self) -> int:
-        """How many probes were answered or lost."""
-        return self.sent - self.in_flight
-
-    def loss(self) -> float:
-        completed = self.completed()
-        return int(1000 * (100 - 100.0 * len(self.times) / completed)) / 1000 if completed else 0.0
-
     def columns(self) -> str:
         """Loss%, Snt, Last, Avg, Best, Wrst, StDev as `mtr --report` prints them; too wide ones are cut."""
-        last = self.times[-1] if self.times else 0
-        times = (last, self.average, self.best, self.worst, self.deviation())
-        *cells, deviation = (f" {each / 1000:5.1f}" for each in times)
-        loss, sent, *cells = (each[:6] for each in (f" {self.loss():4.1f}%", f" {self.sent:5d}", *cells))
+        stats, last = self.stats(), self.times[-1] / 1000 if self.times else 0
+        times = (last, stats["avg"], stats["min"], stats["max"], stats["stDev"])
+        *cells, deviation = (f" {each or 0:5.1f}" for each in times)
+        loss, sent, *cells = (each[:6] for each in (f" {stats['loss']:4.1f}%", f" {self.sent:5d}", *cells))
         return f"{loss}{sent} {''.join(cells)}{deviation}"
 
     def stats(self) -> HopStats:
-        jitter_mean = self.jitter_sum / max(len(self.times) - 1, 1)
-        spread = (self.best, self.average, self.worst, self.deviation())
-        times = (*spread, self.jitter_best, jitter_mean, self.jitter_worst)
+        """Of the probes that were answered or lost."""
+        total, rcv = self.sent - self.in_flight, len(self.times)
+        loss = int(1000 * (100 - 100.0 * rcv / total)) / 1000 if total else 0.0
+        pairs = max(rcv - 1, 1)  # of neighbouring replies
+        spread = (self.best, self.average, self.worst, int(math.sqrt(self.squares / pairs)))
+        times = (*spread, self.jitter_best, self.jitter_sum / pairs, self.jitter_worst)
         rounded = (round(us / 1000, 3) if self.times else None for us in times)
         low, average, high, deviation, least, mean, most = rounded
-        total, rcv, loss = self.completed(), len(self.times), self.loss()
         stats = Stats(min=low, avg=average, max=high, total=total, rcv=rcv, drop=total - rcv, loss=loss)
         return {**stats, "stDev": deviation, "jMin": least, "jAvg": mean, "jMax": most}
 
