@@ -258,8 +258,7 @@ def logo(path: str) -> str:
     if not path:
         return ""
     try:
-        with Path(path).open("rb") as file:
-            image = file.read(LOGO_BYTES + 1)
+        image = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise ValueError(f"expected a file that can be read ({error})") from None
     kind = "png" if image.startswith(b"\x89PNG\r\n\x1a\n") else "svg+xml" if SVG.match(image) else ""
@@ -274,7 +273,7 @@ def setting(default: str, parse: Parser[T]) -> T:
     return row
 
 
-plain_text = matching(USABLE, "text without control characters")
+plain_text = matching(USABLE, "UTF-8 text without control characters")
 log_level = matching("(?i)critical|error|warning|info|debug", "critical, error, warning, info or debug")
 texts = comma_separated(plain_text)
 ip_networks = comma_separated(ip_network)
@@ -362,10 +361,7 @@ def load_settings(environment: Mapping[str, str | None] | None = None) -> Settin
         if quoted := re.fullmatch(r"(['\"])(.*)\1", value, re.DOTALL):  # `docker run --env-file` keeps quotes
             value = quoted[2]
         try:
-            value.encode()  # raises for bytes that are not UTF-8
             values[row.name] = parse(value)
-        except UnicodeEncodeError:
-            raise SettingsError("expected UTF-8", **{row.name: value}) from None
         except ValueError as error:
             if value:
                 raise SettingsError(str(error), **{row.name: value}) from None
@@ -434,7 +430,6 @@ PREFIXES = """
 """
 ROWS = [line.split(maxsplit=1) for line in PREFIXES.strip().split("\n")]
 ROUTES = [(ipaddress.ip_network(prefix), purpose.startswith("public")) for prefix, purpose in ROWS]
-ROUTES.sort(key=lambda route: -route[0].prefixlen)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, deprecated
 
@@ -517,7 +512,7 @@ def is_public(address: IPAddress) -> bool:
     """Whether this is a public unicast address, or the NAT64 form of one."""
     if address in NAT64:
         return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    return next(public for prefix, public in ROUTES if address in prefix)
+    return max((prefix.prefixlen, public) for prefix, public in ROUTES if address in prefix)[1]
 
 
 def embedded_ipv4(address: IPAddress) -> list[IPAddress]:
