@@ -729,7 +729,6 @@ class Slot:
     client: str
     give_way: Callable[[], None] | None
     begun: float = field(default_factory=time.monotonic)
-    gave_way: bool = False
     reserved: int = 0  # bytes that a speed test may still move
 
 
@@ -769,7 +768,6 @@ class Slots:
         if by_client[client] or not slot or not slot.give_way:
             raise busy(f"All {self.total} slots for {self.what} are taken: try again soon", "server slots")
         self.taken.discard(slot)
-        slot.gave_way = True
         slot.give_way()
 
 
@@ -851,9 +849,6 @@ class RateLimits:
             return check_rates(self.local, rates, consume, *key)
         except RuntimeError:  # the storage starts a thread that removes expired entries
             raise busy("The server has no thread left: try again soon") from None
-
-    async def check_and_consume(self, rates: Rates, name: str, client: Client) -> Headers:
-        return await self.check(rates, name, client, consume=True)
 
     def sweep(self) -> None:
         """Once a minute, remove the clients whose hits have expired: `limits` keeps their empty lists."""
@@ -1952,12 +1947,12 @@ class Runner:
             headers = await rate_limits.check(rates, command.name, client)
             try:
                 if isinstance(target, str):
-                    await rate_limits.check_and_consume(self.settings.RATE_LIMIT_LOOKUPS, "lookup", client)
+                    await rate_limits.check(self.settings.RATE_LIMIT_LOOKUPS, "lookup", client, consume=True)
                 hint = f"check the name, or use {command.twin}" if command.twin else "check the name"
                 address = await self.targets.resolve(target, command.version, hint)
                 async with self.start(command, address) as process:
                     # Counted only now: a request that starts no tool is free.
-                    headers = await rate_limits.check_and_consume(rates, command.name, client)
+                    headers = await rate_limits.check(rates, command.name, client, consume=True)
                     yield headers
                     parser = parser_for(command)(address, self.asn_database)
                     transcript = Transcript(command, target, parser, as_events)
@@ -2673,7 +2668,7 @@ class SpeedTests:
                 self.budget.check(size.length, sum(each.reserved for each in slots.taken))
                 slot.reserved = size.length
                 name = f"speedtest {size.name}"
-                headers = await self.limits.rates.check_and_consume(size.rates, name, client)
+                headers = await self.limits.rates.check(size.rates, name, client, consume=True)
                 begun, outcome = time.monotonic(), "broken off"
 
                 def count(moved: int) -> None:
@@ -2685,7 +2680,7 @@ class SpeedTests:
                     yield headers, count
                     outcome = "finished"
                 finally:
-                    outcome = "gave way" if slot.gave_way else outcome
+                    outcome = outcome if slot in slots.taken else "gave way"
                     moved = size.length - slot.reserved
                     pairs = {"size": size.name, "client": client, "outcome": outcome, "bytes": moved}
                     log(logging.INFO, "speedtest", **pairs, seconds=f"{time.monotonic() - begun:.1f}")

@@ -6497,7 +6497,7 @@ def test_clients_are_forgotten_when_their_hits_have_expired(monkeypatch: pytest.
     def clients_after_hits(count: int) -> int:
         for number in range(count):
             client = lg.Client(ipaddress.ip_address(number))
-            outcome(counted.check_and_consume((limits.parse("999/second"),), "ping", client))
+            outcome(counted.check((limits.parse("999/second"),), "ping", client, consume=True))
         return len(counted.local_storage.events)
 
     assert clients_after_hits(50) == 50
