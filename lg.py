@@ -1888,12 +1888,10 @@ class UnreadOutput:
 
         async def run() -> None:
             try:
-                async with aclosing(steps):
-                    async for step in steps:
-                        waiting.put_nowait(step)
-                        if isinstance(step, bytes):
-                            self.add(give_way, len(step))
-                        await asyncio.sleep(0)  # other requests go on although the tool writes fast
+                async for chunk in steps:
+                    waiting.put_nowait(chunk)
+                    self.add(give_way, len(chunk))
+                    await asyncio.sleep(0)  # other requests go on although the tool writes fast
             finally:
                 waiting.put_nowait(None)
 
@@ -1904,12 +1902,11 @@ class UnreadOutput:
                     await asyncio.sleep(0)  # others go on although this client reads as fast as we write
                 self.add(give_way, -len(chunk))
 
-        async with interruptible() as give_way:
+        async with interruptible() as give_way, aclosing(steps):
+            headers: Any = await anext(steps)
             self.sizes[give_way] = 0
             task = asyncio.create_task(run())
             try:
-                if (headers := await waiting.get()) is None:
-                    await task
                 yield headers, pieces()
                 await task
             finally:
