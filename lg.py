@@ -563,11 +563,10 @@ class Threads:
         self.running.append(thread)
         result, stop = asyncio.wrap_future(outcome), asyncio.create_task(self.stopping.wait())
         try:
-            await asyncio.wait((result, stop), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            async with asyncio.timeout(seconds):
+                await asyncio.wait((result, stop), return_when=asyncio.FIRST_COMPLETED)
             if self.stopping.is_set():  # also where it has a result: nothing may be started any more
                 raise shutdown_error()
-            if not result.done():
-                raise TimeoutError
             return result.result()
         finally:
             result.cancel()
