@@ -2052,7 +2052,7 @@ REQUEST_HEADER_SECONDS = 10  # within which the header of a request must be comp
 IDLE_SECONDS = 75  # a connection is kept for its next request; proxies keep theirs for 60 s
 # Bounds of what is parsed for a request, since h11 costs time per line: these take 0.3 ms, at worst 1 ms.
 HEADER_BYTES, HEADER_LINES = 2**14, 100
-CHUNKED_BYTES, CHUNKED_LINES, CHUNKS = 2**13, 100, 32
+CHUNKED_BYTES, CHUNKED_LINES = 2**13, 66  # the lines of 32 chunks and of the body's end
 PIPELINED_BYTES = 4096  # kept of further requests while one is answered
 BODY_BYTES = 4096  # of a body that is read
 BODY_SECONDS = 10  # within which it must be complete
@@ -2154,7 +2154,7 @@ class Exchange:
         self.length = self.to_come = int(headers.get(b"content-length", 0))
         # What the application has not received: bytes of a small body, or the number of a large one's.
         self.body, self.counted = bytearray(), 0
-        self.received = self.parsed = self.lines = self.chunks = 0
+        self.parsed = self.lines = 0  # of a body in chunks: its bytes and lines that were parsed
         self.complete = not (self.chunked or self.length)  # the body has come
         self.reported = False  # the application has been told that the body is complete
         self.started = self.ended = False  # the answer
@@ -2164,43 +2164,32 @@ class Exchange:
 
     # The request
 
-    def feed(self, data: memoryview) -> bytes:
+    def feed(self, data: memoryview) -> memoryview:
         """Take what belongs to the body, and return what follows it. Raises h11.RemoteProtocolError."""
-        rest = self.feed_chunks(bytes(data)) if self.chunked else self.feed_counted(data)
         self.changed.set()
-        return rest
-
-    def feed_counted(self, data: memoryview) -> bytes:
-        """Take bytes of a body with a Content-Length. A large one is counted: no endpoint keeps it."""
+        if self.chunked:
+            return memoryview(self.feed_chunks(bytes(data)))
         mine = data[: self.to_come]
         self.to_come -= len(mine)
-        self.received += len(mine)
         self.complete = not self.to_come
-        if self.length > BODY_BYTES:
+        if self.length > BODY_BYTES:  # a large one is counted: no endpoint keeps it
             self.counted += len(mine)
         else:
             self.body += mine
-        return bytes(data[len(mine) :])
+        return data[len(mine) :]
 
     def feed_chunks(self, data: bytes) -> bytes:
-        if self.ended or self.gone or self.received > BODY_BYTES:  # nobody reads it
-            return b""
         piece = data[: CHUNKED_BYTES - self.parsed]
+        if self.ended or self.gone or not piece:  # nobody reads it
+            return b""
         self.parsed += len(piece)
         self.lines += piece.count(b"\n")
         if self.lines > CHUNKED_LINES:
-            raise h11.RemoteProtocolError("too many lines")
-        if piece:  # nothing means the end to h11
-            self.http.receive_data(piece)
+            raise h11.RemoteProtocolError("too many chunks")
+        self.http.receive_data(piece)
         while isinstance(event := self.http.next_event(), h11.Data):
-            self.chunks += event.chunk_end  # h11 loses `chunk_start` where the data comes after its size
-            if self.chunks > CHUNKS:
-                raise h11.RemoteProtocolError(f"Send at most {CHUNKS} chunks")
             self.body += event.data
-            self.received += len(event.data)
         self.complete = isinstance(event, h11.EndOfMessage)
-        if self.parsed == CHUNKED_BYTES and not self.complete and self.received <= BODY_BYTES:
-            raise h11.RemoteProtocolError("too much between the chunks")
         return self.http.trailing_data[0] + data[len(piece) :] if self.complete else b""
 
     def scope(self) -> Scope:
@@ -2223,7 +2212,7 @@ class Exchange:
         }
 
     async def receive(self) -> Message:
-        if self.http.they_are_waiting_for_100_continue and not (self.received or self.started):
+        if self.http.they_are_waiting_for_100_continue and self.to_come == self.length:
             self.write(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
         while not (self.body or self.counted or self.gone or self.ended):
             if self.complete and not self.reported:
@@ -2232,8 +2221,9 @@ class Exchange:
             await self.changed.wait()
         if self.gone or self.ended:
             return {"type": "http.disconnect"}
-        body = ZEROS[: self.counted] if self.counted else bytes(self.body)
-        self.counted -= min(self.counted, len(body))
+        counted = ZEROS[: self.counted]
+        self.counted -= len(counted)
+        body = counted or bytes(self.body)
         self.body.clear()
         self.reported = self.complete and not self.counted
         return {"type": "http.request", "body": body, "more_body": not self.reported}
@@ -2434,7 +2424,7 @@ class Connection(asyncio.BufferedProtocol):
         assert isinstance(request, h11.Request)
         exchange = Exchange(self, http, request)
         if not exchange.complete:
-            rest = exchange.feed(memoryview(rest))
+            rest = bytes(exchange.feed(memoryview(rest)))
         self.exchange = exchange
         self.timer.cancel()
         if exchange.complete or exchange.length > BODY_BYTES:  # an incomplete small request still waits
