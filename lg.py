@@ -2133,7 +2133,7 @@ class Proxies:
     def scheme(self, request: Request) -> str:
         """`http` or `https`: what a trusted proxy names, else the connection's own."""
         forwarded = self.named_by_proxy(request, "x-forwarded-proto").lower()
-        return forwarded if forwarded in ("http", "https") else request.url.scheme
+        return forwarded if forwarded in ("http", "https") else request.scope["scheme"]
 
     def prefix(self, request: Request) -> str:
         """The path that a trusted proxy has stripped: `/lg`, or ""."""
@@ -2194,21 +2194,18 @@ class Exchange:
 
     def scope(self) -> Scope:
         path, _, query = ABSOLUTE_FORM.sub(b"", self.request.target).partition(b"?")
-        path, transport = path or b"/", self.connection.transport
+        path = path or b"/"
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": self.request.http_version.decode(),
-            "server": transport.get_extra_info("sockname")[:2],
             "client": self.connection.client[:2],
             "scheme": "http",
             "method": self.request.method.decode(),
-            "root_path": "",
             "path": unquote(path.decode()),
             "raw_path": path,
             "query_string": query,
             "headers": list(self.request.headers),
-            "state": self.connection.app_state.copy(),
         }
 
     async def receive(self) -> Message:
