@@ -2180,7 +2180,7 @@ class Exchange:
 
     def feed_chunks(self, data: bytes) -> bytes:
         piece = data[: CHUNKED_BYTES - self.parsed]
-        if self.ended or self.gone or not piece:  # nobody reads it
+        if self.ended or not piece:  # nobody reads it
             return b""
         self.parsed += len(piece)
         self.lines += piece.count(b"\n")
@@ -2321,7 +2321,6 @@ class Connection(asyncio.BufferedProtocol):
         self.key = ""  # of the client
         self.exchange: Exchange | None = None
         self.unparsed = bytearray()  # the header of the next request, as far as it has come
-        self.searched = 0  # bytes of it in which no end was found
         self.timer: asyncio.TimerHandle  # closes the connection when it has waited too long
         self.closing = False  # after the current answer; what is read is discarded
         self.writable = asyncio.Event()
@@ -2372,37 +2371,40 @@ class Connection(asyncio.BufferedProtocol):
         return self.connections.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        data = self.connections.buffer[:nbytes]
-        try:
-            if self.exchange and not self.exchange.complete:
-                data = memoryview(self.exchange.feed(data))
-                if self.exchange.complete:
-                    self.connections.waiting.pop(self, None)
-                if self.exchange.ended and self.exchange.complete:
-                    self.next_request()
-            if not self.closing:
-                self.unparsed += data
-                self.parse_header()
-        except h11.RemoteProtocolError:
-            self.refuse()
+        self.feed(self.connections.buffer[:nbytes])
 
     # The requests, one after another
 
-    def parse_header(self) -> None:
+    def feed(self, data: memoryview) -> None:
+        """Take the rest of the current request's body, then the header of the next request."""
+        exchange = self.exchange
+        try:
+            if exchange and not exchange.complete:
+                data = exchange.feed(data)
+                if exchange.complete:
+                    self.connections.waiting.pop(self, None)
+                if exchange.complete and exchange.ended:
+                    self.next_request()
+            if not self.closing:
+                self.parse_header(data)
+        except h11.RemoteProtocolError:
+            self.refuse()
+
+    def parse_header(self, data: memoryview) -> None:
         """Begin the next exchange where its header has come. Raises h11.RemoteProtocolError."""
+        first = not self.unparsed
+        self.unparsed += data
         if self.exchange:
             if len(self.unparsed) > PIPELINED_BYTES:  # the rest ends in the middle of a request
                 self.closing = True
                 self.unparsed.clear()
             return
-        if first := not self.searched:
-            self.unparsed = self.unparsed.lstrip(b"\r\n")  # empty lines are ignored (RFC 9112, 2.2)
-            if not self.unparsed:
-                return
-        end = HEADER_END.search(self.unparsed, max(0, self.searched - 2))
-        self.searched = len(self.unparsed)
-        length = end.end() if end else self.searched
-        if length > HEADER_BYTES or (end and self.unparsed.count(b"\n", 0, length) > HEADER_LINES):
+        self.unparsed = self.unparsed.lstrip(b"\r\n")  # empty lines are ignored (RFC 9112, 2.2)
+        if not self.unparsed:
+            return
+        end = HEADER_END.search(self.unparsed)
+        length = end.end() if end else len(self.unparsed)
+        if length > HEADER_BYTES or self.unparsed.count(b"\n", 0, length) > HEADER_LINES:
             self.refuse(431, f"A header has at most {HEADER_BYTES // 1024} KiB and {HEADER_LINES} lines")
         elif end:
             self.begin(length)
@@ -2414,23 +2416,18 @@ class Connection(asyncio.BufferedProtocol):
     def begin(self, length: int) -> None:
         header, rest = bytes(self.unparsed[:length]), bytes(self.unparsed[length:])
         self.unparsed.clear()
-        self.searched = 0
         http = h11.Connection(h11.SERVER)
         http.receive_data(header)
         request = http.next_event()
         assert isinstance(request, h11.Request)
-        exchange = Exchange(self, http, request)
-        if not exchange.complete:
-            rest = bytes(exchange.feed(memoryview(rest)))
-        self.exchange = exchange
+        self.exchange = exchange = Exchange(self, http, request)
         self.timer.cancel()
         if exchange.complete or exchange.length > BODY_BYTES:  # an incomplete small request still waits
             self.connections.waiting.pop(self, None)
         task = self.loop.create_task(exchange.run())
         self.server_state.tasks.add(task)
         task.add_done_callback(self.server_state.tasks.discard)
-        self.unparsed += rest
-        self.parse_header()
+        self.feed(memoryview(rest))
 
     def next_request(self) -> None:
         """After an answer that has been written: await the next request, or the rest of a body, or close."""
@@ -2443,13 +2440,11 @@ class Connection(asyncio.BufferedProtocol):
         elif self.closing or self.exchange.http.our_state is not h11.DONE:
             self.transport.close()
         else:
-            self.server_state.total_requests += 1
             self.exchange = None
             self.close_in(IDLE_SECONDS)
-            try:
-                self.parse_header()
-            except h11.RemoteProtocolError:
-                self.refuse()
+            if kept := self.unparsed:
+                self.unparsed = bytearray()
+                self.feed(memoryview(kept))
 
     def linger(self) -> None:
         """Send no more, and discard what comes for a while: a reset could destroy the last answer."""
@@ -2464,10 +2459,10 @@ class Connection(asyncio.BufferedProtocol):
         if self.exchange and self.exchange.started:
             self.transport.abort()
             return
+        self.exchange = None
         body = json.dumps({"detail": message})
         fields = ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         fields += ["Cache-Control: no-store", "Connection: close"]
-        self.connections.waiting[self] = None
         line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"
         self.transport.write("\r\n".join([line, *fields, "", body]).encode())
         self.linger()
