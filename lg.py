@@ -2275,7 +2275,6 @@ class Connections:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         reserved = RESERVED_FILES + FILES_PER_COMMAND * settings.MAX_DIAGNOSTICS
         self.limit = max(8, min(MAX_CONNECTIONS, files - reserved))
-        self.open: set[Connection] = set()
         self.per_client: Counter[str] = Counter()
         self.waiting: dict[Connection, None] = {}  # those without a request being answered, the longest first
         # The receive buffer of all connections: its contents are used before another connection is read.
@@ -2285,17 +2284,15 @@ class Connections:
         """Admit a connection or reset it, or reset another that has waited longest in its place."""
         peer = parse_address(connection.client[0]) if connection.client else None  # None: it has left already
         connection.key = rate_limit_key(peer) if peer else ""
-        self.open.add(connection)
         self.per_client[connection.key] += 1
         self.waiting[connection] = None
         too_many = self.per_client[connection.key] > MAX_CONNECTIONS_PER_CLIENT
         if not peer or (too_many and not self.proxies.is_trusted(peer)):
             connection.reset()
-        elif len(self.open) > self.limit:
+        elif len(connection.server_state.connections) > self.limit:
             next(iter(self.waiting)).reset()
 
     def remove(self, connection: Connection) -> None:
-        self.open.discard(connection)
         self.waiting.pop(connection, None)
         self.per_client[connection.key] -= 1
         if not self.per_client[connection.key]:
@@ -2962,7 +2959,7 @@ class Service:
         for kind, slots in (("command", self.limits.commands), ("speedtest", self.limits.speedtests)):
             counters.set("lg_slots", slots.total, kind=kind)
             counters.set("lg_slots_taken", len(slots.taken), kind=kind)
-        counters.set("lg_connections", len(self.connections.open))
+        counters.set("lg_connections", self.connections.per_client.total())
         lines = []
         for name, kind, description in (row.split(maxsplit=2) for row in METRICS.strip().split("\n")):
             lines += [f"# HELP {name} {description}", f"# TYPE {name} {kind}", *counters.samples(name)]
@@ -3368,7 +3365,7 @@ class Server(uvicorn.Server):
 
     def drop(self) -> None:
         """Abort what is still open: downloads, unread answers, incomplete requests."""
-        for connection in list(self.service.connections.open):
+        for connection in list(self.server_state.connections):
             connection.transport.abort()
 
 
