@@ -1665,15 +1665,19 @@ class TransferAborted(Exception):  # noqa: N818 - not an error of the applicatio
 
 
 @asynccontextmanager
-async def interruptible() -> AsyncIterator[Callable[[], None]]:
-    """Yields a function that breaks off the answer in this context, which then raises TransferAborted."""
+async def interruptible(quietly: bool = False) -> AsyncIterator[Callable[[], None]]:
+    """Yields a function that breaks off what runs in this context, which then raises TransferAborted.
+
+    If `quietly`, the context is just left.
+    """
     try:
         async with asyncio.timeout(None) as deadline:
             yield lambda: deadline.reschedule(0)
     except TimeoutError:
-        if deadline.expired():
+        if not deadline.expired():
+            raise
+        if not quietly:
             raise TransferAborted from None
-        raise
 
 
 def session_groups(leader: int) -> set[int]:
@@ -2508,22 +2512,18 @@ class StreamedResponse(Response):
         self.source, self.fixed_headers = source, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with asyncio.timeout(None) as connected:  # expires when the client leaves
+        async with interruptible(quietly=True) as leave:
 
-                async def watch() -> None:
-                    while (await receive())["type"] != "http.disconnect":
-                        pass
-                    connected.reschedule(0)
+            async def watch() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                leave()
 
-                watcher = asyncio.create_task(watch())
-                try:
-                    await self.stream(send)
-                finally:
-                    watcher.cancel()
-        except TimeoutError:
-            if not connected.expired():
-                raise
+            watcher = asyncio.create_task(watch())
+            try:
+                await self.stream(send)
+            finally:
+                watcher.cancel()
 
     async def stream(self, send: Send) -> None:
         async with self.source as (headers, chunks), aclosing(chunks):
