@@ -3099,9 +3099,9 @@ TYPES = {cls.__name__: {JSON_TYPE: cls} for cls in SCHEMAS} | {
 }
 # Method, path, operationId, tag, request's body, what is answered, statuses of errors; then the summary.
 OPERATIONS = """
-    post /lookingglass/{name} {name} LookingGlass {body} stream 408,413,422,429,503 {tool} over IPv{version}
-    get  /speedtest/{name} speedtest_{name} SpeedTest - bytes 429,503 {length} zero bytes
-    head /speedtest/{name} speedtest_{name}_headers SpeedTest - bytes - {length} zero bytes: the headers alone
+    post /lookingglass/{name} {name} LookingGlass - stream 408,413,422,429,503 {0.tool} over IPv{0.version}
+    get  /speedtest/{name} speedtest_{name} SpeedTest - bytes 429,503 {0.length} zero bytes
+    head /speedtest/{name} speedtest_{name}_headers SpeedTest - bytes - {0.length} zero bytes: headers alone
     post /speedtest/upload upload SpeedTest bytes Upload 408,411,413,429,503 Measures and discards the body
     get  /speedtest/upload upload_so_far SpeedTest - Upload - What the uploads of a test have brought so far
     get  /network/info network_info Network - NetworkInfo - Where this is, and who you are
@@ -3168,12 +3168,13 @@ def describe_errors() -> dict[str, Schema]:
     return {status: response(when, kind, headers.split(",")) for status, kind, headers, when in errors}
 
 
-def operations(values_by_path: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Schema]]:
-    """The operations of the table by path and method: each once, or with each of its path's values put in."""
+def operations(offers: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, Schema]]:
+    """The operations of the table by path and method: each once, or for each that is offered at its path."""
     errors, paths = describe_errors(), defaultdict[str, dict[str, Schema]](dict)
     for row in OPERATIONS.strip().split("\n"):
-        for values in values_by_path.get(row.split()[1], [{}]):
-            method, path, name, tag, body, kind, statuses, summary = row.format(**values).split(maxsplit=7)
+        for key, offer in offers.get(row.split()[1], {"": None}).items():
+            columns = row.format(offer, name=key).split(maxsplit=7)
+            method, path, name, tag, body, kind, statuses, summary = columns
             responses = {"200": response(summary, kind, RATE_HEADERS if "429" in statuses else ())}
             responses |= {status: errors[status] for status in statuses.split(",") if status in errors}
             operation = {"operationId": name, "tags": [tag], "summary": summary, "responses": responses}
@@ -3193,12 +3194,8 @@ def rate_limits_text(settings: Settings, commands: Iterable[str], sizes: Iterabl
 def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Mapping[str, Size]) -> Schema:
     """The description of this API in OpenAPI 3.1, made from the tables and types that it runs on."""
     targets = {4: TargetRequest.__name__, 6: Target6Request.__name__}
-    runs = [
-        {"tool": each.tool, "body": targets[each.version], **each._asdict()} for each in commands.values()
-    ]
-    downloads = [size._asdict() for size in sizes.values()]
-    values = {"/lookingglass/{name}": runs, "/speedtest/{name}": downloads}
-    paths = operations(values | {"/speedtest/upload": [{}] if sizes else []})
+    offers = {"/lookingglass/{name}": commands, "/speedtest/{name}": sizes}
+    paths = operations({**offers, "/speedtest/upload": {"": None} if sizes else {}})
     examples = zip(typing.get_args(Event), EXAMPLES, strict=True)
     events = {cls.__name__: {"summary": cls.__doc__, "value": event} for cls, event in examples}
     limit = describe_rates(settings.RATE_LIMIT_DIAGNOSTICS)
@@ -3206,7 +3203,7 @@ def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Map
         post, argv = paths[f"/lookingglass/{name}"]["post"], " ".join(command.argv_for("ADDRESS"))
         post["description"] = f"Runs `{argv}`, at most {settings.DIAGNOSTIC_TIMEOUT} s. Limit: {limit}."
         post["responses"]["200"]["content"][EVENTS_TYPE]["examples"] = events
-        post["requestBody"]["required"] = True
+        post["requestBody"] = {"required": True, "content": content(targets[command.version])}
     for upload in paths.get("/speedtest/upload", {}).values():
         upload["parameters"] = [{"name": "test", "in": "query", "schema": {"type": "string"}}]
     schemas = {cls.__name__: schema_of(cls, inside=False) for cls in SCHEMAS}
@@ -3214,9 +3211,9 @@ def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Map
         forms = [{"format": f"ipv{version}"}, {"pattern": f"^(?:{HOST_NAME.pattern})$"}]
         target = {"type": "string", "anyOf": forms, "examples": ["example.com"]}
         schemas[name] |= {"properties": {"target": target}, "additionalProperties": True}
-    offers = list(dict.fromkeys(each.base_name for each in commands.values()))
-    offers += ["speed tests"] if sizes else []
-    description = f"{', '.join(offers)}, from {settings.NETWORK_LOCATION}. "
+    names = list(dict.fromkeys(each.base_name for each in commands.values()))
+    names += ["speed tests"] if sizes else []
+    description = f"{', '.join(names)}, from {settings.NETWORK_LOCATION}. "
     description += f"Limits for each client: {rate_limits_text(settings, commands, sizes)}."
     info = {"title": "Looking glass", "version": VERSION, "description": description}
     return {
