@@ -3225,20 +3225,21 @@ def describe_api(settings: Settings, commands: Mapping[str, Command], sizes: Map
     }
 
 
-CDN = "https://cdn.jsdelivr.net/npm/"
-API_DOCS = {  # the script of each page
+API_DOCS_FILES = {  # of each viewer, from a CDN
+    "docs": """\
+<link rel="stylesheet" href="https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/swagger-ui.css"
+ integrity="sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I" crossorigin>
+<script defer src="https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0/swagger-ui-bundle.js"
+ integrity="sha384-gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9" crossorigin></script>
+""",
+    "redoc": """\
+<script defer src="https://cdn.jsdelivr.net/npm/redoc@2.5.4/bundles/redoc.standalone.js"
+ integrity="sha384-w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5" crossorigin></script>
+""",
+}
+API_DOCS = {  # what their pages run
     "docs": "SwaggerUIBundle({ url: 'openapi.json', dom_id: '#viewer' })",
     "redoc": "Redoc.init('openapi.json', {}, document.getElementById('viewer'))",
-}
-# The page, its files, and their hashes.
-API_DOCS_FILES = """
-    docs swagger-ui-dist@5.35.0/swagger-ui.css sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I
-    docs swagger-ui-dist@5.35.0/swagger-ui-bundle.js sha384-gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9
-    redoc redoc@2.5.4/bundles/redoc.standalone.js sha384-w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5
-"""  # noqa: E501
-DOCS_TAGS = {
-    "css": '<link rel="stylesheet" href="{}" integrity="{}" crossorigin="anonymous">\n',
-    "js": '<script defer src="{}" integrity="{}" crossorigin="anonymous"></script>\n',
 }
 
 
@@ -3249,11 +3250,8 @@ def script_hash(script: str) -> str:
 
 async def api_docs(name: str, request: Request) -> Response:
     """A page that shows the description with files from a CDN; its policy allows no other sources."""
-    rows = [line.split() for line in API_DOCS_FILES.strip().split("\n")]
-    files = {path: digest for page, path, digest in rows if page == name}
-    tags = "".join(DOCS_TAGS[path.rpartition(".")[2]].format(CDN + path, files[path]) for path in files)
     run = f"addEventListener('DOMContentLoaded', () => {API_DOCS[name]});"
-    sources = " ".join(CDN + path for path in files)
+    sources = " ".join(re.findall('"(https:.*?)"', API_DOCS_FILES[name]))
     policy = f"default-src 'none'; script-src {script_hash(run)} {sources}; "
     policy += f"style-src 'unsafe-inline' {sources}; "
     policy += "img-src 'self' data:; connect-src 'self'; worker-src blob:; base-uri 'none'; "
@@ -3263,10 +3261,10 @@ async def api_docs(name: str, request: Request) -> Response:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>Looking glass: the API</title>
-{tags}<script>{run}</script>
+{API_DOCS_FILES[name]}<script>{run}</script>
 <div id="viewer">
 <p>The description of this API is <a href="openapi.json">openapi.json</a>. The viewer for it is loaded from
-{CDN.split("/")[2]}, and has not been loaded: it needs JavaScript, and access to that host.</p>
+cdn.jsdelivr.net, and has not been loaded: it needs JavaScript, and access to that host.</p>
 </div>
 </html>
 """

@@ -2160,6 +2160,7 @@ def page(browser: Browser) -> Iterator[Page]:
     context.close()
 
 
+CDN = "https://cdn.jsdelivr.net/npm/"
 AXE = "axe-core@4.14.1"
 
 
@@ -2171,8 +2172,8 @@ def npm_packages(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def download() -> str:
         folder = tmp_path_factory.mktemp("npm")
-        shown = {word.partition("/")[0] for word in lg.API_DOCS_FILES.split() if "@" in word}
-        for package in shown | {AXE}:
+        shown = re.findall(f"{CDN}(.+?)/", "".join(lg.API_DOCS_FILES.values()))
+        for package in {*shown, AXE}:
             line = [npm, "pack", "--silent", package]
             packed = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
             if packed.returncode:
@@ -2196,10 +2197,10 @@ def test_the_api_docs_render_with_cdn_files_of_the_expected_hashes(
     page.on("pageerror", lambda error: faults.append(str(error)))
 
     def fulfill(route: Route) -> None:
-        path = npm_packages / route.request.url.removeprefix(lg.CDN)
+        path = npm_packages / route.request.url.removeprefix(CDN)
         route.fulfill(path=path, headers={"Access-Control-Allow-Origin": "*"})
 
-    page.route(f"{lg.CDN}**", fulfill)
+    page.route(f"{CDN}**", fulfill)
     page.goto(f"http://127.0.0.1:{echo.port}/{name}")
     page.wait_for_selector(sign, timeout=PATIENCE * 1000)
     assert "/lookingglass/ping" in page.content()
