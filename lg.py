@@ -2160,17 +2160,18 @@ class Exchange:
         self.body, self.counted = bytearray(), 0
         self.parsed = self.lines = 0  # of a body in chunks: its bytes and lines that were parsed
         self.complete = not (self.chunked or self.length)  # the body has come
-        self.reported = False  # the application has been told that the body is complete
         self.started = self.ended = False  # the answer
         self.header = b""  # of the answer, until it is written
         self.gone = False  # the client
-        self.changed = asyncio.Event()
+        self.receivable = asyncio.Event()  # something that the application has not been told
+        if self.complete:
+            self.receivable.set()
 
     # The request
 
     def feed(self, data: memoryview) -> memoryview:
         """Take what belongs to the body, and return what follows it. Raises h11.RemoteProtocolError."""
-        self.changed.set()
+        self.receivable.set()
         if self.chunked:
             return memoryview(self.feed_chunks(bytes(data)))
         mine = data[: self.to_come]
@@ -2215,19 +2216,16 @@ class Exchange:
     async def receive(self) -> Message:
         if self.http.they_are_waiting_for_100_continue and self.to_come == self.length:
             self.write(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
-        while not (self.body or self.counted or self.gone or self.ended):
-            if self.complete and not self.reported:
-                break
-            self.changed.clear()
-            await self.changed.wait()
+        await self.receivable.wait()
         if self.gone or self.ended:
             return {"type": "http.disconnect"}
         counted = ZEROS[: self.counted]
         self.counted -= len(counted)
         body = counted or bytes(self.body)
         self.body.clear()
-        self.reported = self.complete and not self.counted
-        return {"type": "http.request", "body": body, "more_body": not self.reported}
+        if not self.counted:
+            self.receivable.clear()
+        return {"type": "http.request", "body": body, "more_body": self.counted > 0 or not self.complete}
 
     # The answer
 
@@ -2264,7 +2262,7 @@ class Exchange:
         else:  # without waiting: an answer that nobody reads has ended
             self.write(h11.EndOfMessage())
             self.ended = True
-            self.changed.set()
+            self.receivable.set()
             self.connection.next_request()
 
     def write(self, event: h11.Event) -> None:
@@ -2473,7 +2471,7 @@ class Connection(asyncio.BufferedProtocol):
         self.writable.set()
         if self.exchange:
             self.exchange.gone = True
-            self.exchange.changed.set()
+            self.exchange.receivable.set()
 
     def reset(self) -> None:
         self.connections.waiting.pop(self, None)
