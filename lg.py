@@ -2148,10 +2148,12 @@ class Proxies:
 class Exchange:
     """One request and its answer, as ASGI and the connection see them."""
 
-    def __init__(self, connection: Connection, http: h11.Connection, request: h11.Request) -> None:
+    def __init__(self, connection: Connection, header: bytes) -> None:
         """Raises h11.RemoteProtocolError."""
-        self.connection, self.http, self.request = connection, http, request
-        headers = dict(request.headers)
+        self.connection, self.http = connection, h11.Connection(h11.SERVER)
+        self.http.receive_data(header)
+        self.request = cast(h11.Request, self.http.next_event())  # the header is complete
+        headers = dict(self.request.headers)
         self.chunked = b"transfer-encoding" in headers
         if self.chunked and b"content-length" in headers:  # proxies differ on which of them counts
             raise h11.RemoteProtocolError("Send Content-Length or Transfer-Encoding, not both")
@@ -2415,11 +2417,7 @@ class Connection(asyncio.BufferedProtocol):
     def begin(self, length: int) -> None:
         header, rest = bytes(self.unparsed[:length]), bytes(self.unparsed[length:])
         self.unparsed.clear()
-        http = h11.Connection(h11.SERVER)
-        http.receive_data(header)
-        request = http.next_event()
-        assert isinstance(request, h11.Request)
-        self.exchange = exchange = Exchange(self, http, request)
+        self.exchange = exchange = Exchange(self, header)
         self.timer.cancel()
         if exchange.complete or exchange.length > BODY_BYTES:  # an incomplete small request still waits
             self.connections.waiting.pop(self, None)
