@@ -2074,6 +2074,14 @@ UNTRUSTED_PROXY = (
     "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it is your "
     "proxy, add its address there, or all its clients share one rate limit"
 )
+REFUSAL = """\
+HTTP/1.1 {status.value} {status.phrase}\r
+Content-Type: application/json\r
+Content-Length: {length}\r
+Cache-Control: no-store\r
+Connection: close\r
+\r
+{body}"""
 NO_LINGER = struct.pack("ii", 1, 0)  # for SO_LINGER: closing discards unsent data and sends RST
 # The application receives this in place of a large body, whose bytes are counted and not kept.
 ZEROS = memoryview(bytes(2**20))
@@ -2458,10 +2466,8 @@ class Connection(asyncio.BufferedProtocol):
             return
         self.exchange = None
         body = json.dumps({"detail": message})
-        fields = ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-        fields += ["Cache-Control: no-store", "Connection: close"]
-        line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"
-        self.transport.write("\r\n".join([line, *fields, "", body]).encode())
+        answer = REFUSAL.format(status=HTTPStatus(status), length=len(body), body=body)
+        self.transport.write(answer.encode())
         self.linger()
 
     def leave(self) -> None:
