@@ -3014,9 +3014,6 @@ class Service:
         self.limits.count_refusal(client, request.scope["path"], error.reason)
         return json_response(error.body, error.status, error.headers)
 
-    async def answer_gone(self, request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=400)  # nobody reads it
-
     async def answer_failed(self, request: Request, error: Exception) -> Response:
         return json_response({"detail": "Internal Server Error"}, 500)  # the connection logs the traceback
 
@@ -3316,7 +3313,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
     handlers: dict[Any, Any] = {
         RequestError: service.answer_refused,
         HTTPException: service.answer_unrouted,
-        ClientDisconnect: service.answer_gone,
+        ClientDisconnect: service.answer_failed,  # nobody reads it
         Exception: service.answer_failed,
     }
     app = Starlette(False, make_routes(service), [cors], handlers, lifespan=service.lifespan)
