@@ -3383,7 +3383,6 @@ def make_server(settings: Settings, sockets: list[socket.socket]) -> Server:
         ws="none",
         workers=1,
         log_config=None,
-        access_log=False,
         proxy_headers=False,  # Proxies does that
         server_header=False,
         backlog=ACCEPTED_AT_ONCE,
