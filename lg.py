@@ -2290,6 +2290,7 @@ class Connections:
         self.per_client: Counter[str] = Counter()
         self.waiting: dict[Connection, None] = {}  # those without a request being answered, the longest first
         # The receive buffer of all connections: its contents are used before another connection is read.
+        # Without it, what is allocated for each read and then shrunk would fragment the memory.
         self.buffer = memoryview(bytearray(2**18))
 
     def add(self, connection: Connection) -> None:
