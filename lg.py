@@ -2850,24 +2850,24 @@ class Service:
         description = describe_api(self.settings, self.commands, self.sizes)
         return json.dumps(description, separators=(",", ":"))
 
-    def warnings(self) -> Iterator[tuple[str, dict[str, object]]]:
-        """What an operator should change, as messages and pairs of the log."""
-        settings = self.settings
+    def log_warnings(self) -> None:
+        """Log what an operator should change."""
+        settings, warn = self.settings, partial(log, logging.WARNING)
         if missing := self.tools.missing():
             message = "Tools are missing: their commands answer 503 until they are installed"
-            yield message, {"missing": " ".join(missing), "install": install_hint(missing)}
+            warn(message, missing=" ".join(missing), install=install_hint(missing))
         if hidden := settings.EXTRA_COMMANDS.keys() - {each.base_name for each in self.commands.values()}:
             message = "Extra commands are not offered: COMMANDS does not name them"
-            yield message, {"commands": " ".join(sorted(hidden))}
+            warn(message, commands=" ".join(sorted(hidden)))
         if settings.CORS_CREDENTIALS and "*" in settings.CORS_ORIGINS:
-            yield "CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: list the origins instead", {}
+            warn("CORS_CREDENTIALS has no effect while CORS_ORIGINS is *: list the origins instead")
         if self.connections.limit < MAX_CONNECTIONS:
             message = "The limit for open files (ulimit -n) allows few connections"
-            yield message, {"connections": self.connections.limit, "wanted": MAX_CONNECTIONS}
+            warn(message, connections=self.connections.limit, wanted=MAX_CONNECTIONS)
         limit = self.speedtests.budget.limit
         if limit and (large := [size.name for size in self.sizes.values() if size.length > limit]):
             message = "SPEEDTEST_GIB_PER_DAY is smaller than downloads that are offered: they answer 503"
-            yield message, {"downloads": " ".join(large)}
+            warn(message, downloads=" ".join(large))
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[dict[str, object]]:
@@ -2875,8 +2875,7 @@ class Service:
         slots = {"commands": self.limits.commands} if self.commands else {}
         slots |= {"speedtests": self.limits.speedtests} if self.sizes else {}
         log(logging.INFO, "limits", rates=self.rates_text, **slots)
-        for message, pairs in self.warnings():
-            log(logging.WARNING, message, **pairs)
+        self.log_warnings()
         jobs = self.runner.keep_trying_tools(), self.ask_store()
         background = asyncio.gather(*jobs, return_exceptions=True)
         yield {"connections": self.connections}
@@ -3487,8 +3486,7 @@ def check(settings: Settings) -> None:
     service = Service(settings)
     for line in unknown_settings(read_env_file()):
         log(logging.WARNING, line)
-    for message, pairs in service.warnings():
-        log(logging.WARNING, message, **pairs)
+    service.log_warnings()
     asyncio.run(service.runner.try_tools())
     print("lg.py: these settings can be used")
 
