@@ -58,7 +58,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, TypeVar, cast
 from urllib.parse import parse_qs, unquote
-from weakref import WeakValueDictionary
 
 try:
     from typing import NotRequired  # Python 3.11
@@ -728,7 +727,9 @@ class Slot:
     client: str
     give_way: Callable[[], None] | None
     begun: float = field(default_factory=time.monotonic)
-    reserved: int = 0  # bytes that a speed test may still move
+    length: int = 0  # of a speed test: its bytes, those that have been moved, and its name
+    moved: int = 0
+    test: bytes = b""
 
 
 class Slots:
@@ -2607,14 +2608,6 @@ def measured(length: int, seconds: float) -> Upload:
     return {"bytes": length, "seconds": round(seconds, 6), "mbps": mbps}
 
 
-@dataclass
-class UploadTest:
-    """What the uploads of one speed test have brought so far."""
-
-    begun: float  # by the event loop's clock
-    length: int = 0
-
-
 def test_name(request: Request) -> bytes:
     """The name that a client gives the uploads of one speed test, empty without one."""
     match = UPLOAD_TEST.search(request.scope["query_string"])
@@ -2629,13 +2622,13 @@ class SpeedTests:
         # In each turn of the loop one download writes, so that others wait for one block, not for all.
         self.turn = asyncio.Lock()
         self.budget = Budget(settings.SPEEDTEST_GIB_PER_DAY * 2**30)
-        # Those with uploads that run, by the name that the client gave its test.
-        self.upload_tests: WeakValueDictionary[bytes, UploadTest] = WeakValueDictionary()
         for direction in ("download", "upload"):
             limits.counters.set("lg_speedtest_bytes_total", 0, direction=direction)
 
     @asynccontextmanager
-    async def transfer(self, size: Size, client: Client) -> AsyncIterator[tuple[Headers, CountBytes]]:
+    async def transfer(
+        self, size: Size, client: Client, test: bytes = b""
+    ) -> AsyncIterator[tuple[Headers, CountBytes]]:
         """Hold a slot, and log what was moved: yields the rate limit's headers, and counts bytes.
 
         Raises RequestError, or TransferAborted where it has given way.
@@ -2643,14 +2636,14 @@ class SpeedTests:
         slots, direction = self.limits.speedtests, "upload" if size.name == "upload" else "download"
         async with interruptible() as give_way:
             with slots.take(client.key, give_way) as slot:
-                self.budget.check(size.length, sum(each.reserved for each in slots.taken))
-                slot.reserved = size.length
+                self.budget.check(size.length, sum(each.length - each.moved for each in slots.taken))
+                slot.length, slot.test = size.length, test
                 name = f"speedtest {size.name}"
                 headers = await self.limits.rates.check(size.rates, name, client, consume=True)
                 begun, outcome = time.monotonic(), "broken off"
 
                 def count(moved: int) -> None:
-                    slot.reserved -= moved
+                    slot.moved += moved
                     self.budget.used = self.budget.used_today() + moved
                     self.limits.counters.add("lg_speedtest_bytes_total", moved, direction=direction)
 
@@ -2659,8 +2652,7 @@ class SpeedTests:
                     outcome = "finished"
                 finally:
                     outcome = outcome if slot in slots.taken else "gave way"
-                    moved = size.length - slot.reserved
-                    pairs = {"size": size.name, "client": client, "outcome": outcome, "bytes": moved}
+                    pairs = {"size": size.name, "client": client, "outcome": outcome, "bytes": slot.moved}
                     log(logging.INFO, "speedtest", **pairs, seconds=f"{time.monotonic() - begun:.1f}")
 
     @asynccontextmanager
@@ -2685,9 +2677,10 @@ class SpeedTests:
         The page asks for this because a browser counts the bytes that it has handed to the system, not those
         that have arrived.
         """
-        now = asyncio.get_running_loop().time()
-        upload_test = self.upload_tests.get(test_name(request)) or UploadTest(now)
-        return measured(upload_test.length, now - upload_test.begun)
+        test, now = test_name(request), time.monotonic()
+        uploads = [slot for slot in self.limits.speedtests.taken if test and slot.test == test]
+        begun = min((slot.begun for slot in uploads), default=now)
+        return measured(sum(slot.moved for slot in uploads), now - begun)
 
     async def receive_upload(self, request: Request, size: Size, client: Client) -> tuple[Upload, Headers]:
         """Receive and discard an upload. Returns its measurement and the headers of the rate limit.
@@ -2696,17 +2689,14 @@ class SpeedTests:
         """
         loop = asyncio.get_running_loop()
         begun = first = last = loop.time()
-        received, upload_test = 0, UploadTest(begun)
-        if test := test_name(request):
-            upload_test = self.upload_tests.setdefault(test, upload_test)
-        async with self.transfer(size, client) as (headers, count), aclosing(request.stream()) as chunks:
+        received, transfer = 0, self.transfer(size, client, test_name(request))
+        async with transfer as (headers, count), aclosing(request.stream()) as chunks:
             try:
                 async with asyncio.timeout(UPLOAD_STALL_SECONDS) as deadline:
                     async for chunk in chunks:
                         last = loop.time()
                         first = first if received else last
                         received += len(chunk)
-                        upload_test.length += len(chunk)
                         count(len(chunk))
                         deadline.reschedule(min(last + UPLOAD_STALL_SECONDS, begun + UPLOAD_SECONDS))
             except TimeoutError:
