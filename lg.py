@@ -3266,7 +3266,6 @@ cdn.jsdelivr.net, and has not been loaded: it needs JavaScript, and access to th
 def make_routes(service: Service) -> list[Route]:
     """The Route table; what is not offered has no route."""
     commands, sizes = service.commands.items(), service.sizes.items()
-    uploads = [Route("/speedtest/upload", service.upload, methods=["GET", "POST"])]
     return [
         Route("/", service.front),
         Route("/health", service.health),
@@ -3279,7 +3278,7 @@ def make_routes(service: Service) -> list[Route]:
         ),
         # /speedtest/100M, /speedtest/1G, /speedtest/10G
         *(Route(f"/speedtest/{name}", partial(service.download, size)) for name, size in sizes),
-        *(uploads if sizes else []),
+        *([Route("/speedtest/upload", service.upload, methods=["GET", "POST"])] if sizes else []),
         Route("/metrics", service.metrics),
         Route("/openapi.json", service.openapi),
         Route("/docs", partial(api_docs, "docs")),
