@@ -2551,11 +2551,12 @@ DAY_SECONDS = 86400
 
 
 class Size(NamedTuple):
-    """A download, or an upload: its name, its bytes and its rates."""
+    """A download, or an upload: its name, its bytes, its rates, and the test that it belongs to."""
 
     name: str
     length: int
     rates: Rates
+    test: bytes = b""  # the name that the client gave it
 
 
 def make_sizes(settings: Settings) -> dict[str, Size]:
@@ -2626,9 +2627,7 @@ class SpeedTests:
             limits.counters.set("lg_speedtest_bytes_total", 0, direction=direction)
 
     @asynccontextmanager
-    async def transfer(
-        self, size: Size, client: Client, test: bytes = b""
-    ) -> AsyncIterator[tuple[Headers, CountBytes]]:
+    async def transfer(self, size: Size, client: Client) -> AsyncIterator[tuple[Headers, CountBytes]]:
         """Hold a slot, and log what was moved: yields the rate limit's headers, and counts bytes.
 
         Raises RequestError, or TransferAborted where it has given way.
@@ -2637,7 +2636,7 @@ class SpeedTests:
         async with interruptible() as give_way:
             with slots.take(client.key, give_way) as slot:
                 self.budget.check(size.length, sum(each.length - each.moved for each in slots.taken))
-                slot.length, slot.test = size.length, test
+                slot.length, slot.test = size.length, size.test
                 name = f"speedtest {size.name}"
                 headers = await self.limits.rates.check(size.rates, name, client, consume=True)
                 begun, outcome = time.monotonic(), "broken off"
@@ -2671,13 +2670,13 @@ class SpeedTests:
         async with self.transfer(size, client) as (headers, count):
             yield headers, blocks()
 
-    def upload_so_far(self, request: Request) -> Upload:
+    def upload_so_far(self, test: bytes) -> Upload:
         """What the running uploads of a test have brought; zeros where none runs.
 
         The page asks for this because a browser counts the bytes that it has handed to the system, not those
         that have arrived.
         """
-        test, now = test_name(request), time.monotonic()
+        now = time.monotonic()
         uploads = [slot for slot in self.limits.speedtests.taken if test and slot.test == test]
         begun = min((slot.begun for slot in uploads), default=now)
         return measured(sum(slot.moved for slot in uploads), now - begun)
@@ -2689,8 +2688,8 @@ class SpeedTests:
         """
         loop = asyncio.get_running_loop()
         begun = first = last = loop.time()
-        received, transfer = 0, self.transfer(size, client, test_name(request))
-        async with transfer as (headers, count), aclosing(request.stream()) as chunks:
+        received = 0
+        async with self.transfer(size, client) as (headers, count), aclosing(request.stream()) as chunks:
             try:
                 async with asyncio.timeout(UPLOAD_STALL_SECONDS) as deadline:
                     async for chunk in chunks:
@@ -2912,14 +2911,14 @@ class Service:
     async def upload(self, request: Request) -> Response:
         headers = {"Timing-Allow-Origin": "*"}
         if request.method != "POST":
-            return json_response(self.speedtests.upload_so_far(request), headers=headers)
+            return json_response(self.speedtests.upload_so_far(test_name(request)), headers=headers)
         length = int(request.headers.get("content-length", -1))  # the parser has checked its form
         if length < 0:
             raise RequestError(411, {"detail": "Send Content-Length: an upload without it is not accepted"})
         if length > UPLOAD_BYTES:
             raise RequestError(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
         client = self.proxies.client(request)
-        size = Size("upload", length, self.settings.RATE_LIMIT_SPEEDTEST)
+        size = Size("upload", length, self.settings.RATE_LIMIT_SPEEDTEST, test_name(request))
         try:
             answer, rate_headers = await self.speedtests.receive_upload(request, size, client)
         except TransferAborted:
