@@ -2865,18 +2865,14 @@ class Service:
         slots |= {"speedtests": self.limits.speedtests} if self.sizes else {}
         log(logging.INFO, "limits", rates=self.rates_text, **slots)
         self.log_warnings()
-        jobs = self.runner.keep_trying_tools(), self.ask_store()
+        # The shared store is queried, so that its failure is logged at the start.
+        rates, nobody = (limits.parse("1/minute"),), Client(ipaddress.IPv4Address(0))
+        jobs = self.runner.keep_trying_tools(), self.limits.rates.check(rates, "start", nobody)
         background = asyncio.gather(*jobs, return_exceptions=True)
         yield {"connections": self.connections}
         background.cancel()
         with suppress(asyncio.CancelledError):
             await background
-
-    async def ask_store(self) -> None:
-        """Query the shared store, so that its failure is logged at the start."""
-        with suppress(RequestError):
-            rates, nobody = (limits.parse("1/minute"),), Client(ipaddress.IPv4Address(0))
-            await self.limits.rates.check(rates, "start", nobody)
 
     def stop(self) -> None:
         """Start nothing any more, and stop the commands that run."""
