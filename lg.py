@@ -78,6 +78,7 @@ try:
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
     from starlette.types import Message, Receive, Scope, Send
+    from uvicorn.server import ServerState
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -2320,14 +2321,9 @@ class Connection(asyncio.BufferedProtocol):
     """
 
     def __init__(
-        self,
-        config: uvicorn.Config,
-        server_state: uvicorn.server.ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
+        self, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, Any], _loop: object
     ) -> None:
-        self.config, self.server_state, self.app_state = config, server_state, app_state
-        self.loop = _loop or asyncio.get_running_loop()
+        self.config, self.server_state, self.loop = config, server_state, asyncio.get_running_loop()
         self.connections: Connections = app_state["connections"]
         self.key = ""  # of the client
         self.exchange: Exchange | None = None
