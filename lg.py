@@ -2172,7 +2172,7 @@ class Exchange:
         self.body, self.counted = bytearray(), 0
         self.parsed = self.lines = 0  # of a body in chunks: its bytes and lines that were parsed
         self.complete = not (self.chunked or self.length)  # the body has come
-        self.started = self.ended = False  # the answer
+        self.ended = False  # the answer
         self.header = b""  # of the answer, until it is written
         self.gone = False  # the client
         self.receivable = asyncio.Event()  # something that the application has not been told
@@ -2257,7 +2257,6 @@ class Exchange:
         if self.gone:
             return
         if message["type"] == "http.response.start":
-            self.started = True
             headers = [*self.connection.server_state.default_headers, *message["headers"]]
             # The client's system could throw away an answer that is followed by a reset (RFC 9112, 9.6).
             headers += [] if self.complete else [CLOSE]
@@ -2459,7 +2458,7 @@ class Connection(asyncio.BufferedProtocol):
     def refuse(self, status: int = 400, message: str = "Invalid HTTP request received.") -> None:
         """Answer what cannot be parsed; also a body that turns out to be malformed in mid-answer."""
         self.leave()
-        if self.exchange and self.exchange.started:
+        if self.exchange and self.exchange.http.our_state is not h11.SEND_RESPONSE:
             self.transport.abort()
             return
         self.exchange = None
