@@ -3320,7 +3320,7 @@ class Server(uvicorn.Server):
         await super().startup(self.sockets)
         for each in self.sockets:
             each.listen(BACKLOG)
-        notify_systemd("READY=1")
+        notify_systemd()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Ignore further signals: the shutdown takes a few seconds at most."""
@@ -3342,11 +3342,11 @@ class Server(uvicorn.Server):
             connection.transport.abort()
 
 
-def notify_systemd(state: str) -> None:
-    """Tell systemd the state of a unit with Type=notify (sd_notify(3))."""
+def notify_systemd() -> None:
+    """Tell systemd that a unit with Type=notify has started (sd_notify(3))."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, suppress(OSError):
-            notify.sendto(state.encode(), re.sub("^@", "\0", address))  # an abstract name
+            notify.sendto(b"READY=1", re.sub("^@", "\0", address))  # an abstract name
 
 
 def make_server(settings: Settings, sockets: list[socket.socket]) -> Server:
