@@ -2604,12 +2604,6 @@ def measured(length: int, seconds: float) -> Upload:
     return {"bytes": length, "seconds": round(seconds, 6), "mbps": mbps}
 
 
-def test_name(request: Request) -> bytes:
-    """The name that a client gives the uploads of one speed test, empty without one."""
-    match = UPLOAD_TEST.search(request.scope["query_string"])
-    return match[1] if match else b""
-
-
 class SpeedTests:
     """The downloads and uploads of a service."""
 
@@ -2666,7 +2660,7 @@ class SpeedTests:
             yield headers, blocks()
 
     def upload_so_far(self, test: bytes) -> Upload:
-        """What the running uploads of a test have brought; zeros where none runs.
+        """What the running uploads of a test have brought; zeros where none runs, or `test` is empty.
 
         The page asks for this because a browser counts the bytes that it has handed to the system, not those
         that have arrived.
@@ -2901,15 +2895,17 @@ class Service:
 
     async def upload(self, request: Request) -> Response:
         headers = {"Timing-Allow-Origin": "*"}
+        named = UPLOAD_TEST.search(request.scope["query_string"])
+        test = named[1] if named else b""
         if request.method != "POST":
-            return json_response(self.speedtests.upload_so_far(test_name(request)), headers=headers)
+            return json_response(self.speedtests.upload_so_far(test), headers=headers)
         length = int(request.headers.get("content-length", -1))  # the parser has checked its form
         if length < 0:
             raise RequestError(411, {"detail": "Send Content-Length: an upload without it is not accepted"})
         if length > UPLOAD_BYTES:
             raise RequestError(413, {"detail": f"An upload has at most {UPLOAD_BYTES} bytes"})
         client = self.proxies.client(request)
-        size = Size("upload", length, self.settings.RATE_LIMIT_SPEEDTEST, test_name(request))
+        size = Size("upload", length, self.settings.RATE_LIMIT_SPEEDTEST, test)
         try:
             answer, rate_headers = await self.speedtests.receive_upload(request, size, client)
         except TransferAborted:
