@@ -3331,6 +3331,8 @@ class Server(uvicorn.Server):
             await asyncio.wait(self.server_state.tasks, timeout=2 * GRACE_SECONDS)
         asyncio.get_running_loop().call_later(GRACE_SECONDS, self.drop)
         await super().shutdown(self.sockets)
+        for handler in logging.getLogger().handlers:
+            handler.flush()  # uvicorn raises the signal again, which ends the process at once
 
     def drop(self) -> None:
         """Abort what is still open: downloads, unread answers, incomplete requests."""
@@ -3405,7 +3407,15 @@ class LogHandler(logging.handlers.QueueHandler):
         self.lines: queue.Queue[logging.LogRecord] = queue.Queue(LOG_LINES)
         super().__init__(self.lines)
         self.dropped = 0
-        logging.handlers.QueueListener(self.lines, logging.StreamHandler()).start()
+        threading.Thread(target=self.write, daemon=True).start()
+
+    def write(self) -> None:
+        """Write what is logged, past sys.stderr: at its end the process would wait for the lock of that."""
+        while True:
+            line = self.lines.get().getMessage()
+            with suppress(OSError, AttributeError):  # a full disk, a pipe without a reader, closed
+                os.write(sys.stderr.fileno(), f"{line}\n".encode())
+            self.lines.task_done()
 
     def enqueue(self, record: logging.LogRecord) -> None:
         super().enqueue(record)
@@ -3416,18 +3426,16 @@ class LogHandler(logging.handlers.QueueHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         self.dropped += 1  # the queue is full
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Wait a moment for what is still to be written."""
         deadline = time.monotonic() + LOG_SECONDS
         while self.lines.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
-        super().close()
 
 
 def configure_logging(settings: Settings) -> None:
     handler = LogHandler()
     handler.setFormatter(Logfmt())
-    logging.raiseExceptions = False  # a full disk, a pipe without a reader
     logging.basicConfig(handlers=[handler], level=settings.LOG_LEVEL.upper())
     if settings.LOG_LEVEL.lower() != "debug":  # uvicorn logs what is of no use to an operator
         logging.getLogger("uvicorn").setLevel(logging.ERROR)

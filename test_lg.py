@@ -6464,11 +6464,36 @@ def unread_log(serve: Start, tmp_path: Path) -> Iterator[tuple[SpawnedServer, in
     os.close(pipe)
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])
 def test_log_that_nobody_reads_stops_neither_the_service_nor_its_end(
-    unread_log: tuple[SpawnedServer, int],
+    unread_log: tuple[SpawnedServer, int], number: int, status: int
 ) -> None:
     server, _ = unread_log
-    assert server.stop() == -signal.SIGTERM
+    server.process.send_signal(number)
+    assert server.process.wait(PATIENCE) == status
+
+
+def test_last_lines_are_written_before_a_signal_ends_the_process(serve: Start, tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    code = WITH_CONSTANTS.format(constants={"LOG_SECONDS": PATIENCE})
+    server = serve(command=("sh", "-c", 'exec "$@" 2>"$0"', str(path), sys.executable, "-c", code))
+    with contextlib.suppress(BlockingIOError):
+        while os.write(pipe, bytes(4096)):
+            pass
+    server.process.terminate()
+    until(lambda: not server.answers())
+    text = ""
+
+    def stop_is_logged() -> bool:
+        nonlocal text
+        with contextlib.suppress(BlockingIOError):
+            text += os.read(pipe, 65536).decode()
+        return "msg=stopping" in text
+
+    until(stop_is_logged)
+    assert server.process.wait(PATIENCE) == -signal.SIGTERM
 
 
 def test_lines_that_the_log_cannot_take_are_counted(unread_log: tuple[SpawnedServer, int]) -> None:
