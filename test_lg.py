@@ -6483,7 +6483,8 @@ def test_last_lines_are_written_before_a_signal_ends_the_process(serve: Start, t
         while os.write(pipe, bytes(4096)):
             pass
     server.process.terminate()
-    until(lambda: not server.answers())
+    with pytest.raises(subprocess.TimeoutExpired):
+        server.process.wait(1)
     text = ""
 
     def stop_is_logged() -> bool:
