@@ -2429,7 +2429,8 @@ class Connection(asyncio.BufferedProtocol):
         task = self.loop.create_task(exchange.run())
         self.server_state.tasks.add(task)
         task.add_done_callback(self.server_state.tasks.discard)
-        self.feed(memoryview(rest))
+        if rest:
+            self.feed(memoryview(rest))
 
     def next_request(self) -> None:
         """After an answer that has been written: await the next request, or the rest of a body, or close."""
