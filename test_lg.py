@@ -5508,6 +5508,7 @@ def test_client_that_leaves_ends_the_generator_of_its_answer() -> None:
             while True:
                 yield b"block"
                 gone.set()
+                await asyncio.sleep(0)
         finally:
             await asyncio.sleep(0)
             ended.set()
