@@ -10,7 +10,7 @@ endpoints, OpenAPI, routes, serving, the page. Where to look first:
   `Exchange.receive`, on which `StreamedResponse` closes `run_ahead`, which closes `measure`.
 - The constants that bound a stranger's request stand at the head of targets, limits, parsing, running,
   connections, speed tests and serving. Those that an operator may change are in `Settings`.
-- A command is a row of `BUILT_IN` or of the setting EXTRA_COMMANDS. New output needs a parser (`PARSERS`)
+- A command is a row of `BUILT_IN` or of the setting EXTRA_COMMANDS. New output needs a parser (`parser_for`)
   and, for new events, their types in `Event`, an example for the description (`EXAMPLES`) and `has_reply`.
 """
 
@@ -97,7 +97,7 @@ T = TypeVar("T")
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
-# In the notation of EXTRA_COMMANDS: NAME is the command for IPv4, NAME6 the one for IPv6.
+# NAME is the command for IPv4, NAME6 the one for IPv6. Each has a parser, which tells whether its tool works.
 BUILT_IN = {
     "ping": "ping -{version} -n -O -c 15 -W 2 -s 56 {address}",
     "traceroute": "traceroute -{version} -q 3 -w 3,3,10 -m 30 {address}",
@@ -379,9 +379,9 @@ def unknown_settings(names: Iterable[str]) -> Iterator[str]:
 
 # ---- targets -----------------------------------------------------------------------------------------------
 
-FORM_FIELDS = 100  # parsed of a form: 4 KiB have room for thousands, which take milliseconds
+FORM_FIELDS = 100  # at most in a form: 4 KiB have room for thousands, which take milliseconds
 RESOLVE_SECONDS = 5
-RETRY_LATER = {"Retry-After": "5"}  # when no slot is free: a command takes about 15 s
+RETRY_LATER = {"Retry-After": "5"}  # where the server is busy: a command takes about 15 s
 # Limits on a service's threads, abandoned ones included: a resolver may take minutes to give up.
 # Lookups are refused first, which leaves threads for the shared store.
 LOOKUP_THREADS, STORE_THREADS = 100, 200
@@ -1135,7 +1135,7 @@ class PathEvent(TypedDict):
 
 
 class NoteEvent(TypedDict):
-    """A line of the tool that no other event carries in full."""
+    """A line that no other event carries in full: of the tool, or about its output."""
 
     event: Literal["note"]
     text: str
@@ -1258,7 +1258,7 @@ class OutputParser:
         return event
 
     def has_sent(self) -> bool:
-        """Whether the tool sent anything. If not, an exit status other than 0 is a failure."""
+        """Whether the tool sent anything: if not, ping's exit status 1 is a failure."""
         return True
 
     def result(self, status: Status = "finished", raw_output: str = "") -> ToolResult:
@@ -1470,7 +1470,7 @@ class MtrHop:
 
 
 class MtrParser(OutputParser):
-    """`mtr --raw`. As text: each hop when it first answers, then mtr's own report.
+    """`mtr --raw`. As text: each hop when it first answers, then the report that mtr prints.
 
     Lines of another form, such as errors, are notes.
     """
@@ -1646,7 +1646,7 @@ UNREAD_BYTES = 2**25  # what may wait for all clients to read it
 PIECE_BYTES = 2**16  # sent at a time, so that a connection buffers no more
 READ_BYTES = 2**16  # the capacity of a pipe
 POLL_SECONDS = 0.05  # how often a tool is looked at where the kernel cannot tell that it has ended
-GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT
+GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT, and for what is killed to end
 TRIAL_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
 TRIAL_REPEAT_SECONDS = 60
 TRIAL_MESSAGES: dict[ToolState, str] = {
@@ -1743,7 +1743,7 @@ class Process:
         """Kill every process of the session, and reap the tool.
 
         Not reaped before, the tool keeps the number of its session from being given to another. Whole groups
-        are killed, since a process may have forked and ended by then, until there are none.
+        are killed, since a process may have forked and ended by then, until there are none, or time is up.
         """
         self.signal(signal.SIGKILL)
         await self.waiter
@@ -1757,7 +1757,7 @@ class Process:
 
     async def wait(self) -> None:
         """Wait until the tool has ended. Not reaped yet, it keeps the number of its group and session."""
-        with suppress(OSError, AttributeError):  # an old kernel, a filter, no descriptor left; not on Linux
+        with suppress(OSError, AttributeError):  # an old kernel or Python, a filter, no descriptor left
             pidfd = os.pidfd_open(self.tool.pid)
             ended = asyncio.Event()
             self.loop.add_reader(pidfd, ended.set)
@@ -1838,7 +1838,7 @@ class Transcript:
         return self.encode(*self.parser.feed(chunk))
 
     def fault(self, process: Process) -> str:
-        """What went wrong in a run that has ended, "" where it has a result."""
+        """What went wrong in a run that has ended, "" for nothing."""
         if process.stopped:
             return process.stopped
         if process.status < 0:
@@ -1953,7 +1953,7 @@ class Runner:
                 hint = f"check the name, or use {command.twin}" if command.twin else "check the name"
                 address = await self.targets.resolve(target, command.version, hint)
                 async with self.start(command, address) as process:
-                    # Counted only now: a request that starts no tool is free.
+                    # Counted only now: a request that starts no tool costs nothing of this limit.
                     headers = await rate_limits.check(rates, command.name, client, consume=True)
                     yield headers
                     parser = parser_for(command)(address, self.asn_database)
@@ -2197,7 +2197,7 @@ class Exchange:
 
     def feed_chunks(self, data: bytes) -> bytes:
         piece = data[: CHUNKED_BYTES - self.parsed]
-        if self.ended or not piece:  # nobody reads it
+        if self.ended or not piece:  # after the answer, or beyond what is parsed
             return b""
         self.parsed += len(piece)
         self.lines += piece.count(b"\n")
@@ -2674,7 +2674,8 @@ class SpeedTests:
     async def receive_upload(self, request: Request, size: Size, client: Client) -> tuple[Upload, Headers]:
         """Receive and discard an upload. Returns its measurement and the headers of the rate limit.
 
-        After UPLOAD_SECONDS it is measured by what has come by then. Raises RequestError or ClientDisconnect.
+        After UPLOAD_SECONDS it is measured by what has come by then. Raises RequestError, ClientDisconnect,
+        or TransferAborted where it has given way.
         """
         loop = asyncio.get_running_loop()
         begun = first = last = loop.time()
@@ -3456,8 +3457,6 @@ def serve(settings: Settings) -> None:
     log(logging.INFO, "started", version=VERSION, **place, listening=f"{host}:{settings.PORT}")
     for line in unknown_settings(read_env_file()):
         log(logging.WARNING, line)
-    # The parent may have left it ignored: the kernel would reap the tools before we do.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal ends the commands too
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     with suppress(KeyboardInterrupt):
@@ -3465,7 +3464,7 @@ def serve(settings: Settings) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Print what a start with these settings would warn of."""
+    """Print what a start with these settings would warn of; a shared store is not asked."""
     logging.basicConfig(stream=sys.stdout, format="%(levelname)s: %(message)s", level=logging.WARNING)
     service = Service(settings)
     for line in unknown_settings(read_env_file()):
@@ -3505,6 +3504,8 @@ def main() -> None:
             sys.exit(2)
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    # The parent may have left it ignored: the kernel would reap the tools before we do.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         action(load_settings())
     except SettingsError as error:
