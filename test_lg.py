@@ -5968,6 +5968,11 @@ def test_ipv6_clients_have_connections_by_their_64(serve: Start, hops: tuple[str
     assert [admits(server, source) for source in sources[2:]] == [False, True]
 
 
+def test_start_warns_where_few_files_may_be_open(serve: Start) -> None:
+    log = (serve(descriptors=300).folder / "log").read_text()
+    assert [line.endswith("connections=40 wanted=4000\n") for line in FEW_FILES.findall(log)] == [True]
+
+
 def test_trusted_proxy_may_have_more_connections_than_a_client(serve: Start, many_files: int) -> None:
     server = serve(FORWARDED_ALLOW_IPS="127.0.0.9")
     held = [server.connect(source="127.0.0.9") for _ in range(150)]
