@@ -183,7 +183,7 @@ def cors_origin(value: str) -> str:
     """An origin as browsers send it. The error for another spelling has the right one."""
     if value in ("*", "null"):
         return value
-    if not (match := CORS_ORIGIN.fullmatch(value)):
+    if not (match := CORS_ORIGIN.fullmatch(plain_text(value))):
         raise ValueError(f"expected * or whole origins like https://www.example.com, not {value!r}")
     scheme, host, port = match[1].lower(), match[2].lower(), match[3]
     with suppress(UnicodeError):
@@ -203,7 +203,7 @@ def rates(value: str) -> Rates:
 
 
 def storage_uri(value: str) -> str:
-    if not (match := STORE.fullmatch(value)):
+    if not (match := STORE.fullmatch(plain_text(value))):
         raise ValueError("expected a URI of memory, redis, valkey or mongodb, like redis://HOST:6379")
     if not find_spec(package := STORE_PACKAGES[match[1]]):
         raise ValueError(f"expected the Python package {package}: pip install {package}")
@@ -258,7 +258,8 @@ def logo(path: str) -> str:
     if not path:
         return ""
     try:
-        image = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            image = file.read(LOGO_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ValueError(f"expected a file that can be read ({error})") from None
     kind = "png" if image.startswith(b"\x89PNG\r\n\x1a\n") else "svg+xml" if SVG.match(image) else ""

@@ -4508,6 +4508,8 @@ ODD_SETTINGS = [
     ("PAGE_LOGO", str(HERE / "lg.py"), "SVG or PNG"),
     ("LOCATIONS", "[" * 100_000, "JSON like"),
     ("NETWORK_LOCATION", "\udcff", "UTF-8"),
+    ("CORS_ORIGINS", "https://\udcff.example", "UTF-8"),
+    ("RATE_LIMIT_STORAGE_URI", "redis://\udcff", "UTF-8"),
     ("NETWORK_LOCATION", "a\nb", "text without control characters"),
     ("NETWORK_MAP_URL", "https://a.example/\x7f", "text without control characters"),
     ("PAGE_TITLE", "\0", "text without control characters"),
@@ -4671,8 +4673,10 @@ def test_page_logo_becomes_a_data_uri(tmp_path: Path, image: bytes, kind: str) -
     assert logo == f"data:image/{kind};base64,{b64encode(image).decode()}"
 
 
-def test_page_logo_over_64_kib_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "logo.svg").write_bytes(b"<svg/>".ljust(2**16 + 1))
+@pytest.mark.parametrize("length", [2**16 + 1, 2**42], ids=["64 KiB and a byte", "more than memory holds"])
+def test_page_logo_over_64_kib_is_refused(tmp_path: Path, length: int) -> None:
+    (tmp_path / "logo.svg").write_bytes(b"<svg/>".ljust(2**16))
+    os.truncate(tmp_path / "logo.svg", length)
     assert "at most 64 KiB" in settings_error(PAGE_LOGO=str(tmp_path / "logo.svg"))
 
 
