@@ -2171,7 +2171,8 @@ class Exchange:
         self.length = self.to_come = int(headers.get(b"content-length", 0))
         # What the application has not received: bytes of a small body, or the number of a large one's.
         self.body, self.counted = bytearray(), 0
-        self.parsed = self.lines = 0  # of a body in chunks: its bytes and lines that were parsed
+        # Of a body in chunks: bytes and lines that were parsed, and bytes of the body among them.
+        self.parsed = self.lines = self.received = 0
         self.complete = not (self.chunked or self.length)  # the body has come
         self.ended = False  # the answer
         self.header = b""  # of the answer, until it is written
@@ -2207,7 +2208,10 @@ class Exchange:
         self.http.receive_data(piece)
         while isinstance(event := self.http.next_event(), h11.Data):
             self.body += event.data
+            self.received += len(event.data)
         self.complete = isinstance(event, h11.EndOfMessage)
+        if self.parsed == CHUNKED_BYTES and not self.complete and self.received <= BODY_BYTES:
+            raise h11.RemoteProtocolError("too much between the chunks")
         return self.http.trailing_data[0] + data[len(piece) :] if self.complete else b""
 
     def scope(self) -> Scope:

@@ -5892,6 +5892,12 @@ def test_body_in_more_than_32_chunks_is_400(echo: Server, chunks: int, status: i
     assert answer.startswith(b"HTTP/1.1 %d " % status)
 
 
+def test_body_in_chunks_with_more_than_4_kib_between_them_is_400(echo: Server) -> None:
+    sent = b"10;%b\r\ntarget=127.0.0.1\r\n0\r\n\r\n" % bytes(9000).replace(b"\0", b"x")
+    answer = echo.send(request_to("POST /lookingglass/ping", CHUNKED, body=sent)).recv(65536)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+
+
 PING = request_to("POST /lookingglass/ping", "Content-Length: 16", body=b"target=127.0.0.1")
 
 
