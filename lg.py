@@ -729,9 +729,9 @@ class Slot:
     client: str
     give_way: Callable[[], None] | None
     begun: float = field(default_factory=time.monotonic)
-    length: int = 0  # of a speed test: its bytes, those that have been moved, and its name
-    moved: int = 0
-    test: bytes = b""
+    length: int = 0  # of a speed test, in bytes
+    moved: int = 0  # bytes of it so far
+    test: bytes = b""  # the name that the client gave it
 
 
 class Slots:
@@ -1031,7 +1031,7 @@ class HopStats(Stats):
 
 
 class Routers(TypedDict):
-    """What events and results have in common about the routers of a hop."""
+    """The fields about routers that hops of events and of results share."""
 
     addresses: NotRequired[list[str]]
     hostnames: NotRequired[list[str | None]]
@@ -1204,7 +1204,7 @@ RESULT_KEYS = {"address": "resolvedAddress", "hostname": "resolvedHostname"}
 
 
 def result_hop(event: AnyHopEvent, timings: list[Timing]) -> Any:
-    """The hop of a result that belongs to its last event."""
+    """The hop of a result, made from its last event."""
     kept = {key: value for key, value in event.items() if key not in ("event", "hop", "probes")}
     return {RESULT_KEYS.get(key, key): value for key, value in kept.items()} | {"timings": timings}
 
@@ -1669,9 +1669,9 @@ class TransferAborted(Exception):  # noqa: N818 - not an error of the applicatio
 
 @asynccontextmanager
 async def interruptible(quietly: bool = False) -> AsyncIterator[Callable[[], None]]:
-    """Yields a function that breaks off what runs in this context, which then raises TransferAborted.
+    """Yields a function that cancels the body of this context, which then raises TransferAborted.
 
-    If `quietly`, the context is just left.
+    If `quietly`, it raises nothing.
     """
     try:
         async with asyncio.timeout(None) as deadline:
@@ -1687,7 +1687,7 @@ def session_groups(leader: int) -> set[int]:
     """The process groups of a session that have living members, its leader and zombies excepted."""
     groups = set()
     pids = [int(each.name) for each in os.scandir("/proc") if each.name.isdigit()]
-    for pid in sorted(pids, reverse=True):  # a process that forks and ends is gone before older ones
+    for pid in sorted(pids, reverse=True):  # the youngest first: one that forks and exits is soon gone
         with suppress(OSError):  # it has ended
             if os.getsid(pid) == leader != pid:
                 stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -1743,16 +1743,15 @@ class Process:
     async def end(self) -> None:
         """Kill every process of the session, and reap the tool.
 
-        Not reaped before, the tool keeps the number of its session from being given to another. Whole groups
-        are killed, since a process may have forked and ended by then, until there are none, or time is up.
+        The tool is reaped last, since until then no new session can get its number. Whole groups are killed:
+        a process found in one may have forked and exited by then. This ends after GRACE_SECONDS at most.
         """
         self.signal(signal.SIGKILL)
         await self.waiter
         deadline = time.monotonic() + GRACE_SECONDS
         while (groups := session_groups(self.tool.pid)) and time.monotonic() < deadline:
             for group in groups:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, signal.SIGKILL)
+                self.signal(signal.SIGKILL, group)
             await asyncio.sleep(0.001)
         self.status = self.tool.wait()
 
@@ -1779,10 +1778,10 @@ class Process:
         self.timer.cancel()
         self.timer = self.loop.call_later(GRACE_SECONDS, self.signal, signal.SIGKILL)
 
-    def signal(self, number: int) -> None:
-        """Signal the whole group: mtr has children, which would live on and keep the pipe open."""
+    def signal(self, number: int, group: int = 0) -> None:
+        """Signal a whole group, the tool's by default: mtr has children, which would keep the pipe open."""
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.tool.pid, number)
+            os.killpg(group or self.tool.pid, number)
 
     async def output(self) -> AsyncGenerator[bytes]:
         """Chunks of output as they are written, until the tool has ended or has written too much."""
@@ -1839,7 +1838,7 @@ class Transcript:
         return self.encode(*self.parser.feed(chunk))
 
     def fault(self, process: Process) -> str:
-        """What went wrong in a run that has ended, "" for nothing."""
+        """What went wrong in a run that has ended; "" if nothing did."""
         if process.stopped:
             return process.stopped
         if process.status < 0:
@@ -2036,7 +2035,10 @@ class Runner:
             log(logging.WARNING, TRIAL_MESSAGES[state], tool=command.tool, error=last or None)
 
     async def trial_error(self, command: Command) -> str:
-        """What a tool prints that does not measure loopback, or how it ends; "" for one that does."""
+        """What a tool that does not measure loopback printed, or how it ended; empty where it measures it.
+
+        Raises OSError where it cannot be started.
+        """
         loopback = ipaddress.ip_address("127.0.0.1" if command.version == 4 else "::1")
         parser, output = parser_for(command)(loopback, None), bytearray()
         async with self.open(command, loopback, TRIAL_SECONDS) as process:
@@ -2077,6 +2079,7 @@ UNTRUSTED_PROXY = (
     "X-Forwarded-For and X-Real-IP are ignored from a peer that is not in FORWARDED_ALLOW_IPS: if it is your "
     "proxy, add its address there, or all its clients share one rate limit"
 )
+# The answer to a request that cannot be parsed, which reaches no endpoint.
 REFUSAL = """\
 HTTP/1.1 {status.value} {status.phrase}\r
 Content-Type: application/json\r
@@ -2129,10 +2132,9 @@ class Proxies:
         """
         peer = peer_address(request)
         forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
-        entries = (forwarded or request.headers.get("x-real-ip", "")).split(",")[-FORWARDED_HOPS:]
-        if entries == [""]:
+        if not (forwarded := forwarded or request.headers.get("x-real-ip", "")):
             return Client(peer)
-        addresses = map(parse_forwarded, reversed(entries))
+        addresses = map(parse_forwarded, reversed(forwarded.split(",")[-FORWARDED_HOPS:]))
         if self.is_trusted(peer):
             named = next((each for each in addresses if not self.is_trusted(each)), peer)
             return Client(named or peer, named is not None)
@@ -2199,7 +2201,7 @@ class Exchange:
 
     def feed_chunks(self, data: bytes) -> bytes:
         piece = data[: CHUNKED_BYTES - self.parsed]
-        if self.ended or not piece:  # after the answer, or beyond what is parsed
+        if self.ended or not piece:  # the answer is over, or all that is parsed has come
             return b""
         self.parsed += len(piece)
         self.lines += piece.count(b"\n")
@@ -2296,7 +2298,7 @@ class Connections:
         self.per_client: Counter[str] = Counter()
         self.waiting: dict[Connection, None] = {}  # those without a request being answered, the longest first
         # The receive buffer of all connections: its contents are used before another connection is read.
-        # Without it, what is allocated for each read and then shrunk would fragment the memory.
+        # A buffer for each read, allocated and then shrunk by asyncio, would fragment the memory.
         self.buffer = memoryview(bytearray(2**18))
 
     def add(self, connection: Connection) -> None:
@@ -2615,7 +2617,8 @@ class SpeedTests:
 
     def __init__(self, settings: Settings, limits: Limits) -> None:
         self.limits = limits
-        # In each turn of the loop one download writes, so that others wait for one block, not for all.
+        # Only one download writes a block in each iteration of the event loop. Otherwise a line of a command,
+        # which takes three iterations to its client, would wait for three blocks of every download.
         self.turn = asyncio.Lock()
         self.budget = Budget(settings.SPEEDTEST_GIB_PER_DAY * 2**30)
         for direction in ("download", "upload"):
@@ -2831,7 +2834,7 @@ class Service:
 
     @cached_property
     def description(self) -> str:
-        """The description of the API as JSON; a server that nobody asks for it does not make it."""
+        """The description of the API as JSON, made on the first request for it."""
         description = describe_api(self.settings, self.commands, self.sizes)
         return json.dumps(description, separators=(",", ":"))
 
@@ -2856,7 +2859,7 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[dict[str, object]]:
-        """Log the limits and everything that needs the operator's attention."""
+        """Log the limits and what needs the operator's attention; try the tools while the service runs."""
         slots = {"commands": self.limits.commands} if self.commands else {}
         slots |= {"speedtests": self.limits.speedtests} if self.sizes else {}
         log(logging.INFO, "limits", rates=self.rates_text, **slots)
@@ -3102,7 +3105,7 @@ ERRORS = """
     429 Busy Retry-After,{limits} Over the rate limit, or all slots of the client are in use.
     503 Busy Retry-After No free slot or budget, or a tool that is not installed or may not run.
 """
-SERVERS = '"servers":[{{"url":"{}"}}]'  # in the description
+SERVERS = '"servers":[{{"url":"{}"}}]'  # as it stands in the description's JSON
 HEADER_MEANINGS = {"Retry-After": "Seconds to wait before the next try."} | RATE_HEADERS
 
 
@@ -3339,7 +3342,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(GRACE_SECONDS, self.drop)
         await super().shutdown(self.sockets)
         for handler in logging.getLogger().handlers:
-            handler.flush()  # uvicorn raises the signal again, which ends the process at once
+            handler.flush()  # uvicorn then raises the signal again, which ends the process without cleanup
 
     def drop(self) -> None:
         """Abort what is still open: downloads, unread answers, incomplete requests."""
@@ -3417,7 +3420,10 @@ class LogHandler(logging.handlers.QueueHandler):
         threading.Thread(target=self.write, daemon=True).start()
 
     def write(self) -> None:
-        """Write what is logged, past sys.stderr: at its end the process would wait for the lock of that."""
+        """Write the lines to the descriptor of stderr.
+
+        A write through `sys.stderr` that blocks would hold its lock, for which the process waits at exit.
+        """
         while True:
             line = self.lines.get().getMessage()
             with suppress(OSError, AttributeError):  # a full disk, a pipe without a reader, closed
