@@ -354,6 +354,7 @@ class SpawnedServer(Server):
     def stop(self) -> int:
         """The status with which it ends after SIGTERM."""
         self.process.terminate()
+        self.process.send_signal(signal.SIGCONT)  # a failed test may leave it stopped
         return self.process.wait(PATIENCE)
 
     def close(self) -> None:
@@ -836,7 +837,7 @@ no answer yet for icmp_seq=2
 3 packets transmitted, 3 received, +1 duplicates, 0% packet loss, time 2003ms
 rtt min/avg/max/mdev = 1.000/335.333/1003.000/472.0 ms, pipe 2
 """,
-    # its process was killed before it could sum up, and it did not say that 3 to 5 were lost
+    # killed before it printed its summary, and before it printed that 3 to 5 were lost
     "ping, cut off": """\
 64 bytes from 198.51.100.254: icmp_seq=1 ttl=60 time=1.00 ms
 no answer yet for icmp_seq=2
@@ -1164,7 +1165,7 @@ def test_several_routers_of_a_traceroute_hop_are_its_addresses_with_their_names(
     assert second["hostnames"] == [None, "r2.lg.example"]
 
 
-CARRIED = {  # the lines that need no note, since other events carry them or they say nothing
+CARRIED = {  # the lines that need no note: other events carry them, or they are headings
     "ping": r"|PING .+|--- .+ ping statistics ---|(\[[\d.]+\] )?no answer yet for icmp_seq=\d+"
     r"|(\[[\d.]+\] )?\d+ bytes from \S+( \S+)?: icmp_seq=\d+ ttl=\d+ time=\d{1,9}(\.\d+)? ms",
     "traceroute": r"|traceroute to .+ packets"
@@ -3914,7 +3915,7 @@ def test_place_itself_stands_once_among_the_places(
 
 
 def requests_of(page: Page) -> list[str]:
-    """Grows by the address of each request of a page from now on."""
+    """A list to which the URL of each further request of a page is added."""
     asked: list[str] = []
     page.on("request", lambda request: asked.extend(re.findall("^http.*", request.url)))
     return asked
@@ -6230,7 +6231,7 @@ Reply = tuple[bytes, bool]  # the answers, and whether the connection was closed
 
 
 class Asking:
-    """A connection to one of the rivals, and what has come on it."""
+    """A connection to one of the two servers that are compared, and what has been received on it."""
 
     # Ours answers in JSON, as every error here; h11 frames stock's text by what it could parse.
     REFUSED = re.compile(
@@ -6248,7 +6249,7 @@ class Asking:
             self.connection.sendall(piece)
 
     def reply(self) -> Reply:
-        """What has come by now."""
+        """What has been received so far."""
         with contextlib.suppress(BlockingIOError):  # more may come
             with contextlib.suppress(ConnectionError):
                 while chunk := self.connection.recv(65536):
@@ -6259,7 +6260,7 @@ class Asking:
 
 
 async def replies(rivals: list[Asking], pieces: list[list[bytes]]) -> list[Reply]:
-    """What each answers to its pieces: the same, or what has come after two seconds."""
+    """The replies of both servers to their pieces, as soon as they are the same, or after two seconds."""
 
     async def read() -> list[Reply]:
         for _ in range(15):  # the servers read, and answer

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, cast
 import httpx
 from playwright.sync_api import Browser, Page
 
-PATIENCE = 30.0  # seconds for what must come; these machines can be slow
+PATIENCE = 30.0  # seconds that a test waits for a condition; machines can be slow
 
 
 def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
@@ -38,7 +38,7 @@ def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
 
 
 def random_port() -> int:
-    """Below those that the system gives to outgoing connections; a browser's namespace has few others."""
+    """A port below the ephemeral range; few others are in use in a browser's namespace."""
     return 10_000 + secrets.randbelow(20_000)
 
 
@@ -99,7 +99,7 @@ class Engine:
         until(lambda: self.js(f"!!({expression})"))
 
     def text(self, selector: str) -> str:
-        """The text of an element; none where there is no such element."""
+        """The text of an element, empty if there is no such element."""
         text: str = self.js(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''")
         return text.replace("\xa0", " ")
 
