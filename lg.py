@@ -1892,13 +1892,10 @@ class UnreadOutput:
         waiting: asyncio.Queue[Any] = asyncio.Queue()
 
         async def run() -> None:
-            try:
-                async for chunk in steps:
-                    waiting.put_nowait(chunk)
-                    self.add(give_way, len(chunk))
-                    await asyncio.sleep(0)  # other requests go on although the tool writes fast
-            finally:
-                waiting.put_nowait(None)
+            async for chunk in steps:
+                waiting.put_nowait(chunk)
+                self.add(give_way, len(chunk))
+                await asyncio.sleep(0)  # other requests go on although the tool writes fast
 
         async def pieces() -> AsyncGenerator[bytes]:
             while (chunk := await waiting.get()) is not None:
@@ -1911,6 +1908,7 @@ class UnreadOutput:
             headers: Any = await anext(steps)
             self.sizes[give_way] = 0
             task = asyncio.create_task(run())
+            task.add_done_callback(lambda _: waiting.put_nowait(None))
             try:
                 yield headers, pieces()
                 await task
@@ -1918,6 +1916,8 @@ class UnreadOutput:
                 self.sizes.pop(give_way, None)
                 task.cancel()
                 await asyncio.wait((task,))
+                while not waiting.empty():  # the traceback of an answer that is broken off would keep it
+                    waiting.get_nowait()
 
 
 def has_reply(event: Mapping[str, Any]) -> bool:

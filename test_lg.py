@@ -6082,7 +6082,7 @@ def test_unread_runs_are_bounded_in_memory(serve: Start) -> None:
     for _ in range(24):
         held.append(server.begin("flood", receive_bytes=4096))
         until(lambda: server.log.count("outcome=") == len(held))
-    assert resident(server.process.pid) - before < 200  # 32 MiB, in pieces between which others were freed
+    assert resident(server.process.pid) - before < 100  # 32 MiB, and up to 16 of the run in progress
 
 
 # What is logged, and what is answered.
