@@ -2233,7 +2233,8 @@ class Exchange:
         }
 
     async def receive(self) -> Message:
-        if self.http.they_are_waiting_for_100_continue and self.to_come == self.length:
+        unread = self.to_come == self.length
+        if self.http.they_are_waiting_for_100_continue and unread and not self.gone:
             self.write(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
         await self.receivable.wait()
         if self.gone or self.ended:

@@ -6109,6 +6109,9 @@ MALFORMED = {
         "POST /lookingglass/ping", CHUNKED, f"Content-Length: {5 + len(HEALTH)}", body=b"0\r\n\r\n" + HEALTH
     ),
     "a bad chunk": request_to("POST /lookingglass/ping", CHUNKED, body=b"ZZ\r\n"),
+    "a bad chunk from a client that does not wait": request_to(
+        "POST /lookingglass/ping", CHUNKED, "Expect: 100-continue", body=b"ZZ\r\n"
+    ),
     "a bad chunk that nobody needs": request_to("POST /health", CHUNKED, body=b"ZZ\r\n"),
     "an unknown coding": request_to("POST /health", "Transfer-Encoding: gzip"),
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100),
