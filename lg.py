@@ -3006,7 +3006,7 @@ class Service:
 
     async def answer_unrouted(self, request: Request, error: HTTPException) -> Response:
         """The router's 404 and 405; redirects a path with a slash at its end to the one without."""
-        path, query = request.scope["path"].removesuffix("/"), request.url.query
+        path, query = request.scope["path"].removesuffix("/"), request.scope["query_string"].decode()
         paths = {route.path for route in request.app.routes}
         if error.status_code == 404 and path != request.scope["path"] and path in paths:
             location = f"../{path.rpartition('/')[2]}" + (f"?{query}" if query else "")

@@ -6123,6 +6123,7 @@ UNUSUAL = {  # with the status of the answer
     "a long path": (404, request_to("GET /" + "x" * 16000)),
     "a path that is not UTF-8": (404, request_to("GET /%ff%fe")),
     "a URL": (200, b"GET HTTP://other:80/health?a=b HTTP/1.1\r\nHost: lg\r\n\r\n"),
+    "half an IPv6 address for a host": (404, b"GET x://[ HTTP/1.1\r\nHost: [\r\n\r\n"),
     "CONNECT": (404, b"CONNECT lg:443 HTTP/1.1\r\nHost: lg\r\n\r\n"),
     "HTTP/1.0": (200, b"GET /health HTTP/1.0\r\n\r\n"),
     "HTTP/1.0, a stream": (200, PING.replace(b"HTTP/1.1\r\nHost: lg", b"HTTP/1.0")),
