@@ -450,7 +450,7 @@ def validation_error(
 ) -> RequestError:
     """422 for the field `target`, in FastAPI's shape; `message` tells a person what to do."""
     try:
-        JSONResponse(value)
+        JSONResponse([[[[[[[[value]]]]]]]])  # it stands less deep in the answer
     except (ValueError, RecursionError):  # what the client sent cannot be echoed
         value = None
     error = {"type": kind, "loc": ["body", "target"], "msg": message, "input": value}
