@@ -3383,7 +3383,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Sockets for the addresses of `host`, or where it is empty for all, IPv4 and IPv6. Raises OSError."""
     sockets = []
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    for family, *_, address in found:
+    for family, *_, address in dict.fromkeys(found):  # /etc/hosts may have one twice
         try:
             listening = socket.create_server(address, family=family)
         except OSError as error:

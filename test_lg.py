@@ -4586,6 +4586,13 @@ def test_connections_have_their_socket_options() -> None:
         assert {option: accepted.getsockopt(socket.IPPROTO_TCP, option) for option in wanted} == wanted
 
 
+def test_address_that_a_name_has_twice_is_listened_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found * 2)
+    (listening,) = lg.listen("twice.example", 0)
+    listening.close()
+
+
 def test_host_is_the_only_address_that_is_listened_on(serve: Start) -> None:
     server = serve(HOST="127.0.0.1")
     with socket.socket() as ipv4, socket.socket(socket.AF_INET6) as ipv6:
