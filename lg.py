@@ -1650,13 +1650,14 @@ POLL_SECONDS = 0.05  # how often a tool is looked at where the kernel cannot tel
 GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT, and for what is killed to end
 TRIAL_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
 TRIAL_REPEAT_SECONDS = 60
+LOGGED_CHARS = 1000  # of what a tool printed in its trial
 TRIAL_MESSAGES: dict[ToolState, str] = {
     "ok": "A tool works again",
     "forbidden": "A tool lacks the permission to send: grant NET_RAW or widen net.ipv4.ping_group_range",
     "failing": "A tool fails on loopback",
 }
 # Errors of ping and traceroute, and of mtr, whose mtr-packet does the sending.
-DENIED = re.compile(r"(?i).*(?:permission denied|not permitted|privilege|failure to start mtr-packet).*")
+DENIED = re.compile("(?i)permission denied|not permitted|privilege|failure to start mtr-packet")
 
 Stream = tuple[Headers, AsyncGenerator[bytes]]  # the headers of a rate limit, and a body
 Steps = AsyncGenerator[Headers | bytes]  # the same, one after the other
@@ -2027,12 +2028,13 @@ class Runner:
             return  # missing is not failing
         except OSError as failure:  # its file has capabilities that this process may not have
             error = str(failure)
-        denied = DENIED.search(error)
+        lines = error.split("\n")
+        denied = next(filter(DENIED.search, lines), "")
         state: ToolState = "forbidden" if denied else "failing" if error else "ok"
         before, self.tools.states[command.tool] = self.tools.states.get(command.tool, "ok"), state
-        if state != before:
-            last = denied[0] if denied else error.rpartition("\n")[2]
-            log(logging.WARNING, TRIAL_MESSAGES[state], tool=command.tool, error=last or None)
+        if state != before and not self.limits.commands.stopping.is_set():
+            told = (denied or lines[-1])[:LOGGED_CHARS] or None
+            log(logging.WARNING, TRIAL_MESSAGES[state], tool=command.tool, error=told)
 
     async def trial_error(self, command: Command) -> str:
         """What a tool that does not measure loopback printed, or how it ended; empty where it measures it.

@@ -2622,6 +2622,7 @@ FAILING = "#!/bin/sh\necho odd; exit 2\n"
         ("ping", "echo ping: not permitted >&2; exit 2", "forbidden", "ping: not permitted"),
         ("mtr", "echo mtr: Failure to start mtr-packet", "forbidden", "mtr: Failure to start mtr-packet"),
         ("mtr", "echo odd; echo mtr: mtr should not run suid", "failing", "mtr: mtr should not run suid"),
+        ("ping", "printf 'a %0100000d' 0; exit 2", "failing", "a " + "0" * 998),  # takes no long search
         ("ping", "exit 0", "failing", "exit status 0, and no reply from 127.0.0.1"),
         ("mtr", "exec sleep 1000", "failing", "stopped after 3 s"),
     ],
@@ -6964,6 +6965,13 @@ def test_tools_that_are_tried_at_the_start_leave_no_process(serve: Start) -> Non
     until(lambda: running(f"{server.folder}/bin/"))
     until(lambda: health(server).get("failing") == ["mtr", "ping", "traceroute"])
     until(server.idle, SOON)
+
+
+def test_trial_that_a_stop_ends_is_no_fault(serve: Start) -> None:
+    server = serve(tools=every_tool(SILENT), trials=True, constants={"TRIAL_SECONDS": 60}, spawned=False)
+    until(lambda: running(f"{server.folder}/bin/"))
+    server.close()
+    assert "level=warning" not in server.log
 
 
 def test_systemd_is_told_once_the_service_listens(serve: Start, tmp_path: Path) -> None:
