@@ -1684,11 +1684,19 @@ async def interruptible(quietly: bool = False) -> AsyncIterator[Callable[[], Non
             raise TransferAborted from None
 
 
+async def complete(task: asyncio.Task[None]) -> None:
+    """Wait until a task has ended, also where this is cancelled meanwhile."""
+    try:
+        await asyncio.wait((task,))
+    finally:
+        await asyncio.wait((task,))
+
+
 def session_groups(leader: int) -> set[int]:
     """The process groups of a session that have living members, its leader and zombies excepted."""
     groups = set()
     pids = [int(each.name) for each in os.scandir("/proc") if each.name.isdigit()]
-    for pid in sorted(pids, reverse=True):  # the youngest first: one that forks and exits is soon gone
+    for pid in sorted(pids, reverse=True):  # the youngest first: a process may fork and exit now
         with suppress(OSError):  # it has ended
             if os.getsid(pid) == leader != pid:
                 stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -1735,17 +1743,15 @@ class Process:
         self.timer.cancel()
         self.loop.remove_reader(self.pipe.fileno())
         self.pipe.close()
-        ending = asyncio.create_task(self.end())
-        try:
-            await asyncio.shield(ending)
-        finally:  # a run that is cancelled here gives back its slot after its processes too
-            await asyncio.wait((ending,))
+        await complete(ending := asyncio.create_task(self.end()))  # the slot is held until then
+        ending.result()
 
     async def end(self) -> None:
         """Kill every process of the session, and reap the tool.
 
         The tool is reaped last, since until then no new session can get its number. Whole groups are killed:
-        a process found in one may have forked and exited by then. This ends after GRACE_SECONDS at most.
+        a process found in one may have forked and exited by then. This takes GRACE_SECONDS at most after the
+        tool has ended, which is at once, unless it runs as another user whom we may not signal.
         """
         self.signal(signal.SIGKILL)
         await self.waiter
@@ -1757,12 +1763,12 @@ class Process:
         self.status = self.tool.wait()
 
     async def wait(self) -> None:
-        """Wait until the tool has ended. Not reaped yet, it keeps the number of its group and session."""
+        """Wait until the tool has ended. It is not reaped here: no other process gets its number."""
         with suppress(OSError, AttributeError):  # an old kernel or Python, a filter, no descriptor left
             pidfd = os.pidfd_open(self.tool.pid)
             ended = asyncio.Event()
-            self.loop.add_reader(pidfd, ended.set)
             try:
+                self.loop.add_reader(pidfd, ended.set)
                 await ended.wait()
             finally:
                 self.loop.remove_reader(pidfd)
@@ -1915,10 +1921,10 @@ class UnreadOutput:
                 await task
             finally:
                 self.sizes.pop(give_way, None)
-                task.cancel()
-                await asyncio.wait((task,))
                 while not waiting.empty():  # the traceback of an answer that is broken off would keep it
                     waiting.get_nowait()
+                task.cancel()
+                await complete(task)
 
 
 def has_reply(event: Mapping[str, Any]) -> bool:

@@ -6086,6 +6086,29 @@ def test_answer_with_most_unread_output_gives_way() -> None:
     assert (first, type(most), last) == (12, lg.TransferAborted, 10)
 
 
+def test_run_whose_client_leaves_while_it_gives_way_ends_first() -> None:
+    ended = []
+
+    async def steps() -> AsyncGenerator[lg.Headers | bytes]:
+        yield {}
+        yield bytes(lg.UNREAD_BYTES + 1)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.1)  # its processes end
+            ended.append(True)
+
+    async def read() -> None:
+        async with lg.interruptible(quietly=True) as leave, lg.UnreadOutput().run_ahead(steps()):
+            try:
+                await asyncio.sleep(PATIENCE)  # it gives way
+            finally:
+                asyncio.get_running_loop().call_later(0.05, leave)
+
+    outcome(read())
+    assert ended
+
+
 def test_unread_runs_are_bounded_in_memory(serve: Start) -> None:
     """Of 1 MiB, the kernel takes most: so each writes 16 MiB. Without the bound, these take 300 MiB."""
     extra = json.dumps({"flood": f"yes {{address}} {'x' * 500}"})
