@@ -3548,8 +3548,8 @@ def page_tools(commands: Mapping[str, Command], sizes: Mapping[str, Size]) -> li
     tools: dict[str, dict[str, Any]] = {}
     for command in commands.values():
         name, argv = command.base_name, command.argv
-        drawn = command.tool in TITLES and (command.tool != "mtr" or "--raw" in argv)
-        probes = int(argv[argv.index("-c") + 1]) if drawn and "-c" in argv[:-1] else 10
+        drawn, count = parser_for(command) is not OutputParser, re.search(r" -c ?(\d{1,9})\b", " ".join(argv))
+        probes = int(count[1]) if drawn and count else 10
         title, kind = TITLES.get(name, name.upper()), command.tool if drawn else "text"
         tab = {"id": name, "title": title, "kind": kind, "tool": argv[0], "probes": probes, "versions": []}
         tools.setdefault(name, tab)["versions"].append(command.version)

@@ -4664,7 +4664,7 @@ def test_commands_offers_built_in_and_extra_ones_by_name(offered: str, extra: st
 
 
 def test_replaced_command_is_not_tried_on_loopback() -> None:
-    settings = lg.load_settings({"EXTRA_COMMANDS": '{"ping": "ping -I eth1 {address}"}'})
+    settings = lg.load_settings({"EXTRA_COMMANDS": '{"ping": "ping -I eth1 -c none {address}"}'})
     assert set(lg.Service(settings).tools.trials) == {"traceroute", "mtr"}
 
 
