@@ -329,9 +329,6 @@ class Settings:
     PATH: str = setting(os.defpath, plain_text)  # where the tools are, as for every program
 
 
-SETTING_NAMES = [row.name for row in fields(Settings)]
-
-
 def read_env_file() -> Mapping[str, str | None]:
     """The settings in the `.env` file beside this module, if there is one. Raises SettingsError."""
     path = Path(__file__).with_name(".env")
@@ -368,14 +365,6 @@ def load_settings(environment: Mapping[str, str | None] | None = None) -> Settin
                 raise SettingsError(str(error), **{row.name: value}) from None
             values[row.name] = parse(default)
     return Settings(**values)
-
-
-def unknown_settings(names: Iterable[str]) -> Iterator[str]:
-    """A line for each name that is no setting, with the setting nearest to it."""
-    for name in names:
-        if name not in SETTING_NAMES:
-            nearest = get_close_matches(name.upper(), SETTING_NAMES, 1, 0.8)
-            yield f"{name} in .env is not a setting" + "".join(f": did you mean {each}?" for each in nearest)
 
 
 # ---- targets -----------------------------------------------------------------------------------------------
@@ -3463,6 +3452,14 @@ def configure_logging(settings: Settings) -> None:
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
 
 
+def log_unknown_settings() -> None:
+    """Log each name in `.env` that is no setting, with the setting nearest to it."""
+    names = [row.name for row in fields(Settings)]
+    for unknown in sorted(read_env_file().keys() - names):
+        nearest = next(iter(get_close_matches(unknown.upper(), names, 1, 0.8)), None)
+        log(logging.WARNING, "A name in .env is not a setting", name=unknown, nearest=nearest)
+
+
 def serve(settings: Settings) -> None:
     configure_logging(settings)
     try:
@@ -3475,8 +3472,7 @@ def serve(settings: Settings) -> None:
     place = {"location": settings.NETWORK_LOCATION, "facility": settings.NETWORK_FACILITY}
     host = f"[{settings.HOST}]" if ":" in settings.HOST else settings.HOST or "*"
     log(logging.INFO, "started", version=VERSION, **place, listening=f"{host}:{settings.PORT}")
-    for line in unknown_settings(read_env_file()):
-        log(logging.WARNING, line)
+    log_unknown_settings()
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal ends the commands too
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     with suppress(KeyboardInterrupt):
@@ -3487,8 +3483,7 @@ def check(settings: Settings) -> None:
     """Print what a start with these settings would warn of; a shared store is not asked."""
     logging.basicConfig(stream=sys.stdout, format="%(levelname)s: %(message)s", level=logging.WARNING)
     service = Service(settings)
-    for line in unknown_settings(read_env_file()):
-        log(logging.WARNING, line)
+    log_unknown_settings()
     service.log_warnings()
     asyncio.run(service.runner.try_tools())
     print("lg.py: these settings can be used")
