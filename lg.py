@@ -887,16 +887,12 @@ class Command(NamedTuple):
     name: str
     argv: tuple[str, ...]  # {address} stands for the target's
     version: int  # of IP
+    base_name: str  # the one for IPv4
     twin: str = ""  # the same command for the other IP version, "" where that is not offered
 
     @property
     def tool(self) -> str:
         return Path(self.argv[0]).name
-
-    @property
-    def base_name(self) -> str:
-        """The name that it shares with its twin."""
-        return self.name.removesuffix("6") if self.version == 6 else self.name
 
     def argv_for(self, address: IPAddress | str) -> list[str]:
         return [word.replace("{address}", str(address)) for word in self.argv]
@@ -916,7 +912,7 @@ def make_commands(settings: Settings) -> dict[str, Command]:
         for name, other, version in ((base, f"{base}6", 4), (f"{base}6", base, 6)):
             if name in offered:
                 argv = tuple(word.replace("{version}", str(version)) for word in line)
-                commands[name] = Command(name, argv, version, other if other in offered else "")
+                commands[name] = Command(name, argv, version, base, other if other in offered else "")
     return commands
 
 
@@ -1169,18 +1165,18 @@ class AsnDatabase:
     """The autonomous systems of addresses, from a file in MaxMind's format, which is mapped into memory."""
 
     def __init__(self, path: str) -> None:
-        """Raises ValueError if the file, or the package for it, cannot be used."""
+        """Raises SettingsError if the file, or the package for it, cannot be used."""
         try:
             import maxminddb
         except ImportError:
-            raise ValueError("install the package maxminddb") from None
+            raise SettingsError("install the package maxminddb", ASN_DATABASE=path) from None
         try:
             reader = maxminddb.open_database(path)
             if not any(autonomous_system(record).asn for _, record in islice(reader, 1000)):
                 raise ValueError("no AS numbers in it")
         except (OSError, ValueError, maxminddb.InvalidDatabaseError) as error:
             expected = "expected a database of AS numbers in MaxMind's format (.mmdb), such as GeoLite2-ASN"
-            raise ValueError(f"{expected}: {error}") from None
+            raise SettingsError(f"{expected}: {error}", ASN_DATABASE=path) from None
         self.record = lru_cache(1000)(reader.get)
 
     def find(self, address: str | None) -> AutonomousSystem:
@@ -1361,16 +1357,13 @@ class TracerouteParser(OutputParser):
         self.hops: list[TracerouteHopEvent] = []
 
     def parse_line(self, line: str) -> Iterator[Event]:
-        match = self.HOP.fullmatch(line)
-        if not match:
-            if not self.BANNER.fullmatch(line):
-                yield note(line)
-            return
-        probes, names, complete = self.parse_probes(match[2])
-        timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
-        common = self.make_hop_event(int(match[1]), next(iter(names), None), names)
-        self.hops.append({**common, "timings": timings, "probes": probes})
-        yield self.hops[-1]
+        complete = bool(self.BANNER.fullmatch(line))
+        if match := self.HOP.fullmatch(line):
+            probes, names, complete = self.parse_probes(match[2])
+            timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
+            common = self.make_hop_event(int(match[1]), next(iter(names), None), names)
+            self.hops.append({**common, "timings": timings, "probes": probes})
+            yield self.hops[-1]
         if not complete:
             yield note(line)
 
@@ -1830,9 +1823,6 @@ class Transcript:
         }
         return self.encode(text.encode(), [event])
 
-    def output(self, chunk: bytes) -> bytes:
-        return self.encode(*self.parser.feed(chunk))
-
     def fault(self, process: Process) -> str:
         """What went wrong in a run that has ended; "" if nothing did."""
         if process.stopped:
@@ -1929,10 +1919,7 @@ class Runner:
         self.settings, self.limits, self.targets, self.tools = settings, limits, targets, tools
         self.processes: set[Process] = set()
         self.unread = UnreadOutput()
-        try:
-            self.asn_database = AsnDatabase(settings.ASN_DATABASE) if settings.ASN_DATABASE else None
-        except ValueError as error:
-            raise SettingsError(str(error), ASN_DATABASE=settings.ASN_DATABASE) from None
+        self.asn_database = AsnDatabase(settings.ASN_DATABASE) if settings.ASN_DATABASE else None
 
     async def measure(self, command: Command, target: Target, client: Client, as_events: bool) -> Steps:
         """Run a command: yields the headers of its rate limit, then what the client reads.
@@ -1957,7 +1944,7 @@ class Runner:
                     yield transcript.start()
                     async with aclosing(process.output()) as chunks:
                         async for chunk in chunks:
-                            yield transcript.output(chunk)
+                            yield transcript.encode(*parser.feed(chunk))
                 fault = transcript.fault(process)
                 outcome = fault or "finished"
             except Exception as error:

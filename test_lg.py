@@ -991,7 +991,7 @@ RECORDED["mtr, nothing answers"] = mtr_raw(*probes_of("", 1, [0] * 5))
 
 
 def parser_of(command: str, address: str = "", database: lg.AsnDatabase | None = None) -> lg.OutputParser:
-    command_line = COMMANDS.get(command, lg.Command(command, (command,), 4))
+    command_line = COMMANDS.get(command, lg.Command(command, (command,), 4, command))
     address = address or (TARGET6 if command_line.version == 6 else TARGET4)
     return lg.parser_for(command_line)(ipaddress.ip_address(address), database)
 
@@ -1369,7 +1369,7 @@ def test_each_line_of_another_tool_is_a_note() -> None:
     ],
 )
 def test_the_parser_is_chosen_by_the_tool(argv: str, parser: type[lg.OutputParser]) -> None:
-    assert lg.parser_for(lg.Command("name", tuple(argv.split()), 4)) is parser
+    assert lg.parser_for(lg.Command("name", tuple(argv.split()), 4, "name")) is parser
 
 
 PATTERNS = [
