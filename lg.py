@@ -540,7 +540,7 @@ class Threads:
         if len(self.running) >= limit:
             raise RuntimeError("too many threads")
         outcome: Future[T] = Future()
-        outcome.set_running_or_notify_cancel()  # so that nothing but the thread completes it
+        outcome.set_running_or_notify_cancel()  # from here on, cancelling has no effect on it
 
         def work() -> None:
             try:
@@ -576,10 +576,10 @@ class Targets:
             return False
         return is_public(address) or is_in(address, self.allow)
 
-    async def resolve(self, target: Target, version: int, hint: str) -> IPAddress:
+    async def resolve(self, target: Target, version: int, advice: str) -> IPAddress:
         """The address to measure: of a name, the first of this version that is allowed. Raises RequestError.
 
-        `hint` tells the client what to do about a name without such an address.
+        `advice` tells the client what to do about a name without such an address.
         """
         if not isinstance(target, str):
             if self.is_allowed(target):
@@ -603,7 +603,7 @@ class Targets:
             if self.is_allowed(address):
                 return address
         # The same message for both cases: otherwise anyone could find out which internal names exist.
-        message = f"{target} has no IPv{version} address that may be measured here: {hint}"
+        message = f"{target} has no IPv{version} address that may be measured here: {advice}"
         raise validation_error(message, target, reason="target")
 
 
@@ -1642,7 +1642,7 @@ TRIAL_MESSAGES: dict[ToolState, str] = {
 DENIED = re.compile("(?i)permission denied|not permitted|privilege|failure to start mtr-packet")
 
 Stream = tuple[Headers, AsyncGenerator[bytes]]  # the headers of a rate limit, and a body
-Steps = AsyncGenerator[Headers | bytes]  # the same, one after the other
+Steps = AsyncGenerator[Headers | bytes]  # the headers first, then pieces of the body
 StreamSource = AbstractAsyncContextManager[Stream]
 
 
@@ -1933,8 +1933,8 @@ class Runner:
             try:
                 if isinstance(target, str):
                     await rate_limits.check(self.settings.RATE_LIMIT_LOOKUPS, "lookup", client, consume=True)
-                hint = f"check the name, or use {command.twin}" if command.twin else "check the name"
-                address = await self.targets.resolve(target, command.version, hint)
+                advice = f"check the name, or use {command.twin}" if command.twin else "check the name"
+                address = await self.targets.resolve(target, command.version, advice)
                 async with self.start(command, address) as process:
                     # Counted only now: a request that starts no tool costs nothing of this limit.
                     headers = await rate_limits.check(rates, command.name, client, consume=True)
@@ -2114,9 +2114,9 @@ class Proxies:
         That is the rightmost address of X-Forwarded-For that is not a trusted proxy's: the client can forge
         everything to the left of it. X-Real-IP counts where there is no X-Forwarded-For.
         """
-        peer = peer_address(request)
-        forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
-        if not (forwarded := forwarded or request.headers.get("x-real-ip", "")):
+        peer, headers = peer_address(request), request.headers
+        forwarded = ",".join(headers.getlist("x-forwarded-for")) or headers.get("x-real-ip", "")
+        if not forwarded:
             return Client(peer)
         addresses = map(parse_forwarded, reversed(forwarded.split(",")[-FORWARDED_HOPS:]))
         if self.is_trusted(peer):
@@ -2242,7 +2242,7 @@ class Exchange:
                 self.connection.reset()
         except Exception:
             logger.exception(logfmt(msg="An answer failed", path=self.request.target.decode()))
-        if not (self.ended or self.gone):  # who is gone has been closed, or has been refused and lingers
+        if not (self.ended or self.gone):  # of who is gone, the connection is closed or soon will be
             self.connection.transport.close()
 
     async def send(self, message: Message) -> None:
@@ -2250,7 +2250,7 @@ class Exchange:
             return
         if message["type"] == "http.response.start":
             headers = [*self.connection.server_state.default_headers, *message["headers"]]
-            # The client's system could throw away an answer that is followed by a reset (RFC 9112, 9.6).
+            # If the body is still coming, the connection closes: see linger.
             headers += [] if self.complete else [CLOSE]
             status = HTTPStatus(message["status"])
             response = h11.Response(status_code=status, headers=headers, reason=status.phrase)
@@ -2346,9 +2346,9 @@ class Connection(asyncio.BufferedProtocol):
         self.leave()
 
     def eof_received(self) -> None:
-        """Treat a half-closed connection as closed: to the receiver, both look the same."""
+        """Take it that the client has left: one that has only finished sending looks the same from here."""
         self.leave()
-        if self.exchange and not self.exchange.ended:  # a slow reader could keep it open
+        if self.exchange and not self.exchange.ended:  # closing would wait for a slow reader
             self.transport.abort()
 
     def pause_writing(self) -> None:
@@ -2416,7 +2416,7 @@ class Connection(asyncio.BufferedProtocol):
         self.unparsed.clear()
         self.exchange = exchange = Exchange(self, header)
         self.timer.cancel()
-        if exchange.complete or exchange.length > BODY_BYTES:  # an incomplete small request still waits
+        if exchange.complete or exchange.length > BODY_BYTES:  # without all of a small body it still waits
             self.connections.waiting.pop(self, None)
         task = self.loop.create_task(exchange.run())
         self.server_state.tasks.add(task)
@@ -3422,7 +3422,7 @@ class LogHandler(logging.handlers.QueueHandler):
             log(logging.WARNING, "log lines dropped", lines=dropped)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        self.dropped += 1  # the queue is full
+        self.dropped += 1  # almost always since the queue is full
 
     def flush(self) -> None:
         """Wait a moment for what is still to be written."""
