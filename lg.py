@@ -12,6 +12,7 @@ endpoints, OpenAPI, routes, serving, the page. Where to look first:
   connections, speed tests and serving. Those that an operator may change are in `Settings`.
 - A command is a row of `BUILT_IN` or of the setting EXTRA_COMMANDS. New output needs a parser (`parser_for`)
   and, for new events, their types in `Event`, an example for the description (`EXAMPLES`) and `has_reply`.
+  A built-in one also has its package in `PACKAGES`, and for the page `TITLES`, `ABOUT` and the script.
 """
 
 from __future__ import annotations

@@ -1956,7 +1956,7 @@ def test_the_text_of_traceroute_stays_its_own(as_database: AsDatabase) -> None:
 
 def test_an_as_database_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "maxminddb", None)
-    with pytest.raises(ValueError, match="install the package maxminddb"):
+    with pytest.raises(lg.SettingsError, match="mmdb' cannot be used: install the package maxminddb"):
         lg.AsnDatabase("asn.mmdb")
 
 
