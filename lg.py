@@ -4426,7 +4426,7 @@ function drawPlace({info = {}, name}) {
 	const tests = addresses.map((address) => copyButton(address, "copy", () => address))
 	const where = [anchor(info.facility, info.facility_url), info.map_url && anchor("Map", info.map_url)]
 	const about = h("div.row.dim", where, tests[0] && h("span.row.end", "Test addresses", tests))
-	fill($("place"), h("h1", info.location ?? name), about)
+	fill($("place"), h("h1", info.location || name), about)
 }
 
 function drawChoices() {
@@ -4535,7 +4535,8 @@ async function begin(asked) {
 
 async function check(place) {
 	const [health, info] = await Promise.all(["health", "network/info"].map((path) => ask(place, path))).catch(() => [])
-	Object.assign(place, {health, info: info ?? place.info, down: !info})
+	const known = Object.entries(info ?? place.info ?? {}).map(([key, value]) => [key, text(value)])
+	Object.assign(place, {health, info: Object.fromEntries(known), down: !info})
 	update()
 }
 

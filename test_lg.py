@@ -4377,6 +4377,18 @@ null
 """
 
 
+def test_facts_of_another_place_are_texts(visit: Visit, stand_ins: Server) -> None:
+    """The page's elements are described by objects; those of a place are none of them."""
+    page = visit(stand_ins, "?command=ping")
+    link = {"tag": "a", "set": {"href": "https://evil.example", "onclick": "owned"}, "content": ["owned"]}
+    facts = ["location", "facility", "facility_url", "map_url", "looking_glass_ipv4", "looking_glass_ipv6"]
+    info = dict.fromkeys(facts, link) | {"your_ip": "192.0.2.7"}
+    page.route("**/network/info", answering(json.dumps(info)))
+    page.evaluate("PLACES.forEach(check)")
+    until(lambda: "192.0.2.7" in page.inner_text("#form"))
+    assert page.inner_text("#place") == "Amsterdam"
+
+
 @pytest.mark.parametrize("event", HOSTILE_EVENTS.strip().splitlines())
 @pytest.mark.parametrize("tool", ["ping", "mtr"])
 def test_malformed_event_of_another_place_does_no_harm(
