@@ -974,6 +974,7 @@ class Tools:
 
 LINE_BYTES = 4096  # of a line that is not complete; what is longer is parsed in pieces
 MAX_LOSSES = 1000  # of those that only ping's summary tells of
+MAX_HOPS = 255  # of a traceroute; further lines are notes
 MAX_ROUTERS = 128  # of one hop, as in mtr
 
 # A tool's output becomes events as it comes, and one result at the end. The OpenAPI schemas are made from
@@ -1351,7 +1352,7 @@ class TracerouteParser(OutputParser):
         r"|(?:(?P<name>\S+) \()?(?P<address>\d+(?:\.\d+){3}|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)(?:%\S+?)?"
         r"(?(name)\)|))(?!\S)"
     )
-    BANNER = re.compile(r"|traceroute to .+ hops max, .+ byte packets")
+    BANNER = re.compile(r"|traceroute to \S+ \(\S+\), +\d+ hops max, +\d+ byte packets")
 
     def __init__(self, address: IPAddress, asn_database: AsnDatabase | None) -> None:
         super().__init__(address, asn_database)
@@ -1359,7 +1360,7 @@ class TracerouteParser(OutputParser):
 
     def parse_line(self, line: str) -> Iterator[Event]:
         complete = bool(self.BANNER.fullmatch(line))
-        if match := self.HOP.fullmatch(line):
+        if len(self.hops) < MAX_HOPS and (match := self.HOP.fullmatch(line)):
             probes, names, complete = self.parse_probes(match[2])
             timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
             common = self.make_hop_event(int(match[1]), next(iter(names), None), names)
@@ -1628,7 +1629,7 @@ def parser_for(command: Command) -> type[OutputParser]:
 OUTPUT_BYTES = 2**20  # what one command may write
 UNREAD_BYTES = 2**25  # what may wait for all clients to read it
 PIECE_BYTES = 2**16  # sent at a time, so that a connection buffers no more
-READ_BYTES = 2**16  # the capacity of a pipe
+READ_BYTES = 2**12  # parsed at a time: a line may take 28 times its bytes as an event, and 10 µs
 POLL_SECONDS = 0.05  # how often a tool is looked at where the kernel cannot tell that it has ended
 GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT, and for what is killed to end
 TRIAL_SECONDS = 3  # a tool without permission ends long before, on a busy machine too

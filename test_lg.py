@@ -1464,6 +1464,22 @@ def test_parsing_a_line_takes_constant_time(name: str) -> None:
     assert seconds(2**19) < 8 * seconds(2**17)  # 4 times; 16 where a line takes as long as there were lines
 
 
+def test_traceroute_has_255_hops_at_most() -> None:
+    parsed = parse_output("traceroute", b" 1  *\n" * 1000)
+    assert (len(parsed.hops), len(parsed.result["hops"]), len(parsed.notes)) == (255, 255, 745)
+
+
+def test_output_is_parsed_4_kib_at_a_time() -> None:
+    """Other requests go on in between: as events, 64 KiB of empty lines took 0.2 s."""
+
+    async def largest() -> int:
+        argv = ("head", "-c", "100000", "/dev/zero")
+        async with lg.Process(argv, {"PATH": os.defpath}, PATIENCE, set()) as process:
+            return max([len(chunk) async for chunk in process.output()])
+
+    assert outcome(largest()) == 4096
+
+
 def test_lines_that_arrive_together_make_one_event_for_a_hop() -> None:
     output = crafted("mtr, names", 2**20)
     assert len(parse_output("mtr", output, piece=2**16).events) <= 16 * 101
