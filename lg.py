@@ -2002,7 +2002,9 @@ class Runner:
     async def try_tools(self) -> None:
         states = self.tools.states
         trials = [trial for tool, trial in self.tools.trials.items() if states.get(tool) != "ok"]
-        await asyncio.gather(*map(self.try_tool, trials))
+        async with asyncio.TaskGroup() as group:  # which waits for all, also where it is cancelled
+            for trial in trials:
+                group.create_task(self.try_tool(trial))
 
     async def try_tool(self, command: Command) -> None:
         """Let a tool measure loopback, and keep and log what is wrong with it."""

@@ -7018,6 +7018,28 @@ def test_tools_that_are_tried_at_the_start_leave_no_process(serve: Start) -> Non
     until(server.idle, SOON)
 
 
+def test_stop_waits_for_all_trials() -> None:
+    """One that takes its time would otherwise be broken off before it has killed its processes."""
+    runner, ended = lg.Service(DEFAULTS).runner, []
+
+    async def try_tool(command: lg.Command) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05 * len(command.tool))
+            ended.append(command.tool)
+
+    async def stop() -> None:
+        with patch.object(runner, "try_tool", try_tool):
+            trials = asyncio.create_task(runner.try_tools())
+            await asyncio.wait((trials,), timeout=0.05)
+            trials.cancel()
+            await asyncio.wait((trials,))
+
+    outcome(stop())
+    assert ended == ["mtr", "ping", "traceroute"]
+
+
 def test_trial_that_a_stop_ends_is_no_fault(serve: Start) -> None:
     server = serve(tools=every_tool(SILENT), trials=True, constants={"TRIAL_SECONDS": 60}, spawned=False)
     until(lambda: running(f"{server.folder}/bin/"))
