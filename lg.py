@@ -131,7 +131,8 @@ class SettingsError(Exception):
     def __init__(self, reason: str, **values: object) -> None:
         named = ", ".join(f"{name}={str(value)!r}" for name, value in values.items())
         line = f"{named} cannot be used: {reason}" if values else reason
-        super().__init__(re.sub("://.*@", "://***@", line))
+        line = re.sub("(?i)password=[^&']*", "password=***", line)
+        super().__init__(re.sub(":/.*@", "://***@", line))
 
 
 def boolean(value: str) -> bool:

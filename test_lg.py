@@ -4570,11 +4570,13 @@ def test_bad_setting_is_named_with_its_value_and_what_was_expected(
         "redis://user:s3cret@pw@127.0.0.1:port",
         "mongodb://user:s3cretpw@127.0.0.1:1",
         "nowhere://:s3cretpw@127.0.0.1",
+        "redis:/:s3cretpw@127.0.0.1:6379",
+        "redis://127.0.0.1:port?password=s3cretpw&db=1",
     ],
 )
 def test_password_in_a_uri_is_not_printed(uri: str) -> None:
     line = settings_error(RATE_LIMIT_STORAGE_URI=uri)
-    assert line.startswith(f"RATE_LIMIT_STORAGE_URI='{uri.partition(':')[0]}://***@127.0.0.1")
+    assert re.match(rf"RATE_LIMIT_STORAGE_URI='{uri.partition(':')[0]}://(\*\*\*@)?127\.0\.0\.1", line)
     assert not re.search("s3|pw", line)
 
 
