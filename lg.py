@@ -199,7 +199,7 @@ def cors_origin(value: str) -> str:
 def rates(value: str) -> Rates:
     with suppress(ValueError):
         parsed = () if value.lower() == "off" else tuple(limits.parse_many(value))
-        if all(rate.amount for rate in parsed):
+        if all(0 < rate.amount < 10**9 and rate.get_expiry() < 10**9 for rate in parsed):
             return parsed
     raise ValueError("expected rates like 2/minute;30/hour, or off")
 
@@ -278,7 +278,7 @@ def setting(default: str, parse: Parser[T]) -> T:
 
 plain_text = matching(USABLE, "UTF-8 text without control characters")
 log_level = matching("(?i)critical|error|warning|info|debug", "critical, error, warning, info or debug")
-texts = comma_separated(plain_text)
+header_tokens = comma_separated(matching("[A-Za-z0-9!#$%&'*+.^_`|~-]+", "names of methods or headers, or *"))
 ip_networks = comma_separated(ip_network)
 http_origins = comma_separated(matching(HTTP_ORIGIN, "origins like https://www.example.com"))
 command_names = comma_separated(matching(r"\*|[A-Za-z0-9-]+", "names of commands, or *"))
@@ -301,8 +301,8 @@ class Settings:
     NETWORK_IPV4: str = setting("", plain_text)
     NETWORK_IPV6: str = setting("", plain_text)
     CORS_ORIGINS: tuple[str, ...] = setting("*", comma_separated(cors_origin))
-    CORS_METHODS: tuple[str, ...] = setting("*", texts)
-    CORS_HEADERS: tuple[str, ...] = setting("*", texts)
+    CORS_METHODS: tuple[str, ...] = setting("*", header_tokens)
+    CORS_HEADERS: tuple[str, ...] = setting("*", header_tokens)
     CORS_CREDENTIALS: bool = setting("false", boolean)
     RATE_LIMIT_DIAGNOSTICS: Rates = setting("2/minute", rates)
     RATE_LIMIT_SPEEDTEST: Rates = setting("2/minute", rates)

@@ -4489,9 +4489,11 @@ CORS_ORIGINS | expected https://www.example.com, as | https://a.example,https://
 CORS_ORIGINS | expected https://www.example.com, as | https://www.example.com:443
 CORS_ORIGINS | expected http://www.example.com, as | http://www.example.com:80
 CORS_ORIGINS | expected https://xn--bcher-kva.example:8443, as | https://bücher.example:8443
+CORS_METHODS | names of methods or headers, or *, not 'é' | GET,é
+CORS_HEADERS | names of methods or headers, or *, not 'X: y' | X: y
 CORS_CREDENTIALS | true or false | perhaps
 RATE_LIMIT_DIAGNOSTICS | rates | often | 0/minute
-RATE_LIMIT_SPEEDTEST | rates | 2/fortnight
+RATE_LIMIT_SPEEDTEST | rates | 2/fortnight | 2/10000000000 minutes | 10000000000/minute
 RATE_LIMIT_SPEEDTEST_10G | rates | -1/minute
 RATE_LIMIT_LOOKUPS | rates | 20
 RATE_LIMIT_EXEMPT | not '192.0.2.0/33' | 192.0.2.0/33
