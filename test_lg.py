@@ -3120,11 +3120,11 @@ def test_rows_grow_and_stay_where_they_are(engine: Engine, stand_ins: Server) ->
 @pytest.mark.parametrize("seconds", [0.1, 0.15, 0.4, 1])
 def test_press_of_any_length_counts(engine: Engine, stand_ins: Server, seconds: float) -> None:
     engine.open(at(stand_ins, "?target=127.0.0.1"))
-    pressed = []
+    pressed, newest = [], "document.querySelector('#results > :first-child circle')"
     for _ in range(2):
         engine.press("#run", seconds)
-        # The result before stands there until this one begins.
-        engine.wait("document.title.startsWith('…') && document.querySelector('#results circle')")
+        # The result before stands there until this one begins, and then below it.
+        engine.wait(f"document.title.startsWith('…') && {newest}")
         engine.press("#run", seconds)
         pressed.append(engine.ended())
     assert pressed == ["10.0 ms, 1 of 3 probes lost"] * 2
