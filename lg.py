@@ -4212,7 +4212,7 @@ function drawStrip(rtts, slots) {
 
 /** The one table, of the hops of a path or of places. A row without probes was silent. */
 function drawTable(at, name, rows, {top, slots}) {
-	const heads = {at, name, range: [h("span", "0"), h("span", ms(top))], strip: "Probes", loss: "Loss"}
+	const heads = {at, name, range: [h("span", "0"), h("span", {key: top}, ms(top))], strip: "Probes", loss: "Loss"}
 	const titles = Object.entries({...heads, median: "Median", best: "Best", worst: "Worst"})
 	const cellsOf = ({at, name, more, bad, rtts, times, lost}) => ({
 		at,

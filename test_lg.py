@@ -4182,6 +4182,14 @@ def test_nothing_shifts_while_results_arrive(
     assert shifts(page) == []
 
 
+def test_scale_that_grows_shifts_nothing(finished: Visit, serve_in_hops: Start) -> None:
+    lines = " 1  198.51.100.2  2.000 ms", " 2  198.51.100.6  30.000 ms", " 3  198.51.100.10  1500.000 ms"
+    script = "#!/bin/sh\n" + "".join(f"echo '{line}'\nsleep 0.3\n" for line in lines)
+    page = finished(serve_in_hops(tools={"traceroute": script}), "?command=traceroute&target=198.51.100.254")
+    assert text(page, "th.range").endswith(" ms")
+    assert shifts(page) == []
+
+
 @pytest.mark.parametrize("width", [320, 1024, 3840])
 def test_nothing_is_wider_than_the_screen(visit: Visit, serve_in_hops: Start, width: int) -> None:
     name = "Amsterdam Science Park, building 2, second floor, next to the stairs"
