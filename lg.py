@@ -4435,7 +4435,6 @@ function drawPlace({info = {}, name}) {
 
 function drawChoices() {
 	const option = (value, label) => h("option", {key: value, value}, label)
-	const options = [option("auto", `Auto (IPv${myVersion()})`), option(4, "IPv4"), option(6, "IPv6")]
 	const named = ({name, down}) => (down ? [h("s", name), h("span.hush", " is down")] : name)
 	const chips = [...PLACES.map((place, i) => radio("at", i, "chip", named(place))), radio("at", "all", "chip", "all")]
 	const tabs = TOOLS.map(({id, title}) => radio("command", id, "", title))
@@ -4445,7 +4444,7 @@ function drawChoices() {
 		form.oninput()
 	}
 	fill($("tabs"), tabs)
-	fill(form.version, options)
+	fill(form.version, [option("auto", `Auto (IPv${myVersion()})`), option(4, "IPv4"), option(6, "IPv6")])
 	fill($("from"), PLACES[1] && [h("small", "From"), h("fieldset.row", {"aria-label": "From"}, chips)])
 	fill($("mine"), mine && h("button.link", {type: "button", onclick: fillIn}, `My address, ${mine}`))
 }
