@@ -12,7 +12,7 @@ endpoints, OpenAPI, routes, serving, the page. Where to look first:
   connections, speed tests and serving. Those that an operator may change are in `Settings`.
 - A command is a row of `BUILT_IN` or of the setting EXTRA_COMMANDS. New output needs a parser (`parser_for`)
   and, for new events, their types in `Event`, an example for the description (`EXAMPLES`) and `has_reply`.
-  A built-in one also has its package in `PACKAGES`, and for the page `TITLES`, `ABOUT` and the script.
+  A built-in command is also listed in `PACKAGES` and, for the page, in `TITLES`, `ABOUT` and the script.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ class SettingsError(Exception):
     """What stops the start, in one line; passwords in URIs are not shown."""
 
     def __init__(self, reason: str, **values: object) -> None:
-        named = ", ".join(f"{name}={str(value)!r}" for name, value in values.items())
+        texts = [re.sub("(?i)password=[^&]*", "password=***", str(value)) for value in values.values()]
+        named = ", ".join(f"{name}={text!r}" for name, text in zip(values, texts, strict=True))
         line = f"{named} cannot be used: {reason}" if values else reason
-        line = re.sub("(?i)password=[^&']*", "password=***", line)
         super().__init__(re.sub(":/.*@", "://***@", line))
 
 
@@ -441,7 +441,7 @@ def validation_error(
 ) -> RequestError:
     """422 for the field `target`, in FastAPI's shape; `message` tells a person what to do."""
     try:
-        JSONResponse([[[[[[[[value]]]]]]]])  # it stands less deep in the answer
+        JSONResponse([[[[[[[[value]]]]]]]])  # nested deeper than in the answer
     except (ValueError, RecursionError):  # what the client sent cannot be echoed
         value = None
     error = {"type": kind, "loc": ["body", "target"], "msg": message, "input": value}
@@ -542,7 +542,7 @@ class Threads:
         if len(self.running) >= limit:
             raise RuntimeError("too many threads")
         outcome: Future[T] = Future()
-        outcome.set_running_or_notify_cancel()  # from here on, cancelling has no effect on it
+        outcome.set_running_or_notify_cancel()  # cancel() has no effect on it any more
 
         def work() -> None:
             try:
@@ -889,7 +889,7 @@ class Command(NamedTuple):
     name: str
     argv: tuple[str, ...]  # {address} stands for the target's
     version: int  # of IP
-    base_name: str  # the one for IPv4
+    base_name: str  # the name of the command for IPv4
     twin: str = ""  # the same command for the other IP version, "" where that is not offered
 
     @property
@@ -975,7 +975,7 @@ class Tools:
 
 LINE_BYTES = 4096  # of a line that is not complete; what is longer is parsed in pieces
 MAX_LOSSES = 1000  # of those that only ping's summary tells of
-MAX_HOPS = 255  # of a traceroute; further lines are notes
+MAX_TRACEROUTE_HOPS = 255  # further lines are notes
 MAX_ROUTERS = 128  # of one hop, as in mtr
 
 # A tool's output becomes events as it comes, and one result at the end. The OpenAPI schemas are made from
@@ -1361,7 +1361,7 @@ class TracerouteParser(OutputParser):
 
     def parse_line(self, line: str) -> Iterator[Event]:
         complete = bool(self.BANNER.fullmatch(line))
-        if len(self.hops) < MAX_HOPS and (match := self.HOP.fullmatch(line)):
+        if len(self.hops) < MAX_TRACEROUTE_HOPS and (match := self.HOP.fullmatch(line)):
             probes, names, complete = self.parse_probes(match[2])
             timings: list[Timing] = [{"rtt": probe["rtt"]} for probe in probes if probe["rtt"] is not None]
             common = self.make_hop_event(int(match[1]), next(iter(names), None), names)
@@ -1630,7 +1630,7 @@ def parser_for(command: Command) -> type[OutputParser]:
 OUTPUT_BYTES = 2**20  # what one command may write
 UNREAD_BYTES = 2**25  # what may wait for all clients to read it
 PIECE_BYTES = 2**16  # sent at a time, so that a connection buffers no more
-READ_BYTES = 2**12  # parsed at a time: a line may take 28 times its bytes as an event, and 10 µs
+READ_BYTES = 2**12  # read and parsed at a time: other requests wait for no more, even if lines are short
 POLL_SECONDS = 0.05  # how often a tool is looked at where the kernel cannot tell that it has ended
 GRACE_SECONDS = 0.5  # for a command to print its summary after SIGINT, and for what is killed to end
 TRIAL_SECONDS = 3  # a tool without permission ends long before, on a busy machine too
@@ -1669,8 +1669,8 @@ async def interruptible(quietly: bool = False) -> AsyncIterator[Callable[[], Non
             raise TransferAborted from None
 
 
-async def complete(task: asyncio.Task[None]) -> None:
-    """Wait until a task has ended, also where this is cancelled meanwhile."""
+async def wait_until_done(task: asyncio.Task[None]) -> None:
+    """Wait until a task is done, even if this wait is cancelled."""
     try:
         await asyncio.wait((task,))
     finally:
@@ -1681,7 +1681,8 @@ def session_groups(leader: int) -> set[int]:
     """The process groups of a session that have living members, its leader and zombies excepted."""
     groups = set()
     pids = [int(each.name) for each in os.scandir("/proc") if each.name.isdigit()]
-    for pid in sorted(pids, reverse=True):  # the youngest first: a process may fork and exit now
+    # The youngest first: a process that exits during the search may have left a child with a higher number.
+    for pid in sorted(pids, reverse=True):
         with suppress(OSError):  # it has ended
             if os.getsid(pid) == leader != pid:
                 stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -1728,15 +1729,16 @@ class Process:
         self.timer.cancel()
         self.loop.remove_reader(self.pipe.fileno())
         self.pipe.close()
-        await complete(ending := asyncio.create_task(self.end()))  # the slot is held until then
+        ending = asyncio.create_task(self.end())
+        await wait_until_done(ending)  # the slot is not given back before
         ending.result()
 
     async def end(self) -> None:
         """Kill every process of the session, and reap the tool.
 
         The tool is reaped last, since until then no new session can get its number. Whole groups are killed:
-        a process found in one may have forked and exited by then. This takes GRACE_SECONDS at most after the
-        tool has ended, which is at once, unless it runs as another user whom we may not signal.
+        a process found in one may have forked and exited by then. This returns at most GRACE_SECONDS after
+        the tool has ended: at once, unless the tool runs as a user whose processes we may not signal.
         """
         self.signal(signal.SIGKILL)
         await self.waiter
@@ -1748,7 +1750,7 @@ class Process:
         self.status = self.tool.wait()
 
     async def wait(self) -> None:
-        """Wait until the tool has ended. It is not reaped here: no other process gets its number."""
+        """Wait until the tool has ended, without reaping it: until then its process number is not reused."""
         with suppress(OSError, AttributeError):  # an old kernel or Python, a filter, no descriptor left
             pidfd = os.pidfd_open(self.tool.pid)
             ended = asyncio.Event()
@@ -1903,10 +1905,10 @@ class UnreadOutput:
                 await task
             finally:
                 self.sizes.pop(give_way, None)
-                while not waiting.empty():  # the traceback of an answer that is broken off would keep it
+                while not waiting.empty():  # else the traceback of a broken-off answer keeps it in memory
                     waiting.get_nowait()
                 task.cancel()
-                await complete(task)
+                await wait_until_done(task)
 
 
 def has_reply(event: Mapping[str, Any]) -> bool:
@@ -2003,7 +2005,7 @@ class Runner:
     async def try_tools(self) -> None:
         states = self.tools.states
         trials = [trial for tool, trial in self.tools.trials.items() if states.get(tool) != "ok"]
-        async with asyncio.TaskGroup() as group:  # which waits for all, also where it is cancelled
+        async with asyncio.TaskGroup() as group:  # waits for all trials, even if it is cancelled
             for trial in trials:
                 group.create_task(self.try_tool(trial))
 
@@ -2020,8 +2022,8 @@ class Runner:
         state: ToolState = "forbidden" if denied else "failing" if error else "ok"
         before, self.tools.states[command.tool] = self.tools.states.get(command.tool, "ok"), state
         if state != before and not self.limits.commands.stopping.is_set():
-            told = (denied or lines[-1])[:LOGGED_CHARS] or None
-            log(logging.WARNING, TRIAL_MESSAGES[state], tool=command.tool, error=told)
+            last = (denied or lines[-1])[:LOGGED_CHARS] or None
+            log(logging.WARNING, TRIAL_MESSAGES[state], tool=command.tool, error=last)
 
     async def trial_error(self, command: Command) -> str:
         """What a tool that does not measure loopback printed, or how it ended; empty where it measures it.
@@ -2222,8 +2224,7 @@ class Exchange:
         }
 
     async def receive(self) -> Message:
-        unread = self.to_come == self.length
-        if self.http.they_are_waiting_for_100_continue and unread and not self.gone:
+        if not self.gone and self.http.they_are_waiting_for_100_continue and self.to_come == self.length:
             self.write(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
         await self.receivable.wait()
         if self.gone or self.ended:
@@ -2247,7 +2248,7 @@ class Exchange:
                 self.connection.reset()
         except Exception:
             logger.exception(logfmt(msg="An answer failed", path=self.request.target.decode()))
-        if not (self.ended or self.gone):  # of who is gone, the connection is closed or soon will be
+        if not (self.ended or self.gone):  # else the connection is kept, closed or lingering
             self.connection.transport.close()
 
     async def send(self, message: Message) -> None:
@@ -2255,7 +2256,7 @@ class Exchange:
             return
         if message["type"] == "http.response.start":
             headers = [*self.connection.server_state.default_headers, *message["headers"]]
-            # If the body is still coming, the connection closes: see linger.
+            # While the body is still coming, the connection closes after the answer: see linger.
             headers += [] if self.complete else [CLOSE]
             status = HTTPStatus(message["status"])
             response = h11.Response(status_code=status, headers=headers, reason=status.phrase)
@@ -2351,9 +2352,9 @@ class Connection(asyncio.BufferedProtocol):
         self.leave()
 
     def eof_received(self) -> None:
-        """Take it that the client has left: one that has only finished sending looks the same from here."""
+        """Treat a half-closed connection as closed: here, a client that has left looks the same."""
         self.leave()
-        if self.exchange and not self.exchange.ended:  # closing would wait for a slow reader
+        if self.exchange and not self.exchange.ended:  # close() would wait until a slow reader has read all
             self.transport.abort()
 
     def pause_writing(self) -> None:
@@ -2421,7 +2422,7 @@ class Connection(asyncio.BufferedProtocol):
         self.unparsed.clear()
         self.exchange = exchange = Exchange(self, header)
         self.timer.cancel()
-        if exchange.complete or exchange.length > BODY_BYTES:  # without all of a small body it still waits
+        if exchange.complete or exchange.length > BODY_BYTES:  # else it may still be displaced
             self.connections.waiting.pop(self, None)
         task = self.loop.create_task(exchange.run())
         self.server_state.tasks.add(task)
@@ -3372,7 +3373,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Sockets for the addresses of `host`, or where it is empty for all, IPv4 and IPv6. Raises OSError."""
     sockets = []
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    for family, *_, address in dict.fromkeys(found):  # /etc/hosts may have one twice
+    for family, *_, address in dict.fromkeys(found):  # /etc/hosts may list one twice
         try:
             listening = socket.create_server(address, family=family)
         except OSError as error:
@@ -3427,7 +3428,7 @@ class LogHandler(logging.handlers.QueueHandler):
             log(logging.WARNING, "log lines dropped", lines=dropped)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        self.dropped += 1  # almost always since the queue is full
+        self.dropped += 1  # the queue is full, or the record cannot be formatted
 
     def flush(self) -> None:
         """Wait a moment for what is still to be written."""
@@ -3535,7 +3536,8 @@ def page_tools(commands: Mapping[str, Command], sizes: Mapping[str, Size]) -> li
     tools: dict[str, dict[str, Any]] = {}
     for command in commands.values():
         name, argv = command.base_name, command.argv
-        drawn, count = parser_for(command) is not OutputParser, re.search(r" -c ?(\d{1,9})\b", " ".join(argv))
+        drawn = parser_for(command) is not OutputParser
+        count = re.search(r" -c ?(\d{1,9})\b", " ".join(argv))
         probes = int(count[1]) if drawn and count else 10
         title, kind = TITLES.get(name, name.upper()), command.tool if drawn else "text"
         tab = {"id": name, "title": title, "kind": kind, "tool": argv[0], "probes": probes, "versions": []}
